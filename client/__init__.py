@@ -1,0 +1,1 @@
+"""The hospital: the only code that can see a patient. Never imports the server."""

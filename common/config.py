@@ -1,0 +1,300 @@
+"""One frozen tree of settings, read from TOML. Privacy fields stand apart from speed fields.
+
+The shared sections (`Proposal`) travel to the sites and are hashed; `[simulation]` describes virtual hospitals;
+`[performance]` and `[run]` change how fast and where, never what. Out of scope: the site's policy (client/policy).
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from common.errors import ConfigError
+
+IMAGE_SIZES = (28, 32, 64)
+MAX_CLASSES = 64
+MAX_PROPOSAL_BYTES = 65_536
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A frozen section that knows its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@final
+class ImageConfig(Section):
+    """What an image is: grey, `size` x `size` pixels in [-1, 1], one of `classes`."""
+
+    size: Literal[28, 32, 64] = 32
+    classes: Annotated[tuple[str, ...], Field(max_length=MAX_CLASSES)] = ()
+    """Class names in the order of their numbers; empty: the simulator takes those it finds."""
+
+
+@final
+class PrivacyConfig(Section):
+    """The guarantee that is proposed, per patient and for the whole run."""
+
+    epsilon: Positive = 10.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    max_grad_norm: Positive = 1.0
+    batch_patients: Annotated[int, Field(ge=1)] = 64
+    """Expected patients in one private step; the sample rate is this over the declared cohort, at most 1."""
+    images_per_patient: Annotated[int, Field(ge=1, le=50)] = 1
+    """Images averaged into one patient's contribution of one step."""
+    min_patients: Annotated[int, Field(ge=2)] = 20
+    """A site that declares fewer patients takes no part."""
+
+
+@final
+class WarmupConfig(Section):
+    """The one-shot release before the first round, and the fit of the generator to it."""
+
+    share: Fraction = 0.7
+    """Part of epsilon that the warm-up release alone may cost; 0 switches it off."""
+    steps: Annotated[int, Field(ge=1)] = 400
+    batch_size: Annotated[int, Field(ge=8)] = 512
+    learning_rate: Positive = 1e-3
+
+
+@final
+class ModelConfig(Section):
+    """The generator/discriminator pair (common/models)."""
+
+    name: Literal["mlp", "dcgan"] = "dcgan"
+    latent_dim: Annotated[int, Field(ge=2, le=1024)] = 64
+    generator_width: Annotated[int, Field(ge=8, le=256)] = 32
+    discriminator_width: Annotated[int, Field(ge=8, le=256)] = 16
+
+
+@final
+class TrainConfig(Section):
+    """Local training at a site in one round."""
+
+    steps_per_round: Annotated[int, Field(ge=1)] = 12
+    """Private discriminator steps in one round."""
+    d_steps_per_g_step: Annotated[int, Field(ge=1)] | Literal["adaptive"] = 4
+    """Private steps for each generator step, or the ladder that reads the accuracy on fakes."""
+    learning_rate_d: Positive = 5e-4
+    learning_rate_g: Positive = 1e-4
+    generator_batch: Annotated[int, Field(ge=2)] = 64
+    """Fakes in one generator step."""
+    ema_decay: Fraction = 0.9
+    """Decay per generator step of the averaged generator that leaves the site."""
+
+
+@final
+class ServerConfig(Section):
+    """How the coordinator combines updates."""
+
+    aggregation: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
+    weights: Literal["declared", "uniform"] = "declared"
+    """Weights of the mean: the publicly declared cohort sizes, or all equal."""
+    optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
+    learning_rate: Positive = 1.0
+    momentum: Fraction = 0.9
+    second_momentum: Fraction = 0.99
+    adaptivity: Positive = 1e-3
+    """The constant beside the root of the second moment in adam and yogi (tau in the paper)."""
+    ema_decay: Fraction = 0.5
+    """Decay per round of the averaged generator that is kept as the result."""
+
+
+@final
+class FederationConfig(Section):
+    """The rounds and who must be there."""
+
+    rounds: Annotated[int, Field(ge=0, le=100_000)] = 8
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything reproducible: weights, fakes, and in the simulator also the sites' secrets."""
+    min_sites: Annotated[int, Field(ge=1)] = 1
+    """A round with fewer replies changes nothing and ends the run."""
+    round_timeout_s: Positive = 3600.0
+    connect_timeout_s: Positive = 120.0
+
+
+class Proposal(Section):
+    """What the coordinator proposes to every site: all that decides what is learned and at what price."""
+
+    image: ImageConfig = ImageConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    server: ServerConfig = ServerConfig()
+    federation: FederationConfig = FederationConfig()
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the shared sections, in hexadecimal.
+
+        Guarantees:
+            - speed_is_free: `[performance]`, `[run]` and `[simulation]` do not change the digest.
+        """
+        return hashlib.sha256(self.proposal().encode()).hexdigest()
+
+    def proposal(self) -> str:
+        """Return the shared sections as canonical JSON, the form that travels and is hashed."""
+        shared = self.model_dump(mode="json", include=set(Proposal.model_fields))
+        return json.dumps(shared, sort_keys=True, separators=(",", ":"))
+
+
+@final
+class SimulationConfig(Section):
+    """The virtual hospitals. Never sent to a site."""
+
+    data: str = ""
+    """A DICOM folder, an NPZ, or a folder of PNG/JPEG with a CSV index; empty: phantoms."""
+    label: str = "auto"
+    """Where labels are: `auto`, `none`, `tag:KEYWORD` for DICOM, `column:NAME` for a CSV index."""
+    sites: Annotated[int, Field(ge=1, le=10_000)] = 4
+    partition: str = "dirichlet:1.0"
+    """`iid`, `dirichlet:ALPHA` (skewed classes and sizes) or `by-site-column`."""
+    holdout: Fraction = 0.2
+    """Part of the patients that no site gets; the simulator tests the generator on them."""
+    phantom_patients: Annotated[int, Field(ge=8, le=1_000_000)] = 1000
+
+    @field_validator("partition")
+    @classmethod
+    def _known_partition(cls, value: str) -> str:
+        if value in ("iid", "by-site-column"):
+            return value
+        name, _, alpha = value.partition(":")
+        try:
+            if name == "dirichlet" and float(alpha) > 0:
+                return value
+        except ValueError:
+            pass
+        raise ValueError("expected iid, by-site-column or dirichlet:ALPHA with ALPHA > 0")
+
+
+@final
+class PerformanceConfig(Section):
+    """What changes speed and nothing else; outside the digest."""
+
+    engine: Literal["local", "flower"] = "local"
+    threads: Annotated[int, Field(ge=1, le=256)] = 2
+    """Threads of one tensor operation; a part of bit-for-bit reproduction, so the same for both engines."""
+    parallel_sites: Annotated[int, Field(ge=1, le=256)] = 1
+    """Sites that train at a time with the flower engine; the local engine trains one after the other."""
+
+
+@final
+class RunConfig(Section):
+    """Where a run stands and how it starts; outside the digest."""
+
+    out: str = "runs/latest"
+    resume: bool = False
+    dry_run: bool = False
+
+
+@final
+class Config(Proposal):
+    """The whole tree, as in a TOML file and as `--print-config` writes it."""
+
+    simulation: SimulationConfig = SimulationConfig()
+    performance: PerformanceConfig = PerformanceConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _pairs_that_cannot_both_hold(self) -> "Config":
+        if self.federation.rounds == 0 and self.warmup.share == 0:
+            raise ValueError("federation.rounds = 0 and warmup.share = 0 leave nothing to learn; raise one of them")
+        if self.federation.min_sites > self.simulation.sites:
+            raise ValueError(
+                f"federation.min_sites = {self.federation.min_sites} exceeds simulation.sites = "
+                f"{self.simulation.sites}; lower one or raise the other"
+            )
+        return self
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a TOML file into a tree of plain values; checking is `build_config`'s work.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Could not read --config {path}: {error.strerror}. Check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}. `fedmedgan-simulate --print-config` shows the form.") from error
+
+
+def build_config(tree: dict[str, Any], changes: dict[str, Any] | None = None) -> Config:
+    """Check a tree of plain values and freeze it.
+
+    Args:
+        tree: Sections with their keys, as read from TOML.
+        changes: Values by dotted key ("privacy.epsilon"), as the flags give; they win over the tree.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest is named) or a value is out of bounds.
+
+    >>> build_config({"privacy": {"epsilon": 3.0}}, {"federation.rounds": 2}).federation.rounds
+    2
+    """
+    merged = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    for key, value in (changes or {}).items():
+        section, _, name = key.partition(".")
+        merged.setdefault(section, {})[name] = value
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def parse_proposal(text: str) -> Proposal:
+    """Check a proposal that came over the wire.
+
+    Raises:
+        ConfigError: It is too long, not JSON, has unknown keys or values out of bounds.
+    """
+    if len(text) > MAX_PROPOSAL_BYTES:
+        raise ConfigError(f"Expected a proposal of at most {MAX_PROPOSAL_BYTES} characters, got {len(text)}.")
+    try:
+        return Proposal.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def known_keys() -> tuple[str, ...]:
+    """Return every dotted key of the tree, sorted."""
+    return tuple(sorted(f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields))
+
+
+def to_toml(config: Config) -> str:
+    """Write the whole effective configuration as TOML that `read_config` reads back."""
+    lines: list[str] = []
+    for name in Config.model_fields:
+        lines.append(f"[{name}]")
+        values = getattr(config, name).model_dump(mode="json")
+        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _sections() -> dict[str, type[Section]]:
+    return {name: info.annotation for name, info in Config.model_fields.items() if info.annotation is not None}
+
+
+def _explain(error: ValidationError) -> str:
+    return "\n".join(_explain_one([str(part) for part in item["loc"]], dict(item)) for item in error.errors())
+
+
+def _explain_one(location: list[str], item: dict[str, Any]) -> str:
+    key = ".".join(location[:2]) or "configuration"
+    if item["type"] == "extra_forbidden":
+        choices = known_keys() if len(location) > 1 else tuple(_sections())
+        near = difflib.get_close_matches(key, choices, n=1, cutoff=0.0)
+        return f"Unknown key {key}. The nearest known key is {near[0]}; `--print-config` lists all."
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(item.get("input"), dict | BaseModel) else f"={item.get('input')!r}"
+    return f"Expected another value for {key}{given}: {message[:1].lower()}{message[1:]}."

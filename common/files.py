@@ -1,0 +1,99 @@
+"""Files that matter: written to a temporary name, fsynced, renamed. Out of scope: what is in them."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from common.errors import StorageError
+
+
+def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write `content` so that a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: Where the file shall stand; its folder exists.
+        content: The whole file.
+        mode: Permission bits of the new file.
+
+    Raises:
+        StorageError: The disk is full or the folder cannot be written; the old file is untouched.
+
+    Guarantees:
+        - old_or_new: After a crash at any line the path holds the old content or the new, whole.
+        - old_survives_full_disk: When the disk is full the old content stays and no temporary file is left.
+    """
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as handle:
+            os.fchmod(handle.fileno(), mode)
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        temporary = None
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"Could not write {path.name} ({len(content)} bytes) in {path.parent}: {error.strerror}. "
+            "Free space or make the folder writable, then run the same command again."
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def append_durably(path: Path, line: bytes, mode: int = 0o600) -> None:
+    """Append one line to a file and fsync it before returning.
+
+    Args:
+        path: The file; made with `mode` when it does not exist.
+        line: The bytes to append, ending in a newline.
+        mode: Permission bits of a new file.
+
+    Raises:
+        StorageError: The line could not be written; a part of it may stand at the end of the file.
+    """
+    new = not path.exists()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(descriptor, line[written:])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if new:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"Could not append {len(line)} bytes to {path}: {error.strerror}. "
+            "Free space or make the file writable, then run the same command again."
+        ) from error
+
+
+def make_folder(path: Path, mode: int = 0o755) -> Path:
+    """Make a folder and its parents, and return it.
+
+    Raises:
+        StorageError: The folder cannot be made or is not a folder.
+    """
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"Could not make the folder {path}: {error.strerror}. Choose another folder or mend its permissions."
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise StorageError(f"The folder {path} is not writable. Choose another folder or mend its permissions.")
+    return path
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's own entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

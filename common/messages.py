@@ -1,0 +1,71 @@
+"""What coordinator and site say to each other, free of any transport. Out of scope: encoding (common/wire)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import RefusalCode
+
+PROTOCOL_VERSION = 1
+
+Scalar = int | float | str
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class Kind(StrEnum):
+    """The closed list of requests that a site answers."""
+
+    HELLO = "hello"
+    WARMUP = "warmup"
+    TRAIN = "train"
+
+
+@final
+@dataclass(frozen=True)
+class Request:
+    """One request of the coordinator to one site.
+
+    Attributes:
+        kind: What is asked.
+        run_id: The run, chosen once by the coordinator.
+        round: 0 for hello and warm-up, 1... for training rounds.
+        proposal: The coordinator's proposal as JSON (`Config.proposal`); the site's policy disposes.
+        arrays: Weights by name ("generator.…", "discriminator.…"); empty for hello and warm-up.
+    """
+
+    kind: Kind
+    run_id: str
+    round: int
+    proposal: str
+    arrays: Arrays = field(default_factory=dict[str, npt.NDArray[Any]])
+
+
+@final
+@dataclass(frozen=True)
+class Reply:
+    """A site's answer: released fields and arrays, or a refusal code and nothing else.
+
+    Attributes:
+        kind: The request's kind.
+        run_id: The request's run.
+        round: The request's round.
+        refusal: None when the site did what was asked.
+        fields: Public scalars by name; the egress schema lists them (client/journal).
+        arrays: Released arrays by name.
+    """
+
+    kind: Kind
+    run_id: str
+    round: int
+    refusal: RefusalCode | None = None
+    fields: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar])
+    arrays: Arrays = field(default_factory=dict[str, npt.NDArray[Any]])
+
+
+def size_bytes(arrays: Arrays) -> int:
+    """Return the bytes of all arrays together, headers not counted."""
+    return sum(np.asarray(array).nbytes for array in arrays.values())
