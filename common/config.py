@@ -9,7 +9,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal, cast, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -219,13 +219,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: The file is missing, unreadable or not TOML.
+
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Could not read --config {path}: {error.strerror}. Check the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}. `fedmedgan-simulate --print-config` shows the form.") from error
+        raise ConfigError(
+            f"{path} is not TOML: {error}. `fedmedgan-simulate --print-config` shows the form."
+        ) from error
 
 
 def build_config(tree: dict[str, Any], changes: dict[str, Any] | None = None) -> Config:
@@ -240,6 +243,7 @@ def build_config(tree: dict[str, Any], changes: dict[str, Any] | None = None) ->
 
     >>> build_config({"privacy": {"epsilon": 3.0}}, {"federation.rounds": 2}).federation.rounds
     2
+
     """
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
     for key, value in (changes or {}).items():
@@ -256,6 +260,7 @@ def parse_proposal(text: str) -> Proposal:
 
     Raises:
         ConfigError: It is too long, not JSON, has unknown keys or values out of bounds.
+
     """
     if len(text) > MAX_PROPOSAL_BYTES:
         raise ConfigError(f"Expected a proposal of at most {MAX_PROPOSAL_BYTES} characters, got {len(text)}.")
@@ -282,7 +287,7 @@ def to_toml(config: Config) -> str:
 
 
 def _sections() -> dict[str, type[Section]]:
-    return {name: info.annotation for name, info in Config.model_fields.items() if info.annotation is not None}
+    return {name: cast("type[Section]", info.annotation) for name, info in Config.model_fields.items()}
 
 
 def _explain(error: ValidationError) -> str:

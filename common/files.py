@@ -21,6 +21,7 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
     Guarantees:
         - old_or_new: After a crash at any line the path holds the old content or the new, whole.
         - old_survives_full_disk: When the disk is full the old content stays and no temporary file is left.
+
     """
     temporary = None
     try:
@@ -30,7 +31,7 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
         temporary = None
         sync_folder(path.parent)
     except OSError as error:
@@ -53,6 +54,7 @@ def append_durably(path: Path, line: bytes, mode: int = 0o600) -> None:
 
     Raises:
         StorageError: The line could not be written; a part of it may stand at the end of the file.
+
     """
     new = not path.exists()
     try:
@@ -78,6 +80,7 @@ def make_folder(path: Path, mode: int = 0o755) -> Path:
 
     Raises:
         StorageError: The folder cannot be made or is not a folder.
+
     """
     try:
         path.mkdir(mode=mode, parents=True, exist_ok=True)

@@ -34,13 +34,16 @@ class Request:
         run_id: The run, chosen once by the coordinator.
         round: 0 for hello and warm-up, 1... for training rounds.
         proposal: The coordinator's proposal as JSON (`Config.proposal`); the site's policy disposes.
+        settings: What may change from round to round; for training `d_steps_per_g_step`.
         arrays: Weights by name ("generator.…", "discriminator.…"); empty for hello and warm-up.
+
     """
 
     kind: Kind
     run_id: str
     round: int
     proposal: str
+    settings: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar])
     arrays: Arrays = field(default_factory=dict[str, npt.NDArray[Any]])
 
 
@@ -56,6 +59,7 @@ class Reply:
         refusal: None when the site did what was asked.
         fields: Public scalars by name; the egress schema lists them (client/journal).
         arrays: Released arrays by name.
+
     """
 
     kind: Kind

@@ -1,0 +1,157 @@
+"""A site's home folder: policy, key, data, ledger, journal, stored replies. Everything the agent owns.
+
+    site.toml      where the images are and how they are labelled (the data engineer's file)
+    policy.toml    what the site allows (the privacy officer's file)
+    keys/site.json the site's identity key, mode 0600
+    ledger/        every charge, signed and chained
+    journal/       every release, signed and chained
+    replies/       the last replies, so that a repeated request gets the same answer for the same charge
+    dataset-*      the training set as imported, mode 0600
+
+Out of scope: what the policy allows (client/policy), what an image is (client/intake).
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from client import policy as policies
+from client.intake import Dataset, load, read, save, scan
+from client.policy import Policy
+from common.crypto import SigningKey, save_key
+from common.errors import ConfigError, IntakeError
+from common.files import make_folder, write_atomic
+
+
+@final
+class SiteConfig(BaseModel):
+    """Where a site's images are and where their labels come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str
+    """Folder or NPZ; relative paths start at the home folder."""
+    label: str = "auto"
+
+
+@final
+@dataclass(frozen=True)
+class Home:
+    """The paths of a site's home folder."""
+
+    folder: Path
+
+    @property
+    def policy(self) -> Path:
+        """Return the path of the policy."""
+        return self.folder / "policy.toml"
+
+    @property
+    def key(self) -> Path:
+        """Return the path of the identity key."""
+        return self.folder / "keys" / "site.json"
+
+    @property
+    def ledger(self) -> Path:
+        """Return the folder of the ledger."""
+        return self.folder / "ledger"
+
+    @property
+    def journal(self) -> Path:
+        """Return the folder of the journal."""
+        return self.folder / "journal"
+
+    @property
+    def replies(self) -> Path:
+        """Return the folder of the stored replies."""
+        return self.folder / "replies"
+
+    @property
+    def log(self) -> Path:
+        """Return the path of the site's own log: reasons in full, never sent anywhere."""
+        return self.folder / "agent.log"
+
+    def dataset(self, classes: Sequence[str], size: int) -> Path:
+        """Return the path of the imported training set for these classes and this size."""
+        name = hashlib.sha256(json.dumps([list(classes), size]).encode()).hexdigest()[:16]
+        return self.folder / f"dataset-{name}.safetensors"
+
+
+def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
+    """Make a site's home: folders, configuration, policy and a new identity key.
+
+    A key that is already there is kept: the ledger is signed with it.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    home = Home(make_folder(folder, 0o700))
+    for part in (home.key.parent, home.ledger, home.journal, home.replies):
+        make_folder(part, 0o700)
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in site.model_dump().items()]
+    write_atomic(folder / "site.toml", ("\n".join(lines) + "\n").encode(), 0o600)
+    policies.save(policy, home.policy)
+    if not home.key.exists():
+        save_key(home.key, SigningKey.generate())
+    return home
+
+
+def import_images(home: Home, classes: Sequence[str], size: int, min_patients: int) -> Mapping[str, int]:
+    """Read the site's images once and keep them in the home, ready for training.
+
+    Args:
+        home: The site.
+        classes: Class names in the order of their numbers.
+        size: Side of an image in pixels.
+        min_patients: Fewer usable patients are an error.
+
+    Returns:
+        How many files were refused, by reason. For the site's own eyes.
+
+    Raises:
+        IntakeError: Nothing is usable, or there are too few patients.
+        ConfigError: site.toml is missing or wrong.
+    """
+    site = read_site_config(home)
+    dataset, refused = read(scan(home.folder / site.data, site.label), classes, size)
+    if dataset.number_of_patients < min_patients:
+        raise IntakeError(
+            f"Expected at least min_patients={min_patients} usable patients at this site, found "
+            f"{dataset.number_of_patients}. Add patients, or lower privacy.min_patients and the policy's min_patients."
+        )
+    save(dataset, home.dataset(classes, size))
+    return refused
+
+
+def load_images(home: Home, classes: Sequence[str], size: int) -> Dataset:
+    """Load the imported training set.
+
+    Raises:
+        IntakeError: It was never imported for these classes and this size.
+    """
+    path = home.dataset(classes, size)
+    if not path.exists():
+        raise IntakeError(
+            f"No training set of {len(classes)} classes at {size} px is imported at this site. Import the images first."
+        )
+    return load(path)
+
+
+def read_site_config(home: Home) -> SiteConfig:
+    """Read site.toml.
+
+    Raises:
+        ConfigError: It is missing, not TOML or has unknown keys.
+    """
+    try:
+        return SiteConfig.model_validate(tomllib.loads((home.folder / "site.toml").read_text(encoding="utf-8")))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise ConfigError(
+            f"Could not read site.toml in the home folder: {type(error).__name__}. Write it anew: data = PATH, label = …"
+        ) from error

@@ -1,0 +1,136 @@
+"""A folder of PNG or JPEG files with a CSV index. Out of scope: colour management, EXIF orientation.
+
+The index has the columns `file`, `patient` (or `patient_id`), `label` and, if wanted, `issuer` and `site`; capitals do
+not count. Files are named relative to the folder. A file of the folder may be a symbolic link, a folder in it not.
+"""
+
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from client.intake.pixels import MAX_FILE_BYTES, Grey, check_size, full_range, luminance
+from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag
+from client.intake.refusals import Reason, Refused
+from client.intake.table import Row, Table, read_table
+from common.errors import IntakeError
+
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+
+# What Pillow raises for damaged PNG and JPEG files; UnidentifiedImageError is an OSError.
+_DAMAGED = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def scan_index(folder: Path, index: Path, label: LabelSource) -> Scan:
+    """List the images that a CSV index names, looking at the first bytes of each.
+
+    Raises:
+        IntakeError: The index cannot be read or lacks a column.
+        ConfigError: The labels are asked of a DICOM tag.
+    """
+    refuse_tag(label)
+    table = read_table(index)
+    file = table.column("file")
+    patient = _patient_column(table)
+    name = "" if label.kind == "none" else table.column(label.name or "label")
+    records: list[Record] = []
+    refused = Counter[str]()
+    root = folder.resolve()
+    for row in table.rows:
+        try:
+            path = _inside(root, row[file])
+            if not row[patient]:
+                raise Refused(Reason.NO_PATIENT)
+        except Refused as refusal:
+            refused[refusal.reason] += 1
+            continue
+        text = row[name] if name else ALL
+        records.append(
+            Record(path, None, (_optional(row, "issuer"), row[patient]), text or None, row.get("site") or None)
+        )
+    return Scan(tuple(records), dict(refused))
+
+
+def decode(path: Path) -> Grey:
+    """Read one PNG or JPEG file as grey levels.
+
+    8-bit files as they are (alpha is dropped), deeper ones stretched between the image's own minimum and maximum.
+
+    Raises:
+        Refused: It is damaged, too large, of several frames, or neither PNG nor JPEG.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise Refused(Reason.TOO_LARGE)
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            check_size(image.height, image.width)
+            if getattr(image, "n_frames", 1) != 1:
+                raise Refused(Reason.MULTI_FRAME)
+            return _grey(image)
+    except _DAMAGED as error:
+        raise Refused(Reason.PIXELS) from error
+
+
+def _grey(image: Image.Image) -> Grey:
+    if image.mode in ("L", "LA", "1"):
+        return np.asarray(image.convert("L"), dtype=np.float32)
+    if image.mode.startswith(("I", "F")):
+        return full_range(np.asarray(image))
+    colour: Any = np.asarray(image.convert("RGB"))
+    return luminance(colour)
+
+
+def _inside(root: Path, name: str) -> Path:
+    """Return the file that the index means, refusing every way out of the folder."""
+    relative = PurePosixPath(name)
+    if not name:
+        raise Refused(Reason.MISSING)
+    if "\0" in name or relative.is_absolute() or ".." in relative.parts:
+        raise Refused(Reason.OUTSIDE)
+    path = root / relative
+    try:
+        if not path.parent.resolve().is_relative_to(root):
+            raise Refused(Reason.OUTSIDE)
+        if not path.exists():
+            raise Refused(Reason.MISSING)
+        if not path.is_file():  # a pipe or device would hang the reader
+            raise Refused(Reason.NOT_A_FILE)
+        with path.open("rb") as handle:
+            start = handle.read(8)
+    except (OSError, RuntimeError) as error:  # a name too long, no permission; RuntimeError: links in a circle
+        raise Refused(Reason.MISSING) from error
+    if not start.startswith(_MAGIC):
+        raise Refused(Reason.NOT_PNG_JPEG)
+    return path
+
+
+def _patient_column(table: Table) -> str:
+    for name in ("patient", "patient_id"):
+        if name in table.columns:
+            return name
+    raise IntakeError(
+        "The CSV index has no column patient (or patient_id). Privacy is promised to each patient as a whole, so every "
+        "image must name its patient. If the folder holds DICOM files, name the CSV file labels.csv."
+    )
+
+
+def _optional(row: Row, name: str) -> str:
+    return row.get(name, "")

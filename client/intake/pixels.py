@@ -1,0 +1,79 @@
+"""Pixel values on their way to 0..255 in a small square. One image at a time: no statistic crosses patients.
+
+Out of scope: reading files.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Num, UInt8
+from PIL import Image
+
+from client.intake.refusals import Reason, Refused
+
+MAX_FILE_BYTES = 256 * 1024**2
+MAX_PIXELS = 64 * 1024**2
+
+Grey = Float32[np.ndarray, "rows columns"]
+"""An image of any size with values in [0, 255]."""
+Square = UInt8[np.ndarray, "size size"]
+
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+def check_size(rows: int, columns: int) -> None:
+    """Refuse an image whose header claims no pixel or too many, before anything is allocated.
+
+    Raises:
+        Refused: `NO_IMAGE` or `TOO_LARGE`.
+    """
+    if rows < 1 or columns < 1:
+        raise Refused(Reason.NO_IMAGE)
+    if rows * columns > MAX_PIXELS:
+        raise Refused(Reason.TOO_LARGE)
+
+
+def full_range(values: Num[np.ndarray, "rows columns"]) -> Grey:
+    """Stretch an image between its own minimum and maximum; an image of one value becomes black.
+
+    Raises:
+        Refused: A value is NaN or infinite.
+    """
+    wide = values.astype(np.float64)
+    low, high = float(wide.min()), float(wide.max())
+    if not np.isfinite(high - low):
+        raise Refused(Reason.NOT_FINITE)
+    return ((wide - low) * (255.0 / (high - low) if high > low else 0.0)).astype(np.float32)
+
+
+def luminance(colour: Num[np.ndarray, "rows columns 3"]) -> Grey:
+    """Turn RGB into grey.
+
+    Source: ITU-R BT.601, 2.5.1.
+    """
+    return colour.astype(np.float32) @ _LUMA
+
+
+def fit(grey: Grey, size: int) -> Square:
+    """Resize an image to a square, keeping its aspect, and round to whole grey levels.
+
+    The longer side becomes `size` with an anti-aliasing filter (Lanczos); the rest of the square is filled with the
+    image's own darkest value. Filling comes last, so that a strip of 1 x 65,535 never grows to its square.
+
+    Args:
+        grey: Values in [0, 255].
+        size: Side of the result.
+
+    Guarantees:
+        - fit_is_identity: An image of whole grey levels that already is `size` x `size` comes back unchanged.
+    """
+    rows, columns = grey.shape
+    longer = max(rows, columns)
+    height, width = max(1, round(rows * size / longer)), max(1, round(columns * size / longer))
+    image: Any = grey
+    if (rows, columns) != (height, width):
+        image = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.LANCZOS))
+    square = np.full((size, size), grey.min(), dtype=np.float32)
+    top, left = (size - height) // 2, (size - width) // 2
+    square[top : top + height, left : left + width] = image
+    return np.clip(np.rint(square), 0, 255).astype(np.uint8)

@@ -1,0 +1,69 @@
+"""CSV tables beside the images: `index.csv` for PNG/JPEG, `labels.csv` for DICOM. Out of scope: what the rows mean."""
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from common.errors import IntakeError
+
+MAX_TABLE_BYTES = 256 * 1024**2
+
+Row = Mapping[str, str]
+
+
+@final
+@dataclass(frozen=True)
+class Table:
+    """A CSV file: lower-case column names and the stripped values of every row. Its repr shows no row."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...] = field(repr=False)
+
+    def column(self, name: str) -> str:
+        """Return the key of a column that must be there.
+
+        Raises:
+            IntakeError: There is no such column.
+        """
+        if name.lower() not in self.columns:
+            raise IntakeError(
+                f"The CSV file has no column {name!r}. Expected the columns file, patient and label (and, if wanted, "
+                "issuer and site) in index.csv beside PNG/JPEG files, or file and label in labels.csv beside DICOM."
+            )
+        return name.lower()
+
+
+def read_table(path: Path) -> Table:
+    """Read a CSV file with a header line.
+
+    Raises:
+        IntakeError: It is too large, not UTF-8, not CSV, or two columns have one name.
+    """
+    try:
+        if path.stat().st_size > MAX_TABLE_BYTES:
+            raise IntakeError(f"Expected a CSV file of at most {MAX_TABLE_BYTES} bytes, got more. Split the folder.")
+        text = path.read_text(encoding="utf-8-sig")
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        # The cause's text quotes the file, so it stays out of the message.
+        raise IntakeError("The CSV file could not be read. Expected UTF-8 text with commas and a header.") from error
+    columns = tuple(name.strip().lower() for name in lines[0]) if lines else ()
+    if len(set(columns)) != len(columns):
+        raise IntakeError("The CSV file has two columns of one name (capitals do not count). Rename one.")
+    return Table(columns, tuple(_row(columns, line) for line in lines[1:] if line))
+
+
+def write_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> bytes:
+    """Return a CSV file that `read_table` reads back."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    return text.getvalue().encode()
+
+
+def _row(columns: tuple[str, ...], line: list[str]) -> Row:
+    values = dict.fromkeys(columns, "")
+    values.update({name: value.strip() for name, value in zip(columns, line, strict=False)})
+    return values

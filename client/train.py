@@ -1,0 +1,148 @@
+"""One round of local training: private discriminator steps with generator steps between them.
+
+The only line that sees real images is `private_step`. Out of scope: budget (client/ledger), egress (client/journal).
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from client.dp import Batch, private_optimizer, private_step
+from client.intake import Dataset
+from common.config import Proposal
+from common.crypto import KeyStream
+from common.models import Pair
+from common.noise import bernoulli, uniform
+from common.privacy import Plan
+
+
+@final
+@dataclass(frozen=True)
+class Round:
+    """What local training gives back; all of it is an output of the private steps or of fakes.
+
+    Attributes:
+        pair: The trained discriminator and the averaged generator.
+        fake_accuracy: Share of fakes that D tells to be fakes, over the round.
+    """
+
+    pair: Pair
+    fake_accuracy: float
+
+
+def train_round(
+    dataset: Dataset,
+    pair: Pair,
+    proposal: Proposal,
+    plan: Plan,
+    d_steps_per_g_step: int,
+    secret: KeyStream,
+    rng: torch.Generator,
+) -> Round:
+    """Train a site's pair for one round.
+
+    Args:
+        dataset: The site's patients.
+        pair: The coordinator's weights; trained in place.
+        proposal: What to do.
+        plan: Sample rate, noise multiplier and divisor, all public.
+        d_steps_per_g_step: Private steps for each generator step.
+        secret: The source of the patient draw and of the noise.
+        rng: Reproducible: latents and classes of fakes.
+
+    Returns:
+        The trained pair and D's accuracy on fakes.
+    """
+    generator, discriminator = pair.generator.train(), pair.discriminator.train()
+    averaged = copy.deepcopy(generator)
+    noise_multiplier = plan.train_noise_multiplier or 0.0
+    private = private_optimizer(discriminator, proposal.privacy, proposal.train, noise_multiplier, plan.divisor)
+    adam = torch.optim.Adam(generator.parameters(), lr=proposal.train.learning_rate_g, betas=(0.5, 0.999))
+    fakes_per_step, told = max(1, round(plan.divisor)), 0
+    for step in range(1, proposal.train.steps_per_round + 1):
+        batch = draw_patients(dataset, plan.sample_rate, proposal.privacy.images_per_patient, secret)
+        with torch.no_grad():
+            fakes, labels = _fakes(generator, fakes_per_step, proposal, rng)
+            told += int((discriminator(fakes, labels) < 0).sum())
+        private_step(private, batch, fakes, labels, secret)
+        if step % d_steps_per_g_step == 0:
+            generator_step(generator, discriminator, adam, proposal, rng)
+            _average(averaged, generator, proposal.train.ema_decay)
+    private.hooks.remove_hooks()
+    return Round(Pair(averaged, discriminator), told / (fakes_per_step * proposal.train.steps_per_round))
+
+
+def draw_patients(dataset: Dataset, sample_rate: float, images_per_patient: int, secret: KeyStream) -> Batch:
+    """Draw each patient independently with probability `sample_rate`, and some images of each.
+
+    Args:
+        dataset: The site's patients.
+        sample_rate: In (0, 1]; public.
+        images_per_patient: At most this many images of a drawn patient, chosen at random without replacement.
+        secret: The source of both draws.
+
+    Returns:
+        The batch; empty when nobody was drawn.
+
+    Guarantees:
+        - poisson: Every patient is in the batch with the same probability, independently of every other.
+        - all_images_of_one_row: All images of a patient share one row number.
+    """
+    drawn = np.flatnonzero(bernoulli(secret, dataset.number_of_patients, sample_rate))
+    starts = np.searchsorted(dataset.patients, drawn, side="left")
+    ends = np.searchsorted(dataset.patients, drawn, side="right")
+    chosen = [_some(range(start, end), images_per_patient, secret) for start, end in zip(starts, ends, strict=True)]
+    rows = np.concatenate([np.empty(0, np.int64), *chosen])
+    patients = np.repeat(np.arange(len(drawn)), [len(images) for images in chosen])
+    return Batch(
+        torch.from_numpy(dataset.images[rows]).float() / 127.5 - 1,
+        torch.from_numpy(dataset.labels[rows]),
+        torch.from_numpy(patients.astype(np.int64)),
+        len(drawn),
+    )
+
+
+def generator_step(
+    generator: nn.Module,
+    discriminator: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    proposal: Proposal,
+    rng: torch.Generator,
+) -> None:
+    """Take one non-saturating step of G against D.
+
+    No parameter of this function can hold a patient: what it computes is post-processing of D.
+    """
+    fakes, labels = _fakes(generator, proposal.train.generator_batch, proposal, rng)
+    loss = F.softplus(-discriminator(fakes, labels)).mean()
+    parameters = list(generator.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+def _some(rows: range, at_most: int, secret: KeyStream) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    candidates = np.arange(rows.start, rows.stop, dtype=np.int64)
+    if len(candidates) <= at_most:
+        return candidates
+    return candidates[np.argsort(uniform(secret, len(candidates)))[:at_most]]
+
+
+def _fakes(
+    generator: nn.Module, count: int, proposal: Proposal, rng: torch.Generator
+) -> tuple[Float[Tensor, "count 1 size size"], Int64[Tensor, " count"]]:
+    labels = torch.randint(max(1, len(proposal.image.classes)), (count,), generator=rng)
+    latents = torch.randn(count, proposal.model.latent_dim, generator=rng)
+    return generator(latents, labels), labels
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, generator: nn.Module, decay: float) -> None:
+    for mean, parameter in zip(averaged.parameters(), generator.parameters(), strict=True):
+        mean.lerp_(parameter, 1 - decay)

@@ -1,0 +1,159 @@
+"""Requests and replies as Flower messages, decoded strictly. Out of scope: what they mean (common/messages).
+
+One ArrayRecord ("arrays") and one ConfigRecord ("header") in a RecordDict. Everything is bounded and checked before
+an array is allocated: protocol version, the exact set of keys, sizes, dtypes, bytes left over, finite values.
+"""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.lib import format as npy
+
+from common.config import MAX_PROPOSAL_BYTES
+from common.errors import RefusalCode, WireError
+from common.messages import PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar
+
+MAX_ARRAYS = 512
+MAX_NAME_CHARACTERS = 128
+MAX_TOTAL_BYTES = 1 << 30
+MAX_SCALARS = 64
+MAX_TEXT_CHARACTERS = 256
+
+MESSAGE_TYPES = {Kind.HELLO: "query.hello", Kind.WARMUP: "train.warmup", Kind.TRAIN: "train.round"}
+
+_REQUEST_KEYS = {"protocol", "kind", "run", "round", "proposal"}
+_REPLY_KEYS = {"protocol", "kind", "run", "round", "refusal"}
+_SCALAR_PREFIX = "scalar."
+
+
+def encode_request(request: Request, node_id: int, ttl_s: float) -> Message:
+    """Make the Flower message of a request, valid for `ttl_s` seconds."""
+    header = _header(request.kind, request.run_id, request.round, request.settings)
+    header["proposal"] = request.proposal
+    return Message(
+        _content(header, request.arrays),
+        dst_node_id=node_id,
+        message_type=MESSAGE_TYPES[request.kind],
+        ttl=ttl_s,
+        group_id=str(request.round),
+    )
+
+
+def decode_request(message: Message) -> Request:
+    """Read a request strictly.
+
+    Raises:
+        WireError: The message is no request of this protocol version, or breaks a bound.
+
+    """
+    header, scalars, arrays = _read(message.content, _REQUEST_KEYS)
+    proposal = _text(header, "proposal", MAX_PROPOSAL_BYTES)
+    return Request(_kind(header), _text(header, "run"), _whole(header, "round"), proposal, scalars, arrays)
+
+
+def encode_reply(reply: Reply, request: Message) -> Message:
+    """Make the Flower message that answers `request`."""
+    header = _header(reply.kind, reply.run_id, reply.round, reply.fields)
+    header["refusal"] = reply.refusal.value if reply.refusal else ""
+    return Message(_content(header, reply.arrays), reply_to=request)
+
+
+def decode_reply(message: Message) -> Reply:
+    """Read a reply strictly.
+
+    Raises:
+        WireError: The message is no reply of this protocol version, or breaks a bound.
+
+    """
+    header, scalars, arrays = _read(message.content, _REPLY_KEYS)
+    code = _text(header, "refusal")
+    if code and code not in set(RefusalCode):
+        raise WireError(f"Expected a known refusal code, got {len(code)} characters that are none.")
+    refusal = RefusalCode(code) if code else None
+    return Reply(_kind(header), _text(header, "run"), _whole(header, "round"), refusal, scalars, arrays)
+
+
+def _header(kind: Kind, run_id: str, round_: int, scalars: Mapping[str, Scalar]) -> dict[str, Any]:
+    header: dict[str, Any] = {"protocol": PROTOCOL_VERSION, "kind": kind.value, "run": run_id, "round": round_}
+    return header | {_SCALAR_PREFIX + name: value for name, value in scalars.items()}
+
+
+def _content(header: Mapping[str, Any], arrays: Arrays) -> RecordDict:
+    record = ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+    return RecordDict({"header": ConfigRecord(dict(header)), "arrays": record})
+
+
+def _read(content: RecordDict, keys: set[str]) -> tuple[ConfigRecord, dict[str, Scalar], dict[str, npt.NDArray[Any]]]:
+    if set(content.keys()) != {"header", "arrays"}:
+        raise WireError(f"Expected the records header and arrays, got {len(content)} records.")
+    header, record = content["header"], content["arrays"]
+    if not isinstance(header, ConfigRecord) or not isinstance(record, ArrayRecord):
+        raise WireError("Expected header as ConfigRecord and arrays as ArrayRecord.")
+    if header.get("protocol") != PROTOCOL_VERSION:
+        raise WireError(f"Expected protocol version {PROTOCOL_VERSION}. Install the same release on both sides.")
+    names = {key for key in header if key.startswith(_SCALAR_PREFIX)}
+    if set(header) - names != keys or len(names) > MAX_SCALARS:
+        raise WireError(f"Expected the header keys {sorted(keys)} and at most {MAX_SCALARS} scalars.")
+    return header, {name.removeprefix(_SCALAR_PREFIX): _scalar(header[name]) for name in names}, _arrays(record)
+
+
+def _arrays(record: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
+    total_bytes = sum(len(array.data) for array in record.values())
+    if len(record) > MAX_ARRAYS or total_bytes > MAX_TOTAL_BYTES:
+        raise WireError(
+            f"Expected at most {MAX_ARRAYS} arrays and {MAX_TOTAL_BYTES} bytes, got {len(record)} and {total_bytes}."
+        )
+    if any(len(name) > MAX_NAME_CHARACTERS for name in record):
+        raise WireError(f"Expected array names of at most {MAX_NAME_CHARACTERS} characters.")
+    return {name: _array(array) for name, array in record.items()}
+
+
+def _array(array: Array) -> npt.NDArray[Any]:
+    buffer = io.BytesIO(array.data)
+    try:
+        if npy.read_magic(buffer) != (1, 0):
+            raise WireError("Expected arrays in npy format version 1.0.")
+        shape, fortran, dtype = npy.read_array_header_1_0(buffer)
+    except ValueError as error:
+        raise WireError("Expected arrays in npy format; a header does not decode.") from error
+    if dtype != np.float32 or fortran or tuple(array.shape) != shape:
+        raise WireError(f"Expected float32 in C order with the declared shape, got {dtype} {shape}.")
+    body = array.data[buffer.tell() :]
+    if len(body) != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+        raise WireError(f"Expected the bytes of shape {shape} and none left over, got {len(body)} bytes.")
+    return np.frombuffer(body, dtype=np.float32).reshape(shape)
+
+
+def _kind(header: ConfigRecord) -> Kind:
+    value = _text(header, "kind")
+    if value not in set(Kind):
+        raise WireError("Expected a known kind of request.")
+    return Kind(value)
+
+
+def _text(header: ConfigRecord, key: str, longest: int = MAX_TEXT_CHARACTERS) -> str:
+    value = header[key]
+    if not isinstance(value, str) or len(value) > longest:
+        raise WireError(f"Expected {key} as text of at most {longest} characters.")
+    return value
+
+
+def _whole(header: ConfigRecord, key: str) -> int:
+    value = header[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise WireError(f"Expected {key} as a whole number in [0, 2^31).")
+    return value
+
+
+def _scalar(value: object) -> Scalar:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise WireError("Expected scalars as whole numbers, floats or texts.")
+    if isinstance(value, str) and len(value) > MAX_TEXT_CHARACTERS:
+        raise WireError(f"Expected texts of at most {MAX_TEXT_CHARACTERS} characters.")
+    if isinstance(value, float) and not np.isfinite(value):
+        raise WireError("Expected finite scalars.")
+    return value

@@ -1,0 +1,146 @@
+"""The ServerApp: the round loop. Ours, because Flower's waits for ever, dies of one bad reply and cannot resume.
+
+Read `federate` top to bottom; everything else here connects it to Flower, to a terminal and to the run folder.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.config import Config, build_config, read_config
+from common.errors import ConfigError, FederationError
+from common.generate import save_sheet
+from server import checkpoint, display
+from server.checkpoint import State
+from server.exchange import PERMANENT
+from server.records import Progress, RoundRecord, read_records, write_records
+from server.results import write_results
+from server.roster import greet, wait_for_sites
+from server.rounds import averaged_pair, train, warm_up
+from server.run_folder import RunFolder, open_run
+
+ATTEMPTS_A_ROUND = 3
+RETRY_AFTER_S = 2.0
+
+Event = Progress | RoundRecord
+
+
+@final
+@dataclass(frozen=True)
+class Job:
+    """A run that is about to start: its configuration, its folder, and the wish to stop after the round under way."""
+
+    config: Config
+    folder: RunFolder
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def federate(grid: Grid, job: Job) -> Iterator[Event]:
+    """Run the federation from where its folder stands, and yield what happens.
+
+    Args:
+        grid: Flower's grid: in this process, on Ray, or over the network.
+        job: Configuration, folder and the flag that asks for a stop after the round.
+
+    Yields:
+        Progress inside a round, and a record after each round, once it is real.
+
+    Raises:
+        FederationError: Too few sites connected, or none was heard in three attempts at a round.
+        StorageError: A checkpoint could not be written; the one before stands.
+    """
+    config, folder = job.config, job.folder
+    state = checkpoint.load_latest(folder.checkpoints)
+    records = [record for record in read_records(folder.metrics) if state and record.round <= state.round]
+    wait_for_sites(grid, config)
+    members = greet(grid, config, folder.run_id, {})
+    attempts = 0
+    while state is None or (state.round < config.federation.rounds and not job.stop.is_set()):
+        number = 0 if state is None else state.round + 1
+        if state is None:
+            events = warm_up(grid, config, members, folder.run_id)  # 1 the one-shot release, and the fit to it
+        else:
+            members = greet(grid, config, folder.run_id, members)  # 1 who
+            events = train(grid, config, members, state)  # 2 weights out, updates in, combined, stepped
+        for event in events:
+            if isinstance(event, Progress):
+                yield event
+                continue
+            after, record = event
+            if after is None:  # 3 too few sites: nothing changed, no site is charged twice for the same round
+                if state is not None and _nobody_can_go_on(record):
+                    return
+                attempts += 1
+                if attempts == ATTEMPTS_A_ROUND:
+                    raise FederationError(_too_few(config, record))
+                job.stop.wait(RETRY_AFTER_S)
+                continue
+            state, attempts = after, 0
+            records.append(record)
+            write_records(folder.metrics, records)
+            save_sheet(folder.samples / f"round-{number:04d}.png", averaged_pair(config, state).generator, config)
+            checkpoint.save(folder.checkpoints, state)  # 4 only now is the round real
+            yield record
+
+
+def run(grid: Grid, job: Job) -> None:
+    """Run the federation on a terminal or in a log, and write its results.
+
+    Raises:
+        FederationError: As `federate`.
+        StorageError: A file could not be written.
+    """
+    with display.open_display(job.config) as show:
+        for event in federate(grid, job):
+            show(event)
+    state = checkpoint.load_latest(job.folder.checkpoints)
+    if state is not None and (not job.stop.is_set() or state.round >= job.config.federation.rounds):
+        write_results(job.config, job.folder, state, read_records(job.folder.metrics))
+
+
+def make_app(job: Job | None = None) -> ServerApp:
+    """Make the ServerApp of a given job, or of the one that Flower's run configuration describes."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:  # pyright: ignore[reportUnusedFunction]
+        run(grid, job or job_from(context))
+
+    return app
+
+
+def job_from(context: Context) -> Job:
+    """Read a job from Flower's run configuration: `config` (a TOML file), `out`, `sites`, `resume`.
+
+    Raises:
+        ConfigError: A value is missing or wrong.
+        ResumeError: The folder does not fit.
+    """
+    values = context.run_config
+    config_path, out = values.get("config", ""), values.get("out", "")
+    if not isinstance(config_path, str) or not isinstance(out, str) or not out:
+        raise ConfigError('Expected the run configuration to hold config = "PATH or empty" and out = "FOLDER".')
+    changes = {f"federation.{key}": values[key] for key in ("rounds", "seed") if key in values}
+    changes |= {"simulation.sites": values["sites"]} if "sites" in values else {}
+    config = build_config(read_config(Path(config_path)) if config_path else {}, changes)
+    return Job(config, open_run(Path(out), config, bool(values.get("resume", False))))
+
+
+def _nobody_can_go_on(record: RoundRecord) -> bool:
+    return bool(record.refused) and not record.sites and set(record.refused.values()) <= PERMANENT
+
+
+def _too_few(config: Config, record: RoundRecord) -> str:
+    codes = ", ".join(f"{site}: {code}" for site, code in record.refused.items()) or "nobody answered"
+    return (
+        f"Round {record.round} heard {len(record.sites)} sites in {ATTEMPTS_A_ROUND} attempts; "
+        f"federation.min_sites={config.federation.min_sites} are needed ({codes}). Mend the sites, then run again with --resume."
+    )
+
+
+app = make_app()

@@ -1,0 +1,112 @@
+"""Checkpoints of the round loop: one safetensors file a round, written whole or not at all, versioned, no pickle."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from common.errors import ResumeError
+from common.files import make_folder, write_atomic
+from server.aggregation import OptimizerState
+
+VERSION = 1
+KEPT = 3
+_NAME = re.compile(r"round-(\d{6})\.safetensors")
+
+
+@final
+@dataclass(frozen=True)
+class State:
+    """Everything that the next round depends on.
+
+    Attributes:
+        run_id: The run, as the sites know it.
+        digest: Digest of the proposal.
+        round: The last finished round; 0 after the warm-up.
+        weights: Global weights of both networks.
+        averaged: Their moving average over rounds; its generator is the result.
+        optimizer: Moments of the server optimiser.
+        d_steps_per_g_step: The rung of the ladder, or the fixed number.
+        fake_accuracy: Moving average that the ladder reads.
+        g_steps_on_rung: Generator steps since the last change of rung.
+    """
+
+    run_id: str
+    digest: str
+    round: int
+    weights: Mapping[str, npt.NDArray[Any]]
+    averaged: Mapping[str, npt.NDArray[Any]]
+    optimizer: OptimizerState = field(default_factory=OptimizerState)
+    d_steps_per_g_step: int = 1
+    fake_accuracy: float = 1.0
+    g_steps_on_rung: int = 0
+
+
+def save(folder: Path, state: State) -> None:
+    """Write a checkpoint and drop those before the last three.
+
+    Raises:
+        StorageError: The disk is full or the folder not writable; the checkpoints before it stand.
+    """
+    make_folder(folder)
+    header = {
+        "version": VERSION,
+        "run_id": state.run_id,
+        "digest": state.digest,
+        "round": state.round,
+        "d_steps_per_g_step": state.d_steps_per_g_step,
+        "fake_accuracy": state.fake_accuracy,
+        "g_steps_on_rung": state.g_steps_on_rung,
+    }
+    groups = {"weights": state.weights, "averaged": state.averaged}
+    groups |= {"first": state.optimizer.first, "second": state.optimizer.second}
+    tensors = {
+        f"{group}/{name}": np.ascontiguousarray(a) for group, arrays in groups.items() for name, a in arrays.items()
+    }
+    content = save_tensors(tensors, metadata={"fedmedgan-checkpoint": json.dumps(header)})
+    write_atomic(folder / f"round-{state.round:06d}.safetensors", content)
+    for path in _paths(folder)[:-KEPT]:
+        path.unlink()
+
+
+def load_latest(folder: Path) -> State | None:
+    """Load the newest checkpoint, or None where there is none.
+
+    Raises:
+        ResumeError: It is damaged or of another version.
+    """
+    paths = _paths(folder)
+    if not paths:
+        return None
+    try:
+        content = paths[-1].read_bytes()
+        tensors = load_tensors(content)
+        header_bytes = int.from_bytes(content[:8], "little")
+        header = json.loads(json.loads(content[8 : 8 + header_bytes])["__metadata__"]["fedmedgan-checkpoint"])
+        version = header.pop("version")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ResumeError(
+            f"The checkpoint {paths[-1]} does not read ({type(error).__name__}). Delete it to resume from the one before."
+        ) from error
+    if version != VERSION:
+        raise ResumeError(
+            f"Expected a checkpoint of version {VERSION}, got {version}. Resume with the release that wrote it."
+        )
+    groups: dict[str, dict[str, npt.NDArray[Any]]] = {"weights": {}, "averaged": {}, "first": {}, "second": {}}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        groups[group][name] = tensor
+    optimizer = OptimizerState(groups["first"], groups["second"])
+    return State(weights=groups["weights"], averaged=groups["averaged"], optimizer=optimizer, **header)
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("round-*.safetensors") if _NAME.fullmatch(path.name))

@@ -1,0 +1,89 @@
+"""What the coordinator writes of each round: one line of metrics.jsonl, the source of display, report and recomputation.
+
+Every number in it is public or an output of a charged release. Out of scope: drawing it (server/display, report).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from common.errors import ResumeError
+from common.files import write_atomic
+
+
+@final
+@dataclass(frozen=True)
+class SiteRelease:
+    """One site's part of a round: what it released and what that cost."""
+
+    declared_patients: int
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    epsilon_spent: float
+    epsilon_allowed: float
+
+
+@final
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round; round 0 is the warm-up.
+
+    Attributes:
+        round: Its number.
+        sites: The sites whose releases were combined.
+        refused: The code of each site that gave none.
+        fake_accuracy: Mean over the sites of D's accuracy on fakes; None for the warm-up.
+        d_steps_per_g_step: Private steps for each generator step; None for the warm-up.
+        update_norm: L2 norm of the change of the global weights; for the warm-up the last loss of the fit.
+        seconds: Wall time at the coordinator.
+        upload_bytes: Bytes of weights or sums received, all sites together.
+    """
+
+    round: int
+    sites: Mapping[str, SiteRelease]
+    refused: Mapping[str, str]
+    fake_accuracy: float | None
+    d_steps_per_g_step: int | None
+    update_norm: float
+    seconds: float
+    upload_bytes: int
+
+
+@final
+@dataclass(frozen=True)
+class Progress:
+    """A step inside a round, for display only: which site was heard, or how far the fit is."""
+
+    round: int
+    done: int
+    of: int
+    what: str
+    sites: Mapping[str, SiteRelease] = field(default_factory=dict[str, SiteRelease])
+
+
+def read_records(path: Path) -> list[RoundRecord]:
+    """Read metrics.jsonl.
+
+    Raises:
+        ResumeError: A line does not decode.
+    """
+    if not path.exists():
+        return []
+    records: list[RoundRecord] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            fields: dict[str, Any] = json.loads(line)
+            sites = {name: SiteRelease(**site) for name, site in fields.pop("sites").items()}
+            records.append(RoundRecord(sites=sites, **fields))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ResumeError(f"Line {number} of {path} is no round record. Restore the file or start anew.") from error
+    return records
+
+
+def write_records(path: Path, records: list[RoundRecord]) -> None:
+    """Write metrics.jsonl anew: every record up to now, so that a resumed run never leaves a round twice."""
+    lines = [json.dumps(asdict(record), allow_nan=False) for record in records]
+    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())

@@ -1,0 +1,73 @@
+"""Who takes part: the sites that answered the greeting, with the plan that follows from what they declared."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from flwr.serverapp import Grid
+
+from common.config import Config
+from common.errors import ConfigError, FederationError
+from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
+from common.privacy import Plan, plan
+from server.exchange import POLL_S, ask
+
+MAX_DECLARED_PATIENTS = 100_000_000
+
+
+@final
+@dataclass(frozen=True)
+class Member:
+    """A site in the federation."""
+
+    name: str
+    node_id: int
+    declared_patients: int
+    plan: Plan
+
+
+def wait_for_sites(grid: Grid, config: Config) -> None:
+    """Wait until all expected sites are connected, or as many as there must be when the time is over.
+
+    Raises:
+        FederationError: Fewer than `federation.min_sites` connected in `federation.connect_timeout_s`.
+    """
+    deadline = time.monotonic() + config.federation.connect_timeout_s
+    while len(list(grid.get_node_ids())) < config.simulation.sites and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    connected = len(list(grid.get_node_ids()))
+    if connected < config.federation.min_sites:
+        raise FederationError(
+            f"Expected at least federation.min_sites={config.federation.min_sites} sites within "
+            f"{config.federation.connect_timeout_s:.0f} s, {connected} connected. Start the sites, then resume."
+        )
+
+
+def greet(grid: Grid, config: Config, run_id: str, known: Mapping[str, Member]) -> dict[str, Member]:
+    """Ask every node that is not yet known who it is, and return all members by name, sorted.
+
+    A node that does not answer, declares nonsense or takes a known name is left out; it is asked again next round.
+    """
+    known_nodes = {member.node_id for member in known.values()}
+    present = set(grid.get_node_ids())
+    members = {name: member for name, member in known.items() if member.node_id in present}
+    new = sorted(present - known_nodes)
+    requests = {node_id: Request(Kind.HELLO, run_id, 0, config.proposal()) for node_id in new}
+    for answer in ask(grid, requests, config.federation.connect_timeout_s):
+        member = _member(config, answer.node_id, answer.reply) if answer.reply else None
+        if member is not None and member.name not in members:
+            members[member.name] = member
+    return dict(sorted(members.items()))
+
+
+def _member(config: Config, node_id: int, reply: Reply) -> Member | None:
+    name, declared = reply.fields.get("site"), reply.fields.get("declared_patients")
+    if reply.arrays or reply.fields.get("protocol") != PROTOCOL_VERSION:
+        return None
+    if not isinstance(name, str) or not isinstance(declared, int) or not 0 < declared <= MAX_DECLARED_PATIENTS:
+        return None
+    try:
+        return Member(name, node_id, declared, plan(config, declared))
+    except ConfigError:
+        return None

@@ -1,0 +1,165 @@
+"""The parts of a round: collect and combine the sites' releases, fit the warm-up, step the global weights.
+
+Read the loop in server/app first. Out of scope: drawing and writing (server/app, display, report).
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.serverapp import Grid
+
+from common.config import Config
+from common.errors import WireError
+from common.features import feature_dim, feature_map
+from common.messages import Arrays, Kind, Reply, Request, size_bytes
+from common.models import Pair, build
+from common.privacy import Charge
+from common.weights import check_arrays, get_weights, set_weights, weight_shapes
+from server import aggregation, robust
+from server.aggregation import MeanState
+from server.checkpoint import State
+from server.exchange import ask
+from server.ladder import climb, first_rung
+from server.records import Progress, RoundRecord, SiteRelease
+from server.roster import Member
+from server.warmup import fit_generator
+
+Members = Mapping[str, Member]
+Outcome = tuple[State | None, RoundRecord]
+"""The state after a round, or None where too few sites were heard; and the round's record."""
+
+
+@final
+@dataclass
+class Heard:
+    """What a round has heard so far; filled while answers come in."""
+
+    sites: dict[str, SiteRelease] = field(default_factory=dict[str, SiteRelease])
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+    fake_accuracy: list[float] = field(default_factory=list[float])
+    upload_bytes: int = 0
+
+
+def initial_pair(config: Config) -> Pair:
+    """Build the pair that a run starts from; its weights depend on the seed only."""
+    rng = torch.Generator().manual_seed(config.federation.seed)
+    return build(config.model, config.image, len(config.image.classes), rng)
+
+
+def releases(
+    grid: Grid, config: Config, members: Members, request: Request, shapes: Mapping[str, tuple[int, ...]], heard: Heard
+) -> Iterator[tuple[Member, Arrays]]:
+    """Ask all members the same and yield each valid release, in the order of names.
+
+    Args:
+        grid: Flower's grid.
+        config: The run's configuration.
+        members: Whom to ask.
+        request: What.
+        shapes: The arrays that a release must hold, exactly.
+        heard: Filled on the way.
+    """
+    by_node = {member.node_id: member for member in members.values()}
+    requests = dict.fromkeys(by_node, request)
+    for answer in ask(grid, requests, config.federation.round_timeout_s):
+        member, reply = by_node[answer.node_id], answer.reply
+        if reply is None:
+            heard.refused[member.name] = answer.code
+            continue
+        try:
+            check_arrays(reply.arrays, shapes)
+            heard.sites[member.name] = _release(member, reply, config, request.kind)
+        except WireError:
+            heard.refused[member.name] = "malformed-reply"
+            continue
+        heard.upload_bytes += size_bytes(reply.arrays)
+        accuracy = reply.fields.get("fake_accuracy")
+        heard.fake_accuracy += [accuracy] if isinstance(accuracy, float) and 0 <= accuracy <= 1 else []
+        yield member, reply.arrays
+
+
+def warm_up(grid: Grid, config: Config, members: Members, run_id: str) -> Iterator[Progress | Outcome]:
+    """Collect the noisy sums and fit the generator to them; yield progress, and in the end the outcome."""
+    started = time.monotonic()
+    torch.set_num_threads(config.performance.threads)
+    pair, heard = initial_pair(config), Heard()
+    loss = 0.0
+    if config.warmup.share > 0:
+        features = feature_map(config.image.size)
+        shape = (len(config.image.classes), feature_dim(features))
+        total, variance = np.zeros(shape), 0.0
+        request = Request(Kind.WARMUP, run_id, 0, config.proposal())
+        for member, arrays in releases(grid, config, members, request, {"embedding": shape}, heard):
+            total += arrays["embedding"]
+            variance += member.plan.warmup_noise_multiplier**2
+            yield Progress(0, len(heard.sites), len(members), "sites", dict(heard.sites))
+        if len(heard.sites) < config.federation.min_sites:
+            yield None, _record(0, heard, None, loss, started)
+            return
+        rng = torch.Generator().manual_seed(config.federation.seed + 1)
+        noisy_sum, noise_std = torch.from_numpy(total), math.sqrt(variance)
+        latent = config.model.latent_dim
+        for fit in fit_generator(pair.generator, noisy_sum, noise_std, features, config.warmup, latent, rng):
+            loss = fit.loss
+            yield Progress(0, fit.step, config.warmup.steps, "fit", dict(heard.sites))
+    weights = get_weights(pair)
+    state = State(run_id, config.digest(), 0, weights, weights, d_steps_per_g_step=first_rung(config.train))
+    yield state, _record(0, heard, None, loss, started)
+
+
+def train(grid: Grid, config: Config, members: Members, state: State) -> Iterator[Progress | Outcome]:
+    """Run one training round; yield progress, and in the end the outcome."""
+    started = time.monotonic()
+    number, heard = state.round + 1, Heard()
+    settings = {"d_steps_per_g_step": state.d_steps_per_g_step}
+    request = Request(Kind.TRAIN, state.run_id, number, config.proposal(), settings, state.weights)
+    shapes = {name: tuple(array.shape) for name, array in state.weights.items()}
+    mean, updates = MeanState(), list[Arrays]()
+    for member, arrays in releases(grid, config, members, request, shapes, heard):
+        if config.server.aggregation == "mean":
+            weight = member.declared_patients if config.server.weights == "declared" else 1
+            mean = aggregation.add_to_mean(mean, arrays, float(weight))
+        else:
+            updates.append(arrays)
+        yield Progress(number, len(heard.sites), len(members), "sites", dict(heard.sites))
+    if len(heard.sites) < config.federation.min_sites:
+        yield None, _record(number, heard, state.d_steps_per_g_step, 0.0, started)
+        return
+    combined = mean.mean if not updates else robust.combine(config.server.aggregation, updates)
+    moved, optimizer = aggregation.step(config.server, state.weights, combined, state.optimizer)
+    averaged = aggregation.average(state.averaged, moved, config.server.ema_decay)
+    change = aggregation.norm(moved[name] - state.weights[name] for name in moved)
+    record = _record(number, heard, state.d_steps_per_g_step, change, started)
+    after = replace(state, round=number, weights=moved, averaged=averaged, optimizer=optimizer)
+    yield climb(config.train, after, record.fake_accuracy if record.fake_accuracy is not None else 1.0), record
+
+
+def averaged_pair(config: Config, state: State) -> Pair:
+    """Return the pair with the averaged weights: its generator is the run's result so far."""
+    pair = initial_pair(config)
+    set_weights(pair, state.averaged)
+    return pair
+
+
+def _release(member: Member, reply: Reply, config: Config, kind: Kind) -> SiteRelease:
+    spent, allowed = reply.fields.get("epsilon_spent"), reply.fields.get("epsilon_allowed")
+    if not isinstance(spent, float) or not isinstance(allowed, float):
+        raise WireError("Expected epsilon_spent and epsilon_allowed as floats.")
+    warmup = kind is Kind.WARMUP
+    charge: Charge = (
+        member.plan.charge_of_warmup() if warmup else member.plan.charge_of_round(config.train.steps_per_round)
+    )
+    noise, rate, steps = charge.noise_multiplier, charge.sample_rate, charge.steps
+    return SiteRelease(member.declared_patients, noise, rate, steps, spent, allowed)
+
+
+def _record(number: int, heard: Heard, d_steps: int | None, change: float, started: float) -> RoundRecord:
+    accuracy = sum(heard.fake_accuracy) / len(heard.fake_accuracy) if heard.fake_accuracy else None
+    seconds = round(time.monotonic() - started, 3)
+    return RoundRecord(number, heard.sites, heard.refused, accuracy, d_steps, change, seconds, heard.upload_bytes)

@@ -1,0 +1,124 @@
+"""The run folder: where a run's files are, and whether a run may start or go on in it.
+
+config.toml             the whole effective configuration
+run.json                the run's id and state
+checkpoints/            one file a round, the last three
+metrics.jsonl           one line a round
+samples/                sheets of the same latents over the rounds
+generator.safetensors   the result, with generator.json
+privacy.json            the guarantee, per site
+report.html             everything to look at, in one file
+"""
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from common.config import Config, build_config, read_config, to_toml
+from common.errors import ResumeError
+from common.files import make_folder, write_atomic
+
+FREE_SECTIONS = frozenset({"run", "performance"})
+"""Sections that may change between start and resume, since they change where and how fast, never what."""
+
+
+@final
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder and id."""
+
+    path: Path
+    run_id: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """Return the path of the round records."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Return the folder of the sample sheets."""
+        return self.path / "samples"
+
+
+def next_folder(parent: Path) -> Path:
+    """Return the path of the next run folder (run-0001, run-0002, …) below `parent`."""
+    numbers = [int(path.name[4:]) for path in parent.glob("run-[0-9]*") if path.name[4:].isdigit()]
+    return parent / f"run-{max(numbers, default=0) + 1:04d}"
+
+
+def latest_folder(parent: Path) -> Path:
+    """Return the newest run folder below `parent`.
+
+    Raises:
+        ResumeError: There is none.
+    """
+    folders = sorted(parent.glob("run-[0-9]*"))
+    if not folders:
+        raise ResumeError(f"No run stands in {parent}. Name the folder with --out, or start without --resume.")
+    return folders[-1]
+
+
+def stored_tree(path: Path) -> dict[str, Any]:
+    """Return the configuration that a run started with, as plain values.
+
+    Raises:
+        ResumeError: No run stands there.
+    """
+    if not (path / "config.toml").exists() or not (path / "run.json").exists():
+        raise ResumeError(f"No run stands in {path}. Name a run folder with --out, or start without --resume.")
+    return read_config(path / "config.toml")
+
+
+def open_run(path: Path, config: Config, resume: bool) -> RunFolder:
+    """Start a run in a folder, or take up the one that stands there.
+
+    Args:
+        path: The folder; made when it does not exist.
+        config: The whole effective configuration.
+        resume: Take up instead of start.
+
+    Raises:
+        ResumeError: A run stands there and `resume` is false; or none stands there, or it has another configuration.
+        StorageError: The folder cannot be written.
+    """
+    if resume:
+        _check_same(path, config)
+        run_id = json.loads((path / "run.json").read_text(encoding="utf-8"))["run_id"]
+        return RunFolder(make_folder(path), run_id)
+    if (path / "run.json").exists():
+        raise ResumeError(f"A run stands in {path} already. Add --resume to go on with it, or choose another --out.")
+    folder = RunFolder(make_folder(path), secrets.token_hex(8))
+    make_folder(folder.checkpoints)
+    make_folder(folder.samples)
+    write_atomic(path / "config.toml", to_toml(config).encode())
+    write_atomic(path / "run.json", json.dumps({"version": 1, "run_id": folder.run_id}).encode())
+    return folder
+
+
+def _check_same(path: Path, config: Config) -> None:
+    stored = build_config(stored_tree(path))
+    different = [
+        f"{section}.{key} = {_short(old)} there, {_short(getattr(getattr(config, section), key))} here"
+        for section in Config.model_fields
+        if section not in FREE_SECTIONS
+        for key, old in getattr(stored, section)
+        if old != getattr(getattr(config, section), key)
+    ]
+    if different:
+        raise ResumeError(
+            f"The run in {path} has another configuration: {'; '.join(different)}. "
+            "Resume without these flags, or start a new run with another --out."
+        )
+
+
+def _short(value: Mapping[str, Any] | Any) -> str:
+    return json.dumps(value, default=str)

@@ -1,0 +1,1 @@
+"""Made-up patients: chest images that look like radiographs, written as DICOM files; nobody stands behind them."""
