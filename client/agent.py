@@ -151,9 +151,9 @@ def _check_request(request: Request) -> Proposal:
     if request.kind is Kind.WARMUP and (request.round != 0 or proposal.warmup.share == 0):
         raise WireError("Expected a warm-up only in round 0 of a proposal with warmup.share > 0.")
     d_steps = request.settings.get("d_steps_per_g_step")
-    wanted = {"d_steps_per_g_step"} if request.kind is Kind.TRAIN else set[str]()
-    if request.settings.keys() != wanted or (wanted and d_steps not in range(1, MAX_D_STEPS + 1)):
-        raise WireError(f"Expected the settings {sorted(wanted)} with whole numbers in [1, {MAX_D_STEPS}].")
+    wanted = ["d_steps_per_g_step"] if request.kind is Kind.TRAIN else []
+    if list(request.settings) != wanted or (wanted and d_steps not in range(1, MAX_D_STEPS + 1)):
+        raise WireError(f"Expected the settings {wanted} with whole numbers in [1, {MAX_D_STEPS}].")
     return proposal
 
 
@@ -171,7 +171,7 @@ def _weights_of(site: Site, request: Request, proposal: Proposal) -> tuple[Pair 
 def _warmup(site: Site, dataset: Dataset, proposal: Proposal, agreed: Plan) -> dict[str, npt.NDArray[Any]]:
     features = feature_map(proposal.image.size)
     sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), features)
-    noise = gaussian(site.secrets("warmup"), tuple(sums.shape), agreed.warmup_noise_multiplier)
+    noise = gaussian(site.secrets("warmup"), tuple(sums.shape), agreed.charge_of_warmup().noise_multiplier)
     return {"embedding": (sums.float() + noise).numpy()}
 
 

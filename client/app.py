@@ -45,7 +45,7 @@ def _forward(kind: Kind, message: Message, context: Context, connect_to_agent: C
         LOG.warning("refused a message: %s", error)
         return Reply(kind, "", 0, RefusalCode.BAD_REQUEST)
     except OSError as error:
-        LOG.error("the agent does not answer: %s", error)  # noqa: TRY400  # expected while the agent restarts
+        LOG.error("the agent does not answer: %s", error)  # expected while the agent restarts
         return Reply(kind, "", 0, RefusalCode.UNREACHABLE)
     except Exception:  # the process edge: Flower would send the text of an exception to the coordinator
         LOG.exception("the agent failed")

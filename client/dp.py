@@ -4,6 +4,7 @@ The mechanism is a Gaussian on a sum of clipped contributions, one for each samp
 Out of scope: who is sampled and when (client/train), what it costs (common/privacy). Only client/train imports this.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import final
 
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from common.config import PrivacyConfig, TrainConfig
 from common.crypto import KeyStream
 from common.noise import gaussian
+
+# Opacus' hooks sit on the first layer too, whose input, an image, needs no gradient; torch says so at every step.
+warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
 
 
 @final
@@ -109,12 +113,13 @@ def private_step(
     (F.softplus(-real).sum() + F.softplus(fake).sum()).backward()
     private.hooks.disable_hooks()
     rows = _rows(batch, len(fakes))
-    for parameter in optimizer.params:
-        parameter.grad_sample = _by_patient(parameter.grad_sample, rows, batch, len(fakes))
+    for parameter, grad_sample in zip(optimizer.params, optimizer.grad_samples, strict=True):
+        setattr(parameter, "grad_sample", _by_patient(grad_sample, rows, batch, len(fakes)))  # noqa: B010  # Opacus' own
     optimizer.clip_and_accumulate()
     std = private.noise_multiplier * optimizer.max_grad_norm
     for parameter in optimizer.params:
-        parameter.grad = parameter.summed_grad + gaussian(secret, tuple(parameter.shape), std)
+        summed: Tensor = getattr(parameter, "summed_grad")  # noqa: B009  # attribute of Opacus, unknown to torch's types
+        parameter.grad = summed + gaussian(secret, tuple(parameter.shape), std)
     optimizer.scale_grad()
     optimizer.original_optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -153,5 +153,5 @@ def read_site_config(home: Home) -> SiteConfig:
         return SiteConfig.model_validate(tomllib.loads((home.folder / "site.toml").read_text(encoding="utf-8")))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise ConfigError(
-            f"Could not read site.toml in the home folder: {type(error).__name__}. Write it anew: data = PATH, label = …"
+            f"Could not read site.toml in the home folder: {type(error).__name__}. Write it anew: data = PATH"
         ) from error

@@ -61,7 +61,7 @@ def train_round(
     """
     generator, discriminator = pair.generator.train(), pair.discriminator.train()
     averaged = copy.deepcopy(generator)
-    noise_multiplier = plan.train_noise_multiplier or 0.0
+    noise_multiplier = plan.charge_of_round(proposal.train.steps_per_round).noise_multiplier
     private = private_optimizer(discriminator, proposal.privacy, proposal.train, noise_multiplier, plan.divisor)
     adam = torch.optim.Adam(generator.parameters(), lr=proposal.train.learning_rate_g, betas=(0.5, 0.999))
     fakes_per_step, told = max(1, round(plan.divisor)), 0

@@ -189,7 +189,8 @@ class PerformanceConfig(Section):
 class RunConfig(Section):
     """Where a run stands and how it starts; outside the digest."""
 
-    out: str = "runs/latest"
+    out: str = ""
+    """Run folder; empty: the next runs/run-NNNN, or with resume the newest."""
     resume: bool = False
     dry_run: bool = False
 

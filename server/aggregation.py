@@ -97,10 +97,7 @@ def norm(arrays: Iterable[npt.NDArray[Any]]) -> float:
 
 def _second_moment(config: ServerConfig, state: OptimizerState, name: str, change: Any) -> npt.NDArray[Any]:
     square = np.square(change)
-    if name not in state.second:
-        old = np.full_like(square, config.adaptivity**2)
-    else:
-        old = np.asarray(state.second[name])
+    old = np.asarray(state.second[name]) if name in state.second else np.full_like(square, config.adaptivity**2)
     b2 = config.second_momentum
     if config.optimizer == "adam":
         return b2 * old + (1 - b2) * square

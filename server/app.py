@@ -16,7 +16,6 @@ from common.config import Config, build_config, read_config
 from common.errors import ConfigError, FederationError
 from common.generate import save_sheet
 from server import checkpoint, display
-from server.checkpoint import State
 from server.exchange import PERMANENT
 from server.records import Progress, RoundRecord, read_records, write_records
 from server.results import write_results
@@ -139,7 +138,7 @@ def _too_few(config: Config, record: RoundRecord) -> str:
     codes = ", ".join(f"{site}: {code}" for site, code in record.refused.items()) or "nobody answered"
     return (
         f"Round {record.round} heard {len(record.sites)} sites in {ATTEMPTS_A_ROUND} attempts; "
-        f"federation.min_sites={config.federation.min_sites} are needed ({codes}). Mend the sites, then run again with --resume."
+        f"federation.min_sites={config.federation.min_sites} are needed ({codes}). Mend the sites, then use --resume."
     )
 
 

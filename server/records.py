@@ -1,4 +1,4 @@
-"""What the coordinator writes of each round: one line of metrics.jsonl, the source of display, report and recomputation.
+"""What the coordinator writes of each round: a line of metrics.jsonl, the source of display, report and recomputation.
 
 Every number in it is public or an output of a charged release. Out of scope: drawing it (server/display, report).
 """

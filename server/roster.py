@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from flwr.serverapp import Grid
-
 from common.config import Config
 from common.errors import ConfigError, FederationError
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from common.privacy import Plan, plan
-from server.exchange import POLL_S, ask
+from server.exchange import POLL_S, Grid, ask
 
 MAX_DECLARED_PATIENTS = 100_000_000
 

@@ -7,12 +7,10 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import final
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from flwr.serverapp import Grid
 
 from common.config import Config
 from common.errors import WireError
@@ -20,11 +18,11 @@ from common.features import feature_dim, feature_map
 from common.messages import Arrays, Kind, Reply, Request, size_bytes
 from common.models import Pair, build
 from common.privacy import Charge
-from common.weights import check_arrays, get_weights, set_weights, weight_shapes
+from common.weights import check_arrays, get_weights, set_weights
 from server import aggregation, robust
 from server.aggregation import MeanState
 from server.checkpoint import State
-from server.exchange import ask
+from server.exchange import Grid, ask
 from server.ladder import climb, first_rung
 from server.records import Progress, RoundRecord, SiteRelease
 from server.roster import Member
@@ -97,7 +95,7 @@ def warm_up(grid: Grid, config: Config, members: Members, run_id: str) -> Iterat
         request = Request(Kind.WARMUP, run_id, 0, config.proposal())
         for member, arrays in releases(grid, config, members, request, {"embedding": shape}, heard):
             total += arrays["embedding"]
-            variance += member.plan.warmup_noise_multiplier**2
+            variance += member.plan.charge_of_warmup().noise_multiplier ** 2
             yield Progress(0, len(heard.sites), len(members), "sites", dict(heard.sites))
         if len(heard.sites) < config.federation.min_sites:
             yield None, _record(0, heard, None, loss, started)

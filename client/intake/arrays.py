@@ -14,7 +14,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -233,9 +233,9 @@ def _read(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def _opened(path: Path) -> Generator[zipfile.ZipFile, None, None]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except _DAMAGED as error:
-        raise IntakeError("The NPZ is damaged or not an NPZ. Export it again with numpy.savez_compressed.") from error
+    except _DAMAGED:  # the cause quotes the file, so it is dropped
+        raise IntakeError("The NPZ is damaged or not an NPZ. Export it again with numpy.savez_compressed.") from None

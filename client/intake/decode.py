@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64
 
 from client.intake import arrays, dicom, images
 from client.intake.dataset import Dataset
+from client.intake.isolation import DecoderProcess
 from client.intake.pixels import Square, fit
 from client.intake.records import Record, Scan
 from client.intake.refusals import Reason, Refused, describe, quiet
@@ -42,8 +44,8 @@ def read(scan: Scan, classes: Sequence[str], size: int) -> tuple[Dataset, Mappin
     wanted = _wanted(scan.records, classes, refused)
     pixels = np.empty((len(wanted), 1, size, size), dtype=np.uint8)
     kept: list[Record] = []
-    with quiet():
-        for record, square in zip(wanted, _squares(wanted, size), strict=True):
+    with quiet(), DecoderProcess() as decoder:
+        for record, square in zip(wanted, _squares(wanted, size, decoder), strict=True):
             if isinstance(square, str):
                 refused[square] += 1
             else:
@@ -65,7 +67,7 @@ def _wanted(records: Sequence[Record], classes: Sequence[str], refused: Counter[
     return sorted((record for record in records if record.label in known), key=attrgetter("patient"))
 
 
-def _squares(records: Sequence[Record], size: int) -> Iterator[Square | str]:
+def _squares(records: Sequence[Record], size: int, decoder: DecoderProcess) -> Iterator[Square | str]:
     """Yield for each record its pixels or the reason why it is refused; an NPZ is opened once."""
     for path, group in groupby(records, key=attrgetter("path")):
         rows = [record.row for record in group]
@@ -73,19 +75,21 @@ def _squares(records: Sequence[Record], size: int) -> Iterator[Square | str]:
         if in_array:
             yield from arrays.decode_rows(path, in_array, size)
         else:
-            yield from (_square(path, size) for _ in rows)
+            yield from (_square(path, size, decoder) for _ in rows)
 
 
-def _square(path: Path, size: int) -> Square | str:
+def _square(path: Path, size: int, decoder: DecoderProcess) -> Square | str:
     try:
-        return fit(dicom.decode(path) if dicom.is_dicom(path) else images.decode(path), size)
+        if not dicom.is_dicom(path):
+            return fit(images.decode(path), size)
+        return decoder.square(path, size) if dicom.is_compressed(path) else fit(dicom.decode(path), size)
     except Refused as refusal:
         return refusal.reason
     except OSError:  # the file went away since the scan
         return str(Reason.MISSING)
 
 
-def _patient_numbers(records: Sequence[Record]) -> np.ndarray:
+def _patient_numbers(records: Sequence[Record]) -> Int64[np.ndarray, "images"]:
     keys = [record.patient for record in records]
-    new = [False, *(before != after for before, after in zip(keys, keys[1:], strict=False))]
+    new = [False, *(before != after for before, after in pairwise(keys))]
     return np.cumsum(new, dtype=np.int64)

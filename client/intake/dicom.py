@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Float64, Num
 from pydicom import Dataset, dcmread
 from pydicom.datadict import tag_for_keyword
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, UID_dictionary
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, JPEGExtended12Bit, RLELossless, UID_dictionary
 
 from client.intake.pixels import MAX_FILE_BYTES, Grey, check_size, full_range, luminance
 from client.intake.records import ALL, LabelSource, Record, Scan
@@ -40,6 +40,7 @@ _HEADER = ["PatientID", "IssuerOfPatientID", "Rows", "Columns", "NumberOfFrames"
 # ValueError, ArithmeticError), unknown VRs (NotImplementedError, a RuntimeError), nesting (RecursionError, also one).
 _DAMAGED = (
     InvalidDicomError,
+    BytesLengthException,
     OSError,
     EOFError,
     ValueError,
@@ -70,15 +71,14 @@ def scan_folder(folder: Path, label: LabelSource) -> Scan:
     refused = Counter[str]()
     for path in _walk(folder, refused):
         try:
-            header = _header(path, keyword)
+            patient, diagnosis = _header(path, keyword)
         except Refused as refusal:
             refused[refusal.reason] += 1
             continue
         row = table.get(path.relative_to(folder).as_posix(), {})
-        text = ALL if label.kind == "none" else row.get(column) if column else _text(header.get(keyword))
-        patient = (_text(header.get("IssuerOfPatientID")), _text(header.PatientID))
+        text = ALL if label.kind == "none" else row.get(column) if column else diagnosis
         records.append(Record(path, None, patient, text or None, row.get("site") or None))
-    return Scan(tuple(records), dict(refused))
+    return Scan(tuple(records), {reason: count for reason, count in refused.items() if count})
 
 
 def is_dicom(path: Path) -> bool:
@@ -88,6 +88,15 @@ def is_dicom(path: Path) -> bool:
     """
     with path.open("rb") as handle:
         return handle.read(132)[128:] == b"DICM"
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether a file's pixels need a compiled decoder, which is not trusted with this process."""
+    try:
+        syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+        return isinstance(syntax, UID) and syntax.is_compressed and syntax != RLELossless
+    except _DAMAGED:  # `decode` will say what is wrong, or not a transfer syntax: it will find no decoder
+        return False
 
 
 def decode(path: Path) -> Grey:
@@ -104,10 +113,13 @@ def decode(path: Path) -> Grey:
         _check_header(dataset)
         if "PixelData" not in dataset:
             raise Refused(Reason.NO_IMAGE)
-        _check_decoder(dataset.file_meta.TransferSyntaxUID)
-        return _present(pixel_array(dataset), dataset)
+        _check_decoder(dataset)
+        grey = _present(pixel_array(dataset), dataset)
     except _DAMAGED as error:
         raise Refused(Reason.PIXELS) from error
+    if grey.ndim != 2:  # such as a palette for pixels that are colours already
+        raise Refused(Reason.PIXELS)
+    return grey
 
 
 def _walk(folder: Path, refused: Counter[str]) -> Iterator[Path]:
@@ -126,17 +138,19 @@ def _walk(folder: Path, refused: Counter[str]) -> Iterator[Path]:
     refused[Reason.FOLDER] += len(unreadable)
 
 
-def _header(path: Path, keyword: str) -> Dataset:
+def _header(path: Path, keyword: str) -> tuple[tuple[str, str], str]:
+    """Return (issuer, id) and the value of the tag `keyword`."""
     try:
         _check_file(path)
         header = dcmread(path, stop_before_pixels=True, specific_tags=[*_HEADER, keyword])
         _check_header(header)
-        if not _text(header.get("PatientID")):
-            raise Refused(Reason.NO_PATIENT)
-        _text(header.get("IssuerOfPatientID")), _text(header.get(keyword))  # damaged values are refused here
+        patient = (_text(header.get("IssuerOfPatientID")), _text(header.get("PatientID")))
+        diagnosis = _text(header.get(keyword))
     except _DAMAGED as error:
         raise Refused(Reason.HEADER) from error
-    return header
+    if not patient[1]:
+        raise Refused(Reason.NO_PATIENT)
+    return patient, diagnosis
 
 
 def _check_file(path: Path) -> None:
@@ -159,14 +173,16 @@ def _check_header(dataset: Dataset) -> None:
         raise Refused(Reason.HEADER)
 
 
-def _check_decoder(syntax: UID) -> None:
+def _check_decoder(dataset: Dataset) -> None:
+    syntax: UID = dataset.file_meta.TransferSyntaxUID
     # Only a registered name may be shown: a private UID is text of the file.
     name = syntax.name if syntax in UID_dictionary else "an unregistered transfer syntax"
     try:
-        available = get_decoder(syntax).is_available
-    except NotImplementedError as error:
+        plugins = get_decoder(syntax).available_plugins if syntax.is_compressed else ("native",)
+    except (NotImplementedError, ValueError) as error:  # ValueError: not the UID of a transfer syntax
         raise Refused(Reason.NO_DECODER, name) from error
-    if not available:
+    twelve_bit = syntax == JPEGExtended12Bit and int(dataset.get("BitsStored", 0)) > 8
+    if not plugins or (twelve_bit and plugins == ("pillow",)):  # Pillow reads 8 of the 12 bits, so it refuses
         raise Refused(Reason.NO_DECODER, name)
 
 
@@ -247,7 +263,7 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, bytes | Dataset):
         return ""
     several = not isinstance(value, str) and hasattr(value, "__getitem__")
-    return ("\\".join(str(item) for item in value) if several else str(value)).strip(" \0")
+    return ("\\".join(str(item) for item in value) if several else str(value)).strip().strip("\0").strip()
 
 
 def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], str]:

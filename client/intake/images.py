@@ -35,7 +35,6 @@ _DAMAGED = (
     SyntaxError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 
@@ -85,6 +84,8 @@ def decode(path: Path) -> Grey:
             if getattr(image, "n_frames", 1) != 1:
                 raise Refused(Reason.MULTI_FRAME)
             return _grey(image)
+    except Image.DecompressionBombError as error:
+        raise Refused(Reason.TOO_LARGE) from error
     except _DAMAGED as error:
         raise Refused(Reason.PIXELS) from error
 

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import final
@@ -33,8 +33,8 @@ class Reason(StrEnum):
 
 
 @final
-class Refused(Exception):  # noqa: N818 - it never leaves the intake: caught per image and counted
-    """One image is refused; carries the reason and nothing of the image."""
+class Refused(Exception):
+    """One image is refused; carries the reason and nothing of the image. Caught and counted inside the intake."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         """Refuse with a reason, and for `NO_DECODER` the transfer syntax's registered name."""
@@ -52,7 +52,7 @@ def describe(refused: Mapping[str, int]) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None, None, None]:
     """Silence pydicom and Pillow: their warnings and log lines quote values of the file, which may name a patient."""
     logger = logging.getLogger("pydicom")
     before, logger.disabled = logger.disabled, True

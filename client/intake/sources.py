@@ -64,16 +64,15 @@ def _scan_folder(folder: Path, label: LabelSource) -> Scan:
 
 
 def _check(found: Scan) -> None:
-    refused = {reason: count for reason, count in found.refused.items() if count}
-    if not found.records and Reason.NO_PATIENT in refused:
+    if not found.records and Reason.NO_PATIENT in found.refused:
         raise IntakeError(
-            f"No image names its patient ({describe(refused)}). Privacy is promised to each patient as a whole: export "
-            "the images with PatientID (a pseudonym will do), or give an index with a column patient."
+            f"No image names its patient ({describe(found.refused)}). Privacy is promised to each patient as a whole: "
+            "export the images with PatientID (a pseudonym will do), or give an index with a column patient."
         )
     if not found.records:
         raise IntakeError(
-            f"No usable image ({describe(refused) or 'nothing found'}). Expected single-frame DICOM, PNG/JPEG with "
-            "index.csv, or an NPZ."
+            f"No usable image ({describe(found.refused) or 'nothing found'}). Expected single-frame DICOM, "
+            "PNG/JPEG with index.csv, or an NPZ."
         )
     if all(record.label is None for record in found.records):
         raise IntakeError(

@@ -45,11 +45,10 @@ def read_table(path: Path) -> Table:
     try:
         if path.stat().st_size > MAX_TABLE_BYTES:
             raise IntakeError(f"Expected a CSV file of at most {MAX_TABLE_BYTES} bytes, got more. Split the folder.")
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        # The cause's text quotes the file, so it stays out of the message.
-        raise IntakeError("The CSV file could not be read. Expected UTF-8 text with commas and a header.") from error
+    except (OSError, UnicodeDecodeError, csv.Error):  # the cause quotes the file, so it is dropped
+        raise IntakeError("The CSV file could not be read. Expected UTF-8 text with commas and a header.") from None
     columns = tuple(name.strip().lower() for name in lines[0]) if lines else ()
     if len(set(columns)) != len(columns):
         raise IntakeError("The CSV file has two columns of one name (capitals do not count). Rename one.")

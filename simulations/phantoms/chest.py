@@ -140,7 +140,7 @@ def draw_finding(kind: str, generator: np.random.Generator) -> Finding:
     # The heart covers much of the left lung's lower half: findings there stand further out.
     x = between(0.34, 0.52) if side < 0 else between(0.42, 0.54)
     if kind == "nodule":
-        return Finding(kind, side, x, between(-0.45, 0.12), between(0.085, 0.12), between(0.3, 0.42))
+        return Finding(kind, side, x, between(-0.45, 0.12), between(0.095, 0.125), between(0.42, 0.56))
     if kind == "effusion":
         return Finding(kind, side, x, between(0.05, 0.38), between(0.12, 0.3), between(0.45, 0.62))
     return Finding(kind, side, x, between(-0.35, 0.3), between(0.2, 0.3), between(0.34, 0.5))

@@ -1,0 +1,37 @@
+# Two commands for a newcomer: `make simulate` and `make test`. Both do all the set-up on a fresh machine.
+# The CPU build of torch is installed first, since a plain `pip install torch` pulls gigabytes of CUDA.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := common client server simulations tests
+
+.PHONY: simulate test check setup clean
+
+simulate: $(READY)
+	$(BIN)/fedmedgan-simulate $(ARGS)
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/interrogate -q common client server simulations
+	$(BIN)/pytest --doctest-modules common client server simulations -p no:warnings
+	$(BIN)/pytest -m "not slow and not e2e"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

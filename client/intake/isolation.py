@@ -1,0 +1,110 @@
+"""A child process for compressed DICOM: a damaged file may abort a compiled decoder or send it round in circles.
+
+GDCM ends its process with `std::terminate` on some damaged JPEG streams, which no `except` catches. Out of scope:
+what is decoded (dicom.py); keeping a decoder that was taken over from acting as this user.
+"""
+
+import multiprocessing
+import os
+import resource
+import struct
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+import numpy as np
+
+from client.intake.dicom import decode
+from client.intake.pixels import Square, fit
+from client.intake.refusals import Reason, Refused, quiet
+
+TIMEOUT_S = 120.0
+_MAX_REASON_BYTES = 200
+
+
+def serve(connection: Connection) -> None:
+    """Decode one file after the other until the other end hangs up; runs in the child.
+
+    Messages are plain bytes, never pickles: a request is the side as two bytes and the path, a reply is `+` and the
+    pixels or `-` and the reason.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # compiled decoders write about the file
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the image
+    with quiet():
+        while True:
+            try:
+                request = connection.recv_bytes()
+            except EOFError:
+                return
+            (size,) = struct.unpack(">H", request[:2])
+            try:
+                connection.send_bytes(b"+" + fit(decode(Path(os.fsdecode(request[2:]))), size).tobytes())
+            except Refused as refusal:
+                connection.send_bytes(b"-" + refusal.reason.encode())
+
+
+@final
+class DecoderProcess:
+    """Starts the child when it is first needed, and a new one when it died or hung.
+
+    Args:
+        target: What runs in the child.
+        timeout_s: Longest wait for one image, the child's start included.
+
+    Guarantees:
+        - survives_abort: When the child dies on an image, that image is refused and the next is decoded.
+        - survives_hang: So it is when the child does not answer in `timeout_s`.
+    """
+
+    def __init__(self, target: Callable[[Connection], None] = serve, timeout_s: float = TIMEOUT_S) -> None:
+        """Start nothing yet."""
+        self._target = target
+        self._timeout_s = timeout_s
+        self._child: tuple[SpawnProcess, Connection] | None = None
+
+    def __enter__(self) -> "DecoderProcess":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the child."""
+        self._stop()
+
+    def square(self, path: Path, size: int) -> Square | str:
+        """Return a file's image, resized, or the reason why it is refused."""
+        connection = self._connection()
+        try:
+            connection.send_bytes(struct.pack(">H", size) + os.fsencode(path))
+            if not connection.poll(self._timeout_s):
+                raise EOFError
+            reply = connection.recv_bytes(size * size + _MAX_REASON_BYTES)
+        except (EOFError, OSError):  # OSError: a broken pipe, or a reply that is too long
+            self._stop()
+            return str(Reason.PIXELS)
+        if reply[:1] == b"+" and len(reply) == size * size + 1:
+            return np.frombuffer(reply, dtype=np.uint8, offset=1).reshape(size, size)
+        return reply[1:].decode("ascii", errors="replace")
+
+    def _connection(self) -> Connection:
+        if self._child is None:
+            context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
+            ours, theirs = context.Pipe()
+            process = context.Process(target=self._target, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._child = (process, ours)
+        return self._child[1]
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            process, connection = self._child
+            connection.close()
+            process.kill()
+            process.join()
+            process.close()
+            self._child = None

@@ -1,0 +1,217 @@
+"""What may leave the site, and the record of all that left.
+
+Egress: a closed list per reply kind of array names, shapes and dtypes and a handful of scalars that depend only on
+public values or on outputs that are already private. Everything else is refused at the door, by code. The journal is
+what a privacy officer reads. Out of scope: what it cost (client/ledger).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn, final
+
+import numpy as np
+
+from client.chain import Body, Chain
+from client.policy import SITE_NAME
+from common.crypto import SigningKey, VerifyKey
+from common.errors import PolicyRefusal, RefusalCode, StorageError
+from common.messages import Kind, Reply, size_bytes
+
+NAME = "journal"
+
+_BUDGET: Mapping[str, type] = {"epsilon_spent": float, "epsilon_allowed": float}
+_FIELDS: Mapping[Kind, Mapping[str, type]] = {
+    Kind.HELLO: {"site": str, "declared_patients": int, "protocol": int},
+    Kind.WARMUP: _BUDGET,
+    # the discriminator's accuracy on fakes sees no patient: post-processing of private weights
+    Kind.TRAIN: {**_BUDGET, "fake_accuracy": float, "d_steps_per_g_step": int},
+}
+
+
+@final
+@dataclass(frozen=True)
+class Release:
+    """Exactly what one reply may carry.
+
+    Attributes:
+        arrays: Shape and dtype by name.
+        fields: Type by name.
+    """
+
+    arrays: Mapping[str, tuple[tuple[int, ...], str]]
+    fields: Mapping[str, type]
+
+
+@final
+@dataclass(frozen=True)
+class Entry:
+    """One release in the journal.
+
+    Attributes:
+        time: When it was released, ISO 8601.
+        run_id: The run.
+        round: The round.
+        kind: What was asked.
+        sha256: Digest of the content (`content_digest`).
+        size_bytes: Bytes of the arrays.
+        epsilon_after: Epsilon of everything charged, this release with it.
+    """
+
+    time: str
+    run_id: str
+    round: int
+    kind: Kind
+    sha256: str
+    size_bytes: int
+    epsilon_after: float
+
+
+def release_schema(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> Release:
+    """Return what a reply of one kind may carry.
+
+    Args:
+        kind: The request's kind.
+        shapes: Of the arrays by name, all float32: none for hello, {"embedding": (classes, dim)} for the warm-up, those
+            of the request's weights for training.
+    """
+    return Release({name: (tuple(shape), "float32") for name, shape in shapes.items()}, _FIELDS[kind])
+
+
+def check_egress(reply: Reply, allowed: Release) -> None:
+    """Let a reply pass only if it carries exactly what is allowed; a refusal carries nothing but its code.
+
+    Raises:
+        PolicyRefusal: Anything is missing, extra, of another dtype, shape or type, or not finite.
+
+    Guarantees:
+        - closed_list: What is not on the list does not leave: loss or accuracy on patients, cohort or batch sizes,
+          label counts, timing, exception text, file names, tags.
+    """
+    if reply.refusal is not None:
+        allowed = Release({}, {})
+    _same_names("arrays", reply.arrays, allowed.arrays)
+    _same_names("fields", reply.fields, allowed.fields)
+    for name, (shape, dtype) in allowed.arrays.items():
+        array = reply.arrays[name]
+        if type(array) is not np.ndarray or array.dtype != np.dtype(dtype) or array.shape != shape:
+            _refuse(f"array {name} is not {dtype} of shape {shape}")
+        if not np.isfinite(array).all():
+            _refuse(f"array {name} is not finite")
+    for name, expected in allowed.fields.items():
+        value = reply.fields[name]
+        if type(value) is not expected:
+            _refuse(f"field {name} is not of type {expected.__name__}")
+        if isinstance(value, float) and not np.isfinite(value):
+            _refuse(f"field {name} is not finite")
+        if isinstance(value, str) and re.fullmatch(SITE_NAME, value) is None:
+            _refuse(f"field {name} is not a site name")
+
+
+def content_digest(reply: Reply) -> str:
+    """Return the SHA-256 of all that a reply carries, in hexadecimal.
+
+    Over the refusal, the fields and the sorted names, dtypes and shapes of the arrays as canonical JSON, then the bytes
+    of the arrays in that order.
+    """
+    arrays = {name: np.ascontiguousarray(reply.arrays[name]) for name in sorted(reply.arrays)}
+    listing = [[name, array.dtype.str, list(reply.arrays[name].shape)] for name, array in arrays.items()]
+    head = {"refusal": reply.refusal, "fields": dict(reply.fields), "arrays": listing}
+    text = json.dumps(head, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    digest = hashlib.sha256(len(text).to_bytes(8, "big") + text)
+    for array in arrays.values():
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def append(folder: Path, key: SigningKey, reply: Reply, epsilon_after: float, time: datetime) -> None:
+    """Write a release to the journal, before it leaves; the same release again writes nothing.
+
+    A refusal releases nothing and is not written.
+
+    Raises:
+        PolicyRefusal: Something else was released for the same run, round and kind.
+        StorageError: The disk does not take it, or the journal was changed.
+
+    Guarantees:
+        - once: One line for each release, however often it is sent.
+        - one_release_per_charge: A warm-up or a round has one output; another one is refused.
+    """
+    if reply.refusal is not None:
+        return
+    entry = Entry(
+        time.isoformat(timespec="seconds"),
+        reply.run_id,
+        reply.round,
+        reply.kind,
+        content_digest(reply),
+        size_bytes(reply.arrays),
+        epsilon_after,
+    )
+    chain = Chain(folder, NAME, key.verify_key, key)
+    with chain.locked():
+        standing = [_entry(body) for body in chain.bodies]
+        same = [old for old in standing if (old.run_id, old.round, old.kind) == (entry.run_id, entry.round, entry.kind)]
+        if any(old.sha256 == entry.sha256 for old in same):
+            return
+        if same and entry.kind is not Kind.HELLO:
+            raise PolicyRefusal(
+                RefusalCode.REPLAYED,
+                f"Round {entry.round} ({entry.kind}) of this run released something else before. "
+                "Send the stored reply.",
+            )
+        chain.append(_body(entry))
+
+
+def entries(folder: Path, verify_key: VerifyKey) -> tuple[Entry, ...]:
+    """Verify a journal without the private key and return its lines.
+
+    Raises:
+        StorageError: It cannot be read, or it was truncated, edited, reordered or signed by another key.
+    """
+    return tuple(_entry(body) for body in Chain(folder, NAME, verify_key).bodies)
+
+
+def _same_names(what: str, given: Mapping[str, Any], allowed: Mapping[str, Any]) -> None:
+    if set(given) != set(allowed):
+        _refuse(f"{len(set(given) - set(allowed))} {what} too many and {len(set(allowed) - set(given))} missing")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise PolicyRefusal(
+        RefusalCode.INTERNAL,
+        f"A reply was stopped at the door: {what}. Nothing left the site. This is a fault of the agent: report it.",
+    )
+
+
+def _body(entry: Entry) -> dict[str, Any]:
+    return {
+        "time": entry.time,
+        "run_id": entry.run_id,
+        "round": entry.round,
+        "kind": entry.kind.value,
+        "sha256": entry.sha256,
+        "size_bytes": entry.size_bytes,
+        "epsilon_after": entry.epsilon_after,
+    }
+
+
+def _entry(body: Body) -> Entry:
+    try:
+        return Entry(
+            body["time"],
+            body["run_id"],
+            body["round"],
+            Kind(body["kind"]),
+            body["sha256"],
+            body["size_bytes"],
+            body["epsilon_after"],
+        )
+    except (KeyError, ValueError) as error:
+        raise StorageError(
+            "A line of the journal is of another version. Use the version of fedmedgan that wrote it."
+        ) from error

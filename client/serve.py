@@ -1,0 +1,63 @@
+"""The agent behind its Unix socket: one request at a time, sizes bounded, exceptions kept inside."""
+
+import logging
+import select
+import socket
+from pathlib import Path
+from threading import Event
+
+from client.agent import Site, answer
+from client.channel import pack_reply, read_frame, unpack_request
+from common.errors import RefusalCode, WireError
+from common.messages import Kind, Reply
+
+LOG = logging.getLogger("fedmedgan.agent")
+REQUEST_TIMEOUT_S = 60.0
+_WAKE_UP_S = 0.2
+
+
+def serve(site: Site, path: Path, stop: Event) -> None:
+    """Answer requests on a Unix socket until `stop` is set.
+
+    Args:
+        site: An open site.
+        path: The socket; made with mode 0660, an old one is replaced, removed at the end.
+        stop: Ends the loop within a fraction of a second, after the request under way.
+    """
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        path.chmod(0o660)
+        listener.listen(16)
+        try:
+            while not stop.is_set():
+                if select.select([listener], [], [], _WAKE_UP_S)[0]:
+                    connection, _ = listener.accept()
+                    with connection:
+                        _answer_one(site, connection)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _answer_one(site: Site, connection: socket.socket) -> None:
+    connection.settimeout(REQUEST_TIMEOUT_S)
+    try:
+        request = unpack_request(read_frame(connection))
+    except (WireError, OSError) as error:
+        LOG.warning("a request does not decode: %s", error)
+        _send(connection, Reply(Kind.HELLO, "", 0, RefusalCode.BAD_REQUEST))
+        return
+    try:
+        reply = answer(site, request)
+    except Exception:  # the process edge: nothing of an exception may travel, and the agent goes on
+        LOG.exception("a request failed")
+        reply = Reply(request.kind, request.run_id, request.round, RefusalCode.INTERNAL)
+    _send(connection, reply)
+
+
+def _send(connection: socket.socket, reply: Reply) -> None:
+    try:
+        connection.settimeout(REQUEST_TIMEOUT_S)
+        connection.sendall(pack_reply(reply))
+    except OSError as error:
+        LOG.warning("a reply was not taken: %s; it is stored, the same request gets it again", error)

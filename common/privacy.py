@@ -1,0 +1,301 @@
+"""What a run costs a patient in (epsilon, delta), and how much noise buys a given cost.
+
+Unit: one patient. Relation: add or remove all images of that patient. Everything here is computed from public values,
+so coordinator, site and dry run each compute the same plan. The only module that imports `dp_accounting`.
+Out of scope: what was spent so far (client/ledger), the noise itself (common/noise).
+"""
+
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import final
+
+import dp_accounting
+from dp_accounting import pld, rdp
+
+from common.config import Proposal
+from common.errors import ConfigError
+
+MAX_STEPS = 500_000
+
+_MAX_SPREAD = 15.0  # of the composed privacy loss: epsilon is over 100 there, and the grid of the PLD would be huge
+_PLD_MIN_DELTA = 1e-12  # below, rounding in the FFT of the PLD is no longer small against delta
+_FINE, _COARSE = 64.0, 16.0  # grid points in one standard deviation of a step's privacy loss
+_MAX_GRID = 250_000.0  # grid points in the privacy loss of one step
+_WHOLE_ORDERS = [*range(2, 65), 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024]
+_SMALL_RATE = 0.01  # up to here the series of the fractional Rényi orders converges
+_DIGITS = 1000  # noise multipliers have four significant digits
+_LOWEST, _HIGHEST = 0.05, 1e6
+
+
+@final
+@dataclass(frozen=True, order=True)
+class Charge:
+    """One homogeneous piece of a composition: Poisson-sampled Gaussian steps.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise over the clip norm of one patient.
+        sample_rate: Probability of each patient in each step; 1.0 with one step is a plain Gaussian release.
+        steps: How many steps; 0 costs nothing.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+            raise ConfigError(f"Expected noise_multiplier={self.noise_multiplier} above 0: no noise, no privacy.")
+        if not 0 <= self.sample_rate <= 1:
+            raise ConfigError(f"Expected sample_rate={self.sample_rate} in [0, 1].")
+        if not 0 <= self.steps <= MAX_STEPS:
+            raise ConfigError(f"Expected steps={self.steps} in [0, {MAX_STEPS}]; plan fewer rounds or steps.")
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What a site does and pays in one run, computed from public values alone.
+
+    Attributes:
+        declared_patients: The rounded cohort size that the site made public.
+        sample_rate: Probability of each patient in each private step.
+        warmup_noise_multiplier: Of the release before the first round; None without warm-up.
+        train_noise_multiplier: Of every private step; None without rounds.
+        steps: Private steps of all rounds together.
+        epsilon: What the whole run costs by PLD; at most the proposal's epsilon.
+        delta: The proposal's delta.
+    """
+
+    declared_patients: int
+    sample_rate: float
+    warmup_noise_multiplier: float | None
+    train_noise_multiplier: float | None
+    steps: int
+    epsilon: float
+    delta: float
+
+    @property
+    def divisor(self) -> float:
+        """The public constant by which a clipped sum is divided: expected patients in one step."""
+        return self.sample_rate * self.declared_patients
+
+    def charge_of_warmup(self) -> Charge:
+        """Return what the warm-up release costs: one Gaussian release of sensitivity 1.
+
+        Raises:
+            ConfigError: The plan has no warm-up.
+        """
+        if self.warmup_noise_multiplier is None:
+            raise ConfigError("This plan has no warm-up: warmup.share is 0. Raise it or do not ask for a warm-up.")
+        return Charge(self.warmup_noise_multiplier, 1.0, 1)
+
+    def charge_of_round(self, steps_per_round: int) -> Charge:
+        """Return what one training round costs.
+
+        Raises:
+            ConfigError: The plan has no training rounds.
+        """
+        if self.train_noise_multiplier is None:
+            raise ConfigError("This plan has no training rounds: federation.rounds is 0. Raise it or do not train.")
+        return Charge(self.train_noise_multiplier, self.sample_rate, steps_per_round)
+
+
+def epsilon(charges: Iterable[Charge], delta: float) -> float:
+    """Compose everything charged and return its epsilon at `delta`, as an upper bound.
+
+    Privacy loss distributions are rounded pessimistically. Where epsilon is over 100 or delta below 1e-12 the Rényi
+    bound stands in, which is larger.
+
+    Args:
+        charges: Pieces in any order; an empty composition costs 0.
+        delta: In (0, 1).
+
+    Raises:
+        ConfigError: delta is outside (0, 1).
+
+    Guarantees:
+        - order_does_not_matter: Equal (noise, rate) pieces are merged and sorted first.
+        - upper_bound: Never below dp-accounting's PLD with a fine grid by more than 1e-3 of it.
+        - monotone: More steps or a higher rate never cost less, more noise never costs more (to 1e-3 of epsilon).
+
+    Source: Koskela et al. 2020; Doroshenko et al. 2022 (arXiv:2207.04380), "connect the dots".
+    """
+    return _epsilon(_merged(charges), _checked(delta), _FINE)
+
+
+def epsilon_rdp(charges: Iterable[Charge], delta: float) -> float:
+    """Return the Rényi bound on the same composition: a looser check by another method.
+
+    Raises:
+        ConfigError: delta is outside (0, 1).
+
+    Source: Mironov 2017 (arXiv:1702.07476); Mironov et al. 2019 (arXiv:1908.10530).
+    """
+    return _rdp(_merged(charges), _checked(delta))
+
+
+def noise_for(
+    epsilon_target: float, delta: float, sample_rate: float, steps: int, before: Iterable[Charge] = ()
+) -> float:
+    """Find the smallest noise multiplier with which `steps` more steps stay within the target.
+
+    Args:
+        epsilon_target: Bound on the whole composition.
+        delta: In (0, 1).
+        sample_rate: Probability of each patient in each step.
+        steps: At least 1.
+        before: What is charged already.
+
+    Returns:
+        A number of four significant digits, rounded up.
+
+    Raises:
+        ConfigError: No noise multiplier in [0.05, 1e6] does it.
+
+    Guarantees:
+        - holds_exactly: `epsilon` of `before` and the new steps is at most the target, as this module computes it.
+        - smallest: 0.2 % less noise costs more than the target.
+    """
+    return _noise_for(epsilon_target, _checked(delta), sample_rate, steps, _merged(before))
+
+
+def plan(proposal: Proposal, declared_patients: int) -> Plan:
+    """Split the proposed epsilon between warm-up and rounds, and calibrate both.
+
+    The warm-up alone costs at most `warmup.share` of epsilon; the rounds fill the rest of the joint composition.
+
+    Args:
+        proposal: The shared sections of the configuration.
+        declared_patients: The rounded cohort size that the site made public.
+
+    Raises:
+        ConfigError: Nothing to do, no patients, too many steps, or no noise multiplier keeps the bound.
+
+    Guarantees:
+        - within_the_proposal: Warm-up and all rounds together cost at most (epsilon, delta).
+        - deterministic: The same public values give the same plan.
+    """
+    if declared_patients < 1:
+        raise ConfigError(f"Expected declared_patients={declared_patients} at least 1.")
+    privacy, share, rounds = proposal.privacy, proposal.warmup.share, proposal.federation.rounds
+    if rounds == 0 and share == 0:
+        raise ConfigError("federation.rounds = 0 and warmup.share = 0 leave nothing to learn; raise one of them.")
+    rate = min(1.0, privacy.batch_patients / declared_patients)
+    steps = rounds * proposal.train.steps_per_round
+    charges: list[Charge] = []
+    warmup = train = None
+    if share > 0:
+        target = privacy.epsilon * (share if rounds else 1.0)
+        warmup = noise_for(target, privacy.delta, 1.0, 1)
+        charges.append(Charge(warmup, 1.0, 1))
+    if rounds > 0:
+        train = noise_for(privacy.epsilon, privacy.delta, rate, steps, charges)
+        charges.append(Charge(train, rate, steps))
+    cost = epsilon(charges, privacy.delta)
+    return Plan(declared_patients, rate, warmup, train, steps, cost, privacy.delta)
+
+
+def delta_warning(delta: float, declared_patients: int) -> str | None:
+    """Return why `delta` is too large for a cohort, or None when it is small enough."""
+    if delta * declared_patients < 1:
+        return None
+    return (
+        f"privacy.delta = {delta:g} is not below 1/{declared_patients} (one over the declared patients): a delta of "
+        "that size allows a mechanism that publishes one patient's images outright. "
+        f"Use at most {0.1 / declared_patients:.0e}."
+    )
+
+
+def _checked(delta: float) -> float:
+    if not 0 < delta < 1:
+        raise ConfigError(f"Expected delta={delta} in (0, 1).")
+    return delta
+
+
+def _merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:
+    steps: Counter[tuple[float, float]] = Counter()
+    for charge in charges:
+        steps[charge.noise_multiplier, charge.sample_rate] += charge.steps
+    total = sum(steps.values())
+    if total > MAX_STEPS:
+        raise ConfigError(f"Expected at most {MAX_STEPS} steps in all, got {total}; plan fewer rounds or steps.")
+    return tuple(sorted(Charge(*key, count) for key, count in steps.items() if count and key[1]))
+
+
+def _event(piece: Charge) -> dp_accounting.DpEvent:
+    gaussian = dp_accounting.GaussianDpEvent(piece.noise_multiplier)
+    return gaussian if piece.sample_rate == 1.0 else dp_accounting.PoissonSampledDpEvent(piece.sample_rate, gaussian)
+
+
+def _rdp(pieces: tuple[Charge, ...], delta: float) -> float:
+    if not pieces:
+        return 0.0
+    converges = all(piece.sample_rate <= _SMALL_RATE or piece.sample_rate == 1.0 for piece in pieces)
+    accountant = rdp.RdpAccountant(None if converges else _WHOLE_ORDERS)
+    for piece in pieces:
+        accountant.compose(_event(piece), piece.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(pieces: tuple[Charge, ...], delta: float, points: float) -> float:
+    variance = sum(_releases(piece) * _spread(piece) ** 2 for piece in pieces)
+    if not pieces or math.sqrt(variance) > _MAX_SPREAD or delta < _PLD_MIN_DELTA:
+        return _rdp(pieces, delta)
+    # Rounding to a grid of width h adds about h^2/12 to the variance of each release's loss. With h a fraction of the
+    # root mean square loss, the sum is wrong by the same small part of itself, however many releases there are.
+    interval = math.sqrt(variance / sum(map(_releases, pieces))) / points
+    widest = max(10 / piece.noise_multiplier + 0.5 / piece.noise_multiplier**2 for piece in pieces)
+    accountant = pld.PLDAccountant(
+        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+        value_discretization_interval=max(interval, widest / _MAX_GRID),
+    )
+    for piece in pieces:
+        accountant.compose(_event(piece), piece.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def _releases(piece: Charge) -> int:
+    """Count the distributions to compose: steps without sampling are together one Gaussian release."""
+    return 1 if piece.sample_rate == 1.0 else piece.steps
+
+
+def _spread(piece: Charge) -> float:
+    """Estimate the standard deviation of the privacy loss of one release."""
+    sigma, rate = piece.noise_multiplier, piece.sample_rate
+    if rate == 1.0:
+        return math.sqrt(piece.steps) / sigma
+    return min(rate * math.sqrt(math.expm1(min(sigma**-2, 700.0))), math.sqrt(rate) / sigma)
+
+
+@lru_cache(maxsize=256)
+def _noise_for(target: float, delta: float, sample_rate: float, steps: int, before: tuple[Charge, ...]) -> float:
+    def affordable(index: int, points: float) -> bool:
+        return _epsilon(_merged((*before, Charge(_grid(index), sample_rate, steps))), delta, points) <= target
+
+    lowest, highest = _index(_LOWEST), _index(_HIGHEST)
+    near = bisect_left(range(highest), True, lo=lowest, key=lambda index: affordable(index, _COARSE))
+    low, high = max(lowest, near - 30), min(highest, near + 2)
+    best = bisect_left(range(high), True, lo=low, key=lambda index: affordable(index, _FINE))
+    if not affordable(best, _FINE):
+        raise ConfigError(
+            f"No noise multiplier in [{_LOWEST}, {_HIGHEST:g}] keeps {steps} steps with sample rate {sample_rate:g} "
+            f"within epsilon = {target:g} at delta = {delta:g} after what is charged already. "
+            "Raise privacy.epsilon or plan fewer rounds."
+        )
+    return _grid(best)
+
+
+def _grid(index: int) -> float:
+    """Return the noise multiplier at a place in the list of numbers with four significant digits, 0.01 first."""
+    exponent, mantissa = divmod(index, 9 * _DIGITS)
+    return float(f"{mantissa + _DIGITS}e{exponent - 5}")
+
+
+def _index(noise_multiplier: float) -> int:
+    exponent = math.floor(math.log10(noise_multiplier)) + 2
+    return 9 * _DIGITS * exponent + round(noise_multiplier * 10.0 ** (5 - exponent)) - _DIGITS

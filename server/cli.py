@@ -1,0 +1,57 @@
+"""`fedmedgan-coordinator`: what a coordinator does beside the round loop. Enrolment and the server come later."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.command import run_command
+from common.config import build_config, read_config
+from common.messages import size_bytes
+from common.privacy import delta_warning, plan
+from common.weights import get_weights
+from server.report import write_report
+from server.rounds import initial_pair
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html of a run folder anew."""
+    print(write_report(run))
+
+
+@app.command("plan")
+def print_plan(
+    patients: Annotated[list[int], typer.Argument(help="The declared cohort size of each site.")],
+    config: Annotated[Path | None, typer.Option(help="A TOML file of the run.")] = None,
+) -> None:
+    """Print what a run would ask of sites of these sizes: sample rate, noise, steps, bytes."""
+    proposed = build_config(read_config(config) if config is not None else {})
+    if not proposed.image.classes:
+        proposed = build_config(proposed.model_dump(), {"image.classes": ("all",)})
+    table = Table(title=f"epsilon {proposed.privacy.epsilon:g} at delta {proposed.privacy.delta:g}")
+    for column in ("declared patients", "sample rate", "sigma warm-up", "sigma", "steps"):
+        table.add_column(column, justify="right")
+    for declared in patients:
+        agreed = plan(proposed, declared)
+        noises = (agreed.warmup_noise_multiplier, agreed.train_noise_multiplier)
+        cells = [f"{noise:.3f}" if noise else "-" for noise in noises]
+        table.add_row(str(declared), f"{agreed.sample_rate:.4f}", *cells, str(agreed.steps))
+        if warning := delta_warning(proposed.privacy.delta, declared):
+            print(f"warning: {warning}", file=sys.stderr)
+    Console().print(table)
+    print(f"bytes per round and site: {size_bytes(get_weights(initial_pair(proposed))):,} down and as many up")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line."""
+    run_command(app, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What a person sees while a run goes on: a live table on a terminal, one plain line a round anywhere else.
+
+Out of scope: what is recorded (server/records) and the report after the run (server/report).
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import final
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from common.config import Config
+from server.records import Progress, RoundRecord
+from server.report import round_up
+
+SHOWN_ROUNDS = 15
+SITE_COLUMNS = 4
+"""With more sites than this their epsilons share one column, from the smallest to the largest."""
+_PACE_ROUNDS = 5
+
+Event = Progress | RoundRecord
+Show = Callable[[Event], None]
+
+
+@final
+@dataclass
+class Seen:
+    """What was shown up to now; grows while the run goes on."""
+
+    records: list[RoundRecord] = field(default_factory=list[RoundRecord])
+    progress: Progress | None = None
+
+
+@contextmanager
+def open_display(config: Config, console: Console | None = None) -> Generator[Show]:
+    """Open the display of a run and yield the function that shows what happens.
+
+    Args:
+        config: The run's configuration.
+        console: Where to write; standard output when None.
+
+    Yields:
+        A function that takes each event. On a terminal it redraws a table; elsewhere it writes and flushes one line
+        for each finished round, and nothing for progress inside one.
+    """
+    console = console or Console()
+    seen = Seen()
+    if not console.is_terminal:
+        yield lambda event: _print(console, config, seen, event)
+        return
+    with Live(_drawing(config, seen), console=console, refresh_per_second=8) as live:
+        yield lambda event: live.update(_drawing(config, _add(seen, event)))
+
+
+def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
+    """Write the newest of some records as one line.
+
+    Args:
+        config: The run's configuration.
+        records: At least one; those before the newest tell the pace.
+    """
+    record = records[-1]
+    codes = f" ({_codes(record)})" if record.refused else ""
+    parts = [
+        f"round {record.round}/{config.federation.rounds}",
+        f"sites {len(record.sites)} in {len(record.refused)} out{codes}",
+        f"epsilon {_spent(record)} of {_allowed(record)}" if record.sites else "",
+        f"fakes told {record.fake_accuracy:.2f}" if record.fake_accuracy is not None else "",
+        f"{record.seconds:.1f} s",
+        f"ETA {eta}" if (eta := _eta(config, records)) else "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def progress_line(progress: Progress) -> str:
+    """Write where the round under way stands."""
+    label = "warm-up" if progress.round == 0 else f"round {progress.round}"
+    if progress.what == "fit":
+        return f"{label}: fitting the generator {progress.done}/{progress.of}"
+    return f"{label}: {progress.done} of {progress.of} {progress.what}"
+
+
+def _add(seen: Seen, event: Event) -> Seen:
+    if isinstance(event, Progress):
+        seen.progress = event
+    else:
+        seen.records.append(event)
+        seen.progress = None
+    return seen
+
+
+def _print(console: Console, config: Config, seen: Seen, event: Event) -> None:
+    if isinstance(event, RoundRecord):
+        # Not console.print: it wraps, and a line is a line for whoever reads the log.
+        console.file.write(plain_line(config, _add(seen, event).records) + "\n")
+        console.file.flush()
+
+
+def _drawing(config: Config, seen: Seen) -> Group:
+    below = progress_line(seen.progress) if seen.progress else _waiting(config, seen)
+    return Group(_header(config, seen), _table(config, seen), Text(below, style="cyan"))
+
+
+def _header(config: Config, seen: Seen) -> Text:
+    facts = Text("fedmedgan", style="bold")
+    heard = len(seen.progress.sites if seen.progress else seen.records[-1].sites if seen.records else ())
+    sites = heard or config.simulation.sites
+    return facts.append(
+        f"  {_count(sites, 'site')}, {_count(config.federation.rounds, 'round')}, epsilon {config.privacy.epsilon:g} "
+        f"at delta {config.privacy.delta:g} per patient, engine {config.performance.engine}",
+        style="not bold",
+    )
+
+
+def _table(config: Config, seen: Seen) -> Table:
+    names = sorted({name for record in seen.records for name in record.sites})
+    apart = 0 < len(names) <= SITE_COLUMNS
+    any_refused = any(record.refused for record in seen.records)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("round", "in/out"):
+        table.add_column(title, justify="right")
+    for name in names if apart else ["epsilon spent / allowed"]:
+        table.add_column(Text(name), justify="right", no_wrap=True, overflow="ellipsis", max_width=24)
+    for title in ("fakes told", "seconds", "ETA"):
+        table.add_column(title, justify="right", no_wrap=True)
+    if any_refused:
+        table.add_column("refused")
+    start = max(0, len(seen.records) - SHOWN_ROUNDS)
+    for number, record in enumerate(seen.records[start:], start=start + 1):
+        cells = [
+            "warm-up" if record.round == 0 else f"{record.round}/{config.federation.rounds}",
+            f"{len(record.sites)}/{len(record.refused)}",
+            *([_of_site(record, name) for name in names] if apart else [_of_all(record)]),
+            "" if record.fake_accuracy is None else f"{record.fake_accuracy:.2f}",
+            f"{record.seconds:.1f}",
+            _eta(config, seen.records[:number]),
+            *([_codes(record)] if any_refused else []),
+        ]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _waiting(config: Config, seen: Seen) -> str:
+    if not seen.records:
+        return "waiting for the sites"
+    after = seen.records[-1].round + 1
+    return "finished" if after > config.federation.rounds else f"round {after}: waiting for the sites"
+
+
+def _of_site(record: RoundRecord, name: str) -> str:
+    if name not in record.sites:
+        return record.refused.get(name, "")
+    return f"{round_up(record.sites[name].epsilon_spent)} / {record.sites[name].epsilon_allowed:g}"
+
+
+def _of_all(record: RoundRecord) -> str:
+    return f"{_spent(record)} / {_allowed(record)}" if record.sites else ""
+
+
+def _spent(record: RoundRecord) -> str:
+    low, high = (round_up(pick(site.epsilon_spent for site in record.sites.values())) for pick in (min, max))
+    return low if low == high else f"{low}-{high}"
+
+
+def _allowed(record: RoundRecord) -> str:
+    low, high = (pick(site.epsilon_allowed for site in record.sites.values()) for pick in (min, max))
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
+
+def _codes(record: RoundRecord) -> str:
+    counts = {code: list(record.refused.values()).count(code) for code in sorted(set(record.refused.values()))}
+    return ", ".join(f"{count} {code}" if count > 1 else code for code, count in counts.items())
+
+
+def _eta(config: Config, records: Sequence[RoundRecord]) -> str:
+    # The warm-up is another kind of work: its time says nothing about a round's.
+    pace = [record.seconds for record in records if record.round > 0][-_PACE_ROUNDS:]
+    left = config.federation.rounds - records[-1].round
+    return _duration(left * sum(pace) / len(pace)) if pace and left > 0 else ""
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

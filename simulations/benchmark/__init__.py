@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m simulations.benchmark NAME --json FILE`. What is compared runs interleaved in one run."""

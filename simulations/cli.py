@@ -1,0 +1,226 @@
+"""`fedmedgan-simulate`: a whole federation of virtual hospitals on this machine."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.command import run_command
+from common.config import Config, build_config, read_config, to_toml
+from common.errors import ExitCode
+from common.generate import generate_images, load_generator
+from common.messages import size_bytes
+from common.privacy import delta_warning, plan
+from common.weights import get_weights
+from server.app import Job
+from server.report import write_report
+from server.rounds import initial_pair
+from server.run_folder import latest_folder, next_folder, open_run, stored_tree
+from simulations.engines import run_job
+from simulations.evaluate import evaluate, save_evaluation
+from simulations.hospitals import (
+    Federation,
+    build_hospitals,
+    declared_patients,
+    draw_federation,
+    held_out_images,
+    patients_in,
+    site_name,
+)
+
+RUNS = Path("runs")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+KEYS = {
+    "data": "simulation.data",
+    "label": "simulation.label",
+    "sites": "simulation.sites",
+    "partition": "simulation.partition",
+    "holdout": "simulation.holdout",
+    "rounds": "federation.rounds",
+    "seed": "federation.seed",
+    "epsilon": "privacy.epsilon",
+    "delta": "privacy.delta",
+    "model": "model.name",
+    "size": "image.size",
+    "engine": "performance.engine",
+    "out": "run.out",
+    "resume": "run.resume",
+    "dry_run": "run.dry_run",
+}
+"""The TOML key of each flag."""
+
+
+@app.callback(invoke_without_command=True)
+def simulate(
+    context: typer.Context,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A DICOM folder, an NPZ, or a folder of PNG/JPEG with a CSV index. Default: phantoms."),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="auto, none, tag:KEYWORD (DICOM) or column:NAME (CSV, NPZ).")
+    ] = None,
+    sites: Annotated[int | None, typer.Option(help="Number of virtual hospitals.")] = None,
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA or by-site-column.")] = None,
+    holdout: Annotated[float | None, typer.Option(help="Part of the patients that no hospital gets.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Training rounds after the warm-up.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Budget per patient for the whole run.")] = None,
+    delta: Annotated[float | None, typer.Option(help="The delta of the guarantee.")] = None,
+    model: Annotated[str | None, typer.Option(help="mlp or dcgan.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of an image in pixels: 28, 32 or 64.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the whole simulation.")] = None,
+    engine: Annotated[str | None, typer.Option(help="local (this process) or flower (Ray).")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; flags win over it.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder. Default: the next runs/run-NNNN.")] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Go on with a run; default the newest.")] = None,
+    dry_run: Annotated[bool | None, typer.Option("--dry-run", help="Print the plan and stop.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the configuration and stop.")] = False,
+) -> None:
+    """Let virtual hospitals train one image generator together under patient-level differential privacy.
+
+    Without flags: phantom radiographs as DICOM files, four hospitals, about three minutes. Every flag is also a key of
+    the TOML that --print-config writes.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    flags = {key: value for key, value in locals().items() if key in KEYS and value is not None}
+    effective = effective_config(config, {KEYS[key]: value for key, value in flags.items()})
+    if print_config:
+        print(to_toml(effective), end="")
+        return
+    federation = draw_federation(effective)
+    _warn(federation)
+    if federation.config.run.dry_run:
+        _print_plan(federation)
+        return
+    _run(federation)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    out: Annotated[Path, typer.Option(help="Where the images go; a new folder.")],
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many images.")] = 64,
+    labels: Annotated[str, typer.Option(help="all, a class, a comma list, or clear=0.7,nodule=0.3.")] = "all",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
+    format: Annotated[str, typer.Option(help="png or npz.")] = "png",
+) -> None:
+    """Draw synthetic images from a finished run."""
+    written = generate_images(run, out, count, labels, seed, format)
+    print(f"{count} synthetic images in {written}")
+
+
+def effective_config(path: Path | None, changes: dict[str, Any]) -> Config:
+    """Build the configuration from a TOML file and flags; a resumed run starts from its own.
+
+    Raises:
+        ConfigError: A key or value is wrong.
+        ResumeError: `resume` is set and no run stands there.
+    """
+    tree = read_config(path) if path is not None else {}
+    wished = build_config(tree, changes)
+    if not wished.run.resume:
+        return wished
+    folder = Path(wished.run.out) if wished.run.out else latest_folder(RUNS)
+    stored = stored_tree(folder)
+    given = {f"{name}.{key}": v for name, section in tree.items() for key, v in section.items()} | changes
+    return build_config(stored, given | {"run.out": os.fspath(folder), "run.resume": True})
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line."""
+    run_command(app, arguments, interrupted="stopped; go on with: fedmedgan-simulate --resume")
+
+
+def _run(federation: Federation) -> None:
+    config = federation.config
+    path = Path(config.run.out) if config.run.out else next_folder(RUNS)
+    folder = open_run(path, config, config.run.resume)
+    print(f"run folder: {path}", flush=True)
+    for line in build_hospitals(federation, path):
+        print(line, flush=True)
+    job = Job(config, folder)
+    previous = signal.signal(signal.SIGINT, _stopper(job.stop, path))
+    try:
+        run_job(job)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if not (path / "generator.json").exists():
+        print(f"stopped after a whole round; go on with: fedmedgan-simulate --resume --out {path}")
+        sys.exit(ExitCode.INTERRUPTED)
+    held_out = held_out_images(config, path)
+    if held_out is not None:
+        generator, _ = load_generator(path)
+        evaluation = evaluate(config, generator, held_out)
+        save_evaluation(path / "evaluation.json", evaluation)
+        auc = f", AUC {evaluation.tstr_auc:.3f}" if evaluation.tstr_auc is not None else ""
+        print(
+            f"classifier trained on {evaluation.synthetic_images} synthetic images, tested on "
+            f"{evaluation.held_out_patients} patients of no hospital: accuracy {evaluation.tstr_accuracy:.3f}{auc}"
+        )
+    print(f"report: {write_report(path)}")
+
+
+def _stopper(stop: threading.Event, path: Path) -> Any:
+    def on_interrupt(number: int, frame: Any) -> None:
+        del number, frame
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        print(
+            f"\nfinishing the round under way; press Ctrl-C again to stop at once. "
+            f"Either way `fedmedgan-simulate --resume --out {path}` goes on.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return on_interrupt
+
+
+def _warn(federation: Federation) -> None:
+    largest = max(declared_patients(patients_in(part)) for part in federation.sites)
+    warning = delta_warning(federation.config.privacy.delta, largest)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _print_plan(federation: Federation) -> None:
+    config = federation.config
+    table = Table(title=f"Plan: {config.federation.rounds} rounds, delta {config.privacy.delta:g}")
+    for column in ("site", "patients", "images", "declared", "q", "sigma warm-up", "sigma", "steps", "epsilon"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for index, part in enumerate(federation.sites):
+        declared = declared_patients(patients_in(part))
+        cells = [site_name(index), str(patients_in(part)), str(len(part.records)), str(declared)]
+        if declared < config.privacy.min_patients:
+            table.add_row(*cells, "takes no part: fewer than privacy.min_patients")
+            continue
+        agreed = plan(config, declared)
+        noise = [
+            f"{sigma:.3f}" if sigma else "-"
+            for sigma in (agreed.warmup_noise_multiplier, agreed.train_noise_multiplier)
+        ]
+        table.add_row(*cells, f"{agreed.sample_rate:.4f}", *noise, str(agreed.steps), f"{agreed.epsilon:g}")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    weights_bytes = size_bytes(get_weights(initial_pair(config)))
+    console.print(f"held out: {patients_in(federation.held_out)} patients")
+    console.print(f"bytes per round and site: {weights_bytes:,} down, {weights_bytes:,} up")
+
+
+if __name__ == "__main__":
+    main()

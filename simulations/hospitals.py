@@ -1,0 +1,225 @@
+"""Virtual hospitals: who has which patients, their folders and homes, and the way to their agents.
+
+Each hospital reads its own folder through the intake that a real hospital uses, and keeps its own policy, key, ledger
+and journal. Out of scope: running the federation (simulations/engines).
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from client.policy import Policy
+
+from client.agent import Secrets, answer, open_site
+from client.channel import Transport
+from client.home import Home, SiteConfig, create_home, import_images, load_images
+from client.intake import Dataset, Record, Scan, scan
+from client.intake.refusals import describe
+from common.config import Config, build_config
+from common.crypto import KeyStream
+from common.errors import IntakeError
+from common.files import make_folder, write_atomic
+from common.messages import Reply, Request
+from simulations.partition import assign, hold_out, place
+from simulations.phantoms.cohort import CLASSES, PhantomPatient, draw_patients, draw_scanner
+from simulations.phantoms.dicom import write_hospital
+
+HOLDOUT = "held-out"
+_READY = "ready.json"
+
+
+@final
+@dataclass(frozen=True)
+class Federation:
+    """Who has which patients; no file is written yet.
+
+    Attributes:
+        config: The configuration with the classes filled in.
+        sites: What each hospital gets.
+        held_out: What no hospital gets.
+        phantoms: The phantom patients by patient key; empty for given data.
+    """
+
+    config: Config
+    sites: tuple[Scan, ...]
+    held_out: Scan
+    phantoms: Mapping[tuple[str, str], PhantomPatient]
+
+
+def site_name(index: int) -> str:
+    """Return the name of a virtual hospital."""
+    return f"hospital-{index + 1:02d}"
+
+
+def patients_in(found: Scan) -> int:
+    """Count the patients of a scan."""
+    return len({record.patient for record in found.records})
+
+
+def declared_patients(patients: int) -> int:
+    """Round a hospital's patients to the public number that its policy declares: to tens, at least 10."""
+    return max(10, round(patients / 10) * 10)
+
+
+def draw_federation(config: Config) -> Federation:
+    """Decide who gets which patients, from headers and indexes alone.
+
+    Raises:
+        IntakeError: The data cannot be used, or there are fewer patients than hospitals.
+        ConfigError: The partition does not fit the data.
+    """
+    seed, simulation = config.federation.seed, config.simulation
+    phantoms: dict[tuple[str, str], PhantomPatient] = {}
+    if simulation.data:
+        everything = scan(Path(simulation.data).absolute(), simulation.label)
+    else:
+        drawn = draw_patients(simulation.phantom_patients, seed)
+        phantoms = {(patient.issuer, patient.patient_id): patient for patient in drawn}
+        everything = Scan(
+            tuple(
+                Record(Path(), None, key, CLASSES[patient.label], None)
+                for key, patient in phantoms.items()
+                for _ in range(patient.images)
+            ),
+            {},
+        )
+    if patients_in(everything) < max(2, simulation.sites):
+        raise IntakeError(
+            f"Expected at least {max(2, simulation.sites)} patients for simulation.sites={simulation.sites} hospitals, "
+            f"found {patients_in(everything)}. Lower --sites or give more patients."
+        )
+    classes = config.image.classes or tuple(sorted({r.label for r in everything.records if r.label is not None}))
+    tree = config.model_dump()
+    config = build_config(tree, {"image.classes": classes if simulation.data else config.image.classes or CLASSES})
+    rest, held_out = hold_out(everything, simulation.holdout, seed)
+    return Federation(config, assign(rest, simulation.sites, simulation.partition, seed), held_out, phantoms)
+
+
+def build_hospitals(federation: Federation, out: Path) -> Iterator[str]:
+    """Write every hospital's files and home, import its images, and say what is being done.
+
+    Whatever an interrupted call left is removed first; a finished one is left as it is.
+
+    Args:
+        federation: From `draw_federation`.
+        out: The run folder.
+
+    Yields:
+        One line a hospital, for display.
+
+    Raises:
+        IntakeError: Nothing is usable at some hospital, or every hospital has fewer than `privacy.min_patients`.
+        StorageError: A file could not be written.
+    """
+    folder = out / "hospitals"
+    make_folder(out)
+    with (out / "hospitals.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Ray's actors may all find the hospitals unbuilt
+        if (folder / _READY).exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        if federation.held_out.records:
+            data = make_folder(folder / HOLDOUT / "data")
+            _write_images(federation, federation.held_out, data, len(federation.sites))
+        for index, part in enumerate(federation.sites):
+            refused = _build_hospital(federation, index, part, folder / site_name(index))
+            skipped = f", skipped {describe(refused)}" if refused else ""
+            yield f"{site_name(index)}: {patients_in(part)} patients, {len(part.records)} images{skipped}"
+        _check_sizes(federation)
+        write_atomic(folder / _READY, json.dumps({"version": 1, "sites": len(federation.sites)}).encode())
+
+
+def connect(out: Path, config: Config, partition: int) -> Transport:
+    """Return the transport to a virtual hospital's agent in this process.
+
+    The agent is opened for each request and dropped after it, so that memory does not grow with the hospitals. Its
+    secrets are derived from the seed: reproducible, hence not secret; a real site takes them from the OS.
+    """
+    home = Home(out / "hospitals" / site_name(partition))
+    secrets = simulated_secrets(config.federation.seed, partition)
+
+    def ask(request: Request) -> Reply:
+        torch.set_num_threads(config.performance.threads)
+        _log_to(home)
+        return answer(open_site(home, secrets), request)
+
+    return ask
+
+
+def simulated_secrets(seed: int, partition: int) -> Secrets:
+    """Return reproducible secrets: the same for the same seed, hospital and purpose."""
+    key = hashlib.sha256(f"fedmedgan simulator/{seed}/{partition}".encode()).digest()
+
+    def derive(purpose: str) -> KeyStream:
+        return KeyStream(key).derive(purpose)
+
+    return derive
+
+
+def held_out_images(config: Config, out: Path) -> Dataset | None:
+    """Load the patients that no hospital got, or None when there are none."""
+    home = Home(out / "hospitals" / HOLDOUT)
+    if not home.folder.exists():
+        return None
+    if not home.dataset(config.image.classes, config.image.size).exists():
+        write_atomic(home.folder / "site.toml", b'data = "data"\n')
+        import_images(home, config.image.classes, config.image.size, min_patients=1)
+    return load_images(home, config.image.classes, config.image.size)
+
+
+def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path) -> Mapping[str, int]:
+    config = federation.config
+    data = make_folder(folder / "data")
+    _write_images(federation, part, data, index)
+    policy = Policy(
+        site=site_name(index),
+        declared_patients=declared_patients(patients_in(part)),
+        max_epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        min_patients=config.privacy.min_patients,
+        max_rounds=max(1, config.federation.rounds),
+    )
+    home = create_home(folder, SiteConfig(data="data"), policy)
+    return import_images(home, config.image.classes, config.image.size, min_patients=1)
+
+
+def _write_images(federation: Federation, part: Scan, data: Path, scanner: int) -> None:
+    if not federation.phantoms:
+        place(part, data)
+        return
+    keys = dict.fromkeys(record.patient for record in part.records)
+    patients = [federation.phantoms[key] for key in keys]
+    for _ in write_hospital(data, patients, draw_scanner(scanner, federation.config.federation.seed)):
+        pass
+
+
+def _check_sizes(federation: Federation) -> None:
+    minimum = federation.config.privacy.min_patients
+    largest = max(declared_patients(patients_in(part)) for part in federation.sites)
+    if largest < minimum:
+        raise IntakeError(
+            f"Expected a hospital with at least privacy.min_patients={minimum} patients, the largest has {largest}. "
+            "Give more patients, fewer --sites, or lower privacy.min_patients in the TOML."
+        )
+
+
+def _log_to(home: Home) -> None:
+    """Send the agent's log to the hospital's own file, as a real agent would."""
+    logger = logging.getLogger("fedmedgan.agent")
+    path = os.fspath(home.log.absolute())
+    if not any(isinstance(h, logging.FileHandler) and h.baseFilename == path for h in logger.handlers):
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        handler = logging.FileHandler(path)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False

@@ -1,0 +1,44 @@
+"""Small DICOM files made on the spot."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+WriteDicom = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_dicom() -> WriteDicom:
+    """Write a DICOM file of 12 stored bits; keyword arguments set or (None) remove elements."""
+
+    def write(path: Path, pixels: np.ndarray | None = None, syntax: str = ExplicitVRLittleEndian, **tags: Any) -> Path:
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+        meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[path.name])
+        meta.TransferSyntaxUID = syntax
+        dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+        pixels = np.arange(24 * 16, dtype=np.uint16).reshape(24, 16) if pixels is None else pixels
+        dataset.Rows, dataset.Columns = pixels.shape[:2]
+        dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
+        dataset.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = (8, 8, 7) if pixels.itemsize == 1 else (16, 12, 11)
+        dataset.PixelRepresentation = 0
+        if pixels.ndim == 3:
+            dataset.PlanarConfiguration = 0
+        dataset.PixelData = pixels.tobytes()
+        dataset.PatientID = "P1"
+        for keyword, value in tags.items():
+            if value is None:
+                delattr(dataset, keyword)
+            else:
+                setattr(dataset, keyword, value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dataset.save_as(path, enforce_file_format=False)
+        return path
+
+    return write

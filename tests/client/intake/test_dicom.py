@@ -1,0 +1,300 @@
+import logging
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydicom import dcmread
+from pydicom.dataset import Dataset as DicomDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.uid import MPEG2MPML, RLELossless
+
+from client.intake import Reason, read, scan
+from client.intake.dicom import decode, is_dicom
+from client.intake.refusals import Refused, quiet
+from common.errors import ConfigError, IntakeError
+
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+WriteDicom = Callable[..., Path]
+RAMP = np.arange(24 * 16, dtype=np.uint16).reshape(24, 16)
+
+
+def test_patients_are_grouped_by_issuer_and_id(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / "b", PatientID="P1 ", AdmittingDiagnosesDescription="sick")
+    write_dicom(tmp_path / "a.dcm", PatientID="P1", IssuerOfPatientID="X", AdmittingDiagnosesDescription="well")
+    write_dicom(tmp_path / "deep" / "c.img", PatientID="P1", AdmittingDiagnosesDescription="sick")
+    found = scan(tmp_path)
+    assert [record.patient for record in found.records] == [("X", "P1"), ("", "P1"), ("", "P1")]
+    dataset, refused = read(found, ["sick", "well"], 32)
+    assert dataset.patients.tolist() == [0, 0, 1]
+    assert dataset.labels.tolist() == [0, 0, 1]
+    assert not refused
+
+
+def test_without_a_window_the_full_range_of_the_image(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    grey = decode(write_dicom(tmp_path / "a", RAMP + 100, RescaleSlope=2, RescaleIntercept=-5))
+    assert np.allclose(grey, RAMP * (255 / RAMP.max()), atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [0, -3])
+def test_a_window_without_width_is_no_window(tmp_path: Path, write_dicom: WriteDicom, width: float) -> None:
+    grey = decode(write_dicom(tmp_path / "a", RAMP, WindowCenter=10, WindowWidth=width))
+    assert np.allclose(grey, RAMP * (255 / RAMP.max()), atol=1e-3)
+
+
+def test_window_after_rescale(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """PS3.3 C.11.2.1.2.1 by hand: centre 200, width 101 maps 149.5..249.5 to 0..1."""
+    tags = {"RescaleSlope": 2, "RescaleIntercept": -100, "WindowCenter": [200, 7], "WindowWidth": [101, 9]}
+    grey = decode(write_dicom(tmp_path / "a", RAMP, **tags))
+    assert np.allclose(grey, np.clip((RAMP * 2.0 - 100 - 149.5) / 100, 0, 1) * 255, atol=1e-3)
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_windows_agree_with_pydicom(tmp_path: Path, write_dicom: WriteDicom, function: str) -> None:
+    tags = {"WindowCenter": 190, "WindowWidth": 120, "VOILUTFunction": function}
+    path = write_dicom(tmp_path / "a", RAMP, **tags)
+    dataset = dcmread(path)
+    assert np.allclose(decode(path), apply_voi_lut(dataset.pixel_array, dataset) * (255 / 4095), atol=1e-3)
+
+
+def test_monochrome1_is_inverted_last_and_once(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    tags = {"WindowCenter": 100, "WindowWidth": 101}
+    light = decode(write_dicom(tmp_path / "a", RAMP, **tags))
+    dark = decode(
+        write_dicom(
+            tmp_path / "b", RAMP, PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE", **tags
+        )
+    )
+    assert np.allclose(light + dark, 255)
+
+
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_lookup_tables(tmp_path: Path, write_dicom: WriteDicom, sequence: str) -> None:
+    """Values outside the table take its ends; 8-bit entries with 12-bit values do not wrap around."""
+    item = DicomDataset()
+    item.LUTDescriptor, item.LUTData = [100, 50, 8], list(range(0, 200, 2))
+    item["LUTDescriptor"].VR, item["LUTData"].VR = "US", "US"
+    grey = decode(write_dicom(tmp_path / "a", RAMP, **{sequence: [item]}))
+    expected = np.clip(RAMP.astype(float) - 50, 0, 99) * 2
+    assert np.allclose(grey, expected if sequence == "VOILUTSequence" else expected * (255 / 198), atol=1e-3)
+
+
+def test_colour_becomes_luminance(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    pixels = np.zeros((4, 6, 3), dtype=np.uint8)
+    pixels[..., 1] = 200
+    assert np.allclose(decode(write_dicom(tmp_path / "a", pixels)), 200 * 0.587, atol=0.01)
+
+
+def test_a_palette_for_colours_is_refused(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    tags: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour in ("Red", "Green", "Blue"):
+        tags[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
+        tags[f"{colour}PaletteColorLookupTableData"] = bytes(range(256))
+    assert np.allclose(decode(write_dicom(tmp_path / "a", RAMP.astype(np.uint8), **tags)), RAMP % 256, atol=0.1)
+    with pytest.raises(Refused, match=Reason.PIXELS):
+        decode(write_dicom(tmp_path / "b", np.zeros((4, 6, 3), dtype=np.uint8), **tags))
+
+
+def test_every_unusable_file_is_counted(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    def add(name: str, **tags: Any) -> Path:
+        return write_dicom(tmp_path / name, AdmittingDiagnosesDescription="x", **tags)
+
+    whole = add("good").read_bytes()
+    (tmp_path / "text.txt").write_text("no image")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "noise").write_bytes(b"\0" * 128 + b"DICM" + np.random.default_rng(0).bytes(4000))
+    (tmp_path / "cut").write_bytes(whole[:-100])
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    add("no patient", PatientID=None)
+    add("blank patient", PatientID=" ")
+    add("film", NumberOfFrames=2)
+    add("report", Rows=None)
+    add("no pixels", PixelData=None)
+    add("odd bits", BitsAllocated=12)
+    add("huge", Rows=60_000, Columns=60_000)
+    add("not a number", RescaleSlope="1e308", RescaleIntercept="0")
+    write_dicom(tmp_path / "no label", PatientID="P2")
+    dataset, refused = read(scan(tmp_path), ["x"], 28)
+    assert len(dataset.images) == 1
+    assert refused == {
+        Reason.NOT_DICOM: 2,
+        Reason.NO_IMAGE: 3,
+        Reason.PIXELS: 1,
+        Reason.NOT_A_FILE: 3,
+        Reason.NO_PATIENT: 2,
+        Reason.MULTI_FRAME: 1,
+        Reason.HEADER: 1,
+        Reason.TOO_LARGE: 1,
+        Reason.NOT_FINITE: 1,
+        Reason.NO_LABEL: 1,
+    }
+
+
+def test_missing_decoders_are_named(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / "good")
+    write_dicom(tmp_path / "private", syntax="1.2.3.4.5.6")
+    write_dicom(tmp_path / "video", syntax=MPEG2MPML, PixelData=encapsulate([bytes(10)]))
+    _, refused = read(scan(tmp_path, "none"), ["all"], 28)
+    assert refused == {
+        f"{Reason.NO_DECODER} an unregistered transfer syntax": 1,
+        f"{Reason.NO_DECODER} {MPEG2MPML.name}": 1,
+    }
+
+
+def test_a_deflated_bomb_is_not_inflated(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / "good")
+    path = write_dicom(tmp_path / "bomb", syntax="1.2.840.10008.1.2.1.99")
+    packer = zlib.compressobj(wbits=-15)
+    path.write_bytes(path.read_bytes()[:400] + packer.compress(bytes(2**26)) + packer.flush())
+    assert scan(tmp_path, "none").refused == {Reason.DEFLATED: 1}
+    with pytest.raises(Refused, match="deflated"):
+        decode(path)
+
+
+def test_compressed_single_frame(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    path = write_dicom(tmp_path / "a", RAMP)
+    before = decode(path)
+    dataset = dcmread(path)
+    dataset.SOPInstanceUID = "1.2.3"
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    dataset.save_as(path)
+    assert np.array_equal(decode(path), before)
+
+
+def test_labels(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / "a", Modality="CR", AdmittingDiagnosesDescription=["one", "two"], SeriesNumber=4)
+    write_dicom(tmp_path / "deep" / "b", Modality="DX")
+    assert [record.label for record in scan(tmp_path).records] == ["one\\two", None]
+    assert [record.label for record in scan(tmp_path, "tag:Modality").records] == ["CR", "DX"]
+    assert [record.label for record in scan(tmp_path, "tag:SeriesNumber").records] == ["4", None]
+    assert [record.label for record in scan(tmp_path, "none").records] == ["all", "all"]
+    with pytest.raises(ConfigError, match="keyword"):
+        scan(tmp_path, "tag:Modalitty")
+    with pytest.raises(IntakeError, match=r"labels\.csv"):
+        scan(tmp_path, "column:finding")
+    with pytest.raises(IntakeError, match="--label none"):
+        scan(tmp_path, "tag:StudyDescription")
+
+
+def test_labels_file(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / "a", Modality="CR")
+    write_dicom(tmp_path / "deep" / "b", Modality="DX")
+    (tmp_path / "labels.csv").write_text("File,Label,Finding,Site\n./a,0,ill,north\ndeep/b,,well,south\n")
+    (tmp_path / "notes.csv").write_text("more\n")
+    found = scan(tmp_path)
+    assert [(record.label, record.site) for record in found.records] == [("0", "north"), (None, "south")]
+    assert [record.label for record in scan(tmp_path, "column:Finding").records] == ["ill", "well"]
+    assert [record.label for record in scan(tmp_path, "tag:Modality").records] == ["CR", "DX"]
+    assert [record.site for record in scan(tmp_path, "none").records] == ["north", "south"]
+    (tmp_path / "labels.csv").write_text("file,label\na,0\n./a,1\n")
+    with pytest.raises(IntakeError, match="more than once"):
+        scan(tmp_path)
+
+
+def test_no_patient_at_all_is_explained(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / "a", PatientID=None)
+    with pytest.raises(IntakeError, match="No image names its patient"):
+        scan(tmp_path, "none")
+
+
+def test_nothing_of_a_file_is_shown(tmp_path: Path, write_dicom: WriteDicom, caplog: pytest.LogCaptureFixture) -> None:
+    """pydicom quotes odd values in warnings and log lines; here they are neither raised nor logged."""
+    path = write_dicom(tmp_path / "a", PatientID="SECRET")
+    path.write_bytes(path.read_bytes().replace(b"MONOCHROME2", b"SECRET\xff\xfe567"))
+    with caplog.at_level(logging.DEBUG), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(IntakeError) as error:
+            read(scan(tmp_path, "none"), ["all"], 28)
+    shown = [
+        str(error.value),
+        *(str(item.message) for item in seen),
+        *(record.getMessage() for record in caplog.records),
+    ]
+    assert not [text for text in shown if "SECRET" in text]
+
+
+@pytest.fixture(scope="module")
+def dicom_bytes(tmp_path_factory: pytest.TempPathFactory, write_dicom: WriteDicom) -> bytes:
+    tags = {"WindowCenter": 100, "WindowWidth": 50, "RescaleSlope": 2, "RescaleIntercept": 1, "NumberOfFrames": 1}
+    return write_dicom(tmp_path_factory.mktemp("dicom") / "a", **tags).read_bytes()
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.data())
+def test_mutated_bytes_are_counted(dicom_bytes: bytes, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "a").write_bytes(dicom_bytes)
+        mutated = bytearray(dicom_bytes)
+        for _ in range(data.draw(st.integers(1, 8))):
+            mutated[data.draw(st.integers(132, 700))] = data.draw(st.integers(0, 255))
+        end = data.draw(st.one_of(st.just(len(mutated)), st.integers(0, len(mutated))))
+        (folder / "b").write_bytes(mutated[:end])
+        dataset, refused = read(scan(folder, "none"), ["all"], 28)
+        assert len(dataset.images) + sum(refused.values()) == 2
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.binary(max_size=400))
+@example(b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\0")
+def test_random_bytes_after_the_preamble_are_counted(dicom_bytes: bytes, content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "a").write_bytes(dicom_bytes)
+        (folder / "b").write_bytes(b"\0" * 128 + b"DICM" + content)
+        dataset, refused = read(scan(folder, "none"), ["all"], 28)
+        assert len(dataset.images) + sum(refused.values()) == 2
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared test data are not on this machine")
+def test_real_odd_files_are_counted() -> None:
+    """The test files of pydicom: what depends on installed decoders is left out of the comparison."""
+    dataset, refused = read(scan(SHARED / "dicom_pydicom", "none"), ["all"], 32)
+    assert refused[Reason.NO_IMAGE] == 75
+    assert refused[Reason.NOT_DICOM] == 16
+    assert refused[Reason.NO_PATIENT] == 11
+    assert refused[Reason.MULTI_FRAME] == 7
+    assert refused[Reason.DEFLATED] == 1
+    assert refused[Reason.HEADER] == 1
+    assert len(dataset.images) >= 79
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared test data are not on this machine")
+def test_real_ct_series() -> None:
+    dataset, refused = read(scan(SHARED / "dicom_covid_ny_sbu", "none"), ["all"], 32)
+    assert (len(dataset.images), dataset.number_of_patients) == (24, 5)
+    assert refused == {Reason.NOT_DICOM: 1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared test data are not on this machine")
+def test_real_files_agree_with_pydicom_up_to_its_scale() -> None:
+    compared = 0
+    for path in sorted(SHARED.glob("dicom_*/**/*")):
+        if not path.is_file() or not is_dicom(path):
+            continue
+        with quiet():
+            try:
+                grey = decode(path)
+            except Refused:
+                continue
+            dataset = dcmread(path)
+            if not dataset.PhotometricInterpretation.startswith("MONOCHROME"):
+                continue
+            shown = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset).astype(float)
+        if dataset.PhotometricInterpretation == "MONOCHROME1":
+            shown = -shown
+        ours = (grey - grey.min()) / max(np.ptp(grey), 1e-9)
+        assert np.abs(ours - (shown - shown.min()) / max(np.ptp(shown), 1e-9)).max() < 0.003
+        compared += 1
+    assert compared > 50

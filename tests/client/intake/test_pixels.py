@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.intake.pixels import MAX_PIXELS, check_size, fit, full_range, luminance
+from client.intake.refusals import Refused
+
+
+def test_fit_is_identity() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.float32)
+    assert np.array_equal(fit(image, 32), image.astype(np.uint8))
+
+
+def test_aspect_is_kept_and_the_rest_filled_with_the_darkest_value() -> None:
+    image = np.full((40, 80), 200, dtype=np.float32)
+    image[0, 0] = 7
+    square = fit(image, 32)
+    assert np.all(square[:8] == 7)
+    assert np.all(square[24:] == 7)
+    assert np.all(square[10:22, 2:] > 190)
+
+
+def test_a_strip_does_not_grow_to_its_square() -> None:
+    assert fit(np.zeros((1, 65_535), dtype=np.float32), 28).shape == (28, 28)
+
+
+def test_resizing_is_antialiased() -> None:
+    """A checkerboard becomes grey; without the filter it would become black or white."""
+    board = (np.indices((128, 128)).sum(axis=0) % 2 * 255).astype(np.float32)
+    assert np.abs(fit(board, 32).astype(int)[2:-2, 2:-2] - 127.5).max() < 3
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([28, 32, 64]), st.integers(0, 2**32 - 1))
+def test_any_shape_becomes_a_square_inside_the_range(rows: int, columns: int, size: int, seed: int) -> None:
+    image = (np.random.default_rng(seed).random((rows, columns)) * 255).astype(np.float32)
+    square = fit(image, size)
+    assert square.shape == (size, size)
+    assert square.dtype == np.uint8
+
+
+def test_full_range() -> None:
+    assert np.array_equal(full_range(np.array([[-5, 5], [0, 5]])), np.array([[0, 255], [127.5, 255]], dtype=np.float32))
+    assert not full_range(np.full((2, 2), 9)).any()
+    with pytest.raises(Refused, match="not finite"):
+        full_range(np.array([[np.inf, 0.0]]))
+
+
+def test_luminance_of_grey_is_grey() -> None:
+    assert np.allclose(luminance(np.full((2, 2, 3), 77)), 77)
+
+
+def test_limits() -> None:
+    check_size(1, MAX_PIXELS)
+    with pytest.raises(Refused, match="limits"):
+        check_size(2, MAX_PIXELS)
+    with pytest.raises(Refused, match="no image"):
+        check_size(0, 5)

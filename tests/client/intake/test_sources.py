@@ -1,0 +1,92 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from client.intake import Reason, read, scan
+from common.errors import ConfigError, IntakeError
+
+WriteDicom = Callable[..., Path]
+
+
+def test_paths_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(IntakeError, match="does not exist"):
+        scan(tmp_path / "nothing")
+    with pytest.raises(IntakeError, match="empty"):
+        scan(tmp_path)
+    (tmp_path / "notes.txt").write_text("SECRET")
+    with pytest.raises(IntakeError, match="1 not DICOM"):
+        scan(tmp_path)
+    with pytest.raises(IntakeError, match="NPZ file or a folder"):
+        scan(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("label", ["", "tag", "tag:", "column: ", "Auto", "csv:x"])
+def test_label_forms(tmp_path: Path, label: str) -> None:
+    with pytest.raises(ConfigError, match="--label"):
+        scan(tmp_path, label)
+
+
+def test_one_bad_file_stops_nothing(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / "good", PatientID="SECRET")
+    (tmp_path / "bad").write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 100)
+    dataset, refused = read(scan(tmp_path, "none"), ["all"], 28)
+    assert len(dataset.images) == 1
+    assert sum(refused.values()) == 1
+
+
+def test_deterministic_order(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    for name in ("b", "z/a", "a", "c/d/e", "c/a"):
+        write_dicom(tmp_path / name)
+    names = [record.path.relative_to(tmp_path).as_posix() for record in scan(tmp_path, "none").records]
+    assert names == ["a", "b", "c/a", "c/d/e", "z/a"]
+
+
+def test_an_npz_alone_in_a_folder_is_the_source(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8), np.uint8), patient_id=np.arange(2))
+    assert len(scan(tmp_path, "none").records) == 2
+
+
+def test_patients_adjacent(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    patients = rng.integers(0, 20, 100)
+    images = np.broadcast_to(patients.astype(np.uint8)[:, None, None], (100, 28, 28))
+    np.savez(tmp_path / "images.npz", images=images, patient_id=patients, labels=rng.integers(0, 2, 100))
+    dataset, _ = read(scan(tmp_path), ["0", "1"], 28)
+    values = dataset.images[:, 0, 0, 0]
+    starts = np.flatnonzero(np.diff(dataset.patients))
+    assert len(starts) == dataset.number_of_patients - 1
+    assert len(set(zip(values.tolist(), dataset.patients.tolist(), strict=True))) == dataset.number_of_patients
+    assert [str(values[0]), *(str(values[start + 1]) for start in starts)] == sorted({str(one) for one in patients})
+
+
+def test_no_cross_patient_statistics(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Every patient's pixels are the same with and without each other patient."""
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 2 ** (8 + number), (30, 20), dtype=np.uint16)
+        write_dicom(tmp_path / f"{number}", pixels, PatientID=f"P{number}")
+    everyone, _ = read(scan(tmp_path, "none"), ["all"], 32)
+    (tmp_path / "2").unlink()
+    others, _ = read(scan(tmp_path, "none"), ["all"], 32)
+    assert np.array_equal(np.delete(everyone.images, 2, axis=0), others.images)
+
+
+def test_read_checks_its_arguments(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8), np.uint8), patient_id=np.arange(2))
+    found = scan(tmp_path, "none")
+    for classes, size in ((["all"], 30), ([], 28), (["all", "all"], 28)):
+        with pytest.raises(ConfigError):
+            read(found, classes, size)
+    with pytest.raises(IntakeError, match="2 label not among the classes"):
+        read(found, ["other"], 28)
+
+
+def test_a_file_that_goes_away_is_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
+    (tmp_path / "index.csv").write_text("file,patient\na.png,1\nb.png,2\n")
+    found = scan(tmp_path, "none")
+    (tmp_path / "a.png").unlink()
+    assert read(found, ["all"], 28)[1] == {Reason.MISSING: 1}

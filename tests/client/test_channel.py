@@ -1,0 +1,102 @@
+import socket
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.channel import (
+    MAGIC,
+    MAX_BODY_BYTES,
+    connect,
+    pack_reply,
+    pack_request,
+    read_frame,
+    unpack_reply,
+    unpack_request,
+)
+from common.errors import RefusalCode, WireError
+from common.messages import Kind, Reply, Request
+
+_REQUEST = Request(Kind.TRAIN, "run", 3, '{"x":1}', {"d_steps_per_g_step": 2}, {"w": np.arange(6, dtype=np.float32)})
+
+
+def test_request_round_trip() -> None:
+    got = unpack_request(pack_request(_REQUEST))
+    assert (got.kind, got.run_id, got.round, got.proposal, got.settings) == (
+        Kind.TRAIN,
+        "run",
+        3,
+        '{"x":1}',
+        _REQUEST.settings,
+    )
+    assert (got.arrays["w"] == _REQUEST.arrays["w"]).all()
+
+
+@pytest.mark.parametrize("code", [None, RefusalCode.OVER_BUDGET])
+def test_reply_round_trip(code: RefusalCode | None) -> None:
+    got = unpack_reply(
+        pack_reply(Reply(Kind.WARMUP, "run", 0, code, {"epsilon_spent": 1.5}, {"embedding": np.ones((2, 2))}))
+    )
+    assert (got.refusal, got.fields) == (code, {"epsilon_spent": 1.5})
+    assert got.arrays["embedding"].shape == (2, 2)
+
+
+def test_packing_is_deterministic() -> None:
+    assert pack_request(_REQUEST) == pack_request(_REQUEST)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(st.data())
+def test_mutated_frames_never_crash(data: st.DataObject) -> None:
+    frame = bytearray(pack_request(_REQUEST))
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(frame)))
+    for candidate in (bytes(frame), bytes(frame[:cut]), bytes(frame) + b"x"):
+        try:
+            unpack_request(candidate)
+        except WireError:
+            pass
+
+
+def test_huge_sizes_are_refused_before_they_are_read() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(MAGIC + (10).to_bytes(4, "little") + (MAX_BODY_BYTES + 1).to_bytes(8, "little"))
+        with pytest.raises(WireError, match="at most"):
+            read_frame(right)
+
+
+def test_peer_that_stops_early_is_an_error() -> None:
+    left, right = socket.socketpair()
+    with right:
+        left.sendall(pack_request(_REQUEST)[:-5])
+        left.close()
+        with pytest.raises(WireError, match="closed"):
+            read_frame(right)
+
+
+def test_connect_asks_over_a_socket(tmp_path) -> None:
+    path = tmp_path / "agent.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                request = unpack_request(read_frame(connection))
+                connection.sendall(pack_reply(Reply(request.kind, request.run_id, request.round)))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        reply = connect(path, 5.0)(_REQUEST)
+        thread.join()
+    assert (reply.kind, reply.round) == (Kind.TRAIN, 3)
+
+
+def test_no_agent_is_an_os_error(tmp_path) -> None:
+    with pytest.raises(OSError):
+        connect(tmp_path / "none.sock", 1.0)(_REQUEST)

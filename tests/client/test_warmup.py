@@ -1,0 +1,81 @@
+"""The bounded sums: what one patient can do to them."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.warmup import embedding_sum
+from common.errors import IntakeError
+from common.features import CONSTANT, feature_dim, feature_map, features
+
+FM = feature_map(28)
+CLASSES = 3
+
+
+def draw(rng: np.random.Generator, count: int) -> npt.NDArray[np.uint8]:
+    kinds = [
+        rng.integers(0, 256, (count, 1, 28, 28)),
+        np.full((count, 1, 28, 28), rng.integers(0, 256)),
+        rng.integers(0, 2, (count, 1, 28, 28)) * 255,
+    ]
+    return kinds[rng.integers(0, 3)].astype(np.uint8)
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(seed=st.integers(0, 2**31), others=st.integers(0, 8), count=st.sampled_from([1, 2, 7, 200]), mixed=st.booleans())
+def test_one_patient_one_unit(seed: int, others: int, count: int, mixed: bool) -> None:
+    rng = np.random.default_rng(seed)
+    images = np.concatenate([draw(rng, others), draw(rng, count)])
+    labels = rng.integers(0, CLASSES, len(images)) if mixed else np.full(len(images), 1)
+    patients = np.array([f"p{number % 3}" for number in range(others)] + ["the patient"] * count)
+    order = rng.permutation(len(images))
+    everybody = embedding_sum(images[order], labels[order], patients[order], CLASSES, FM)
+    without = embedding_sum(images[:others], labels[:others], patients[:others], CLASSES, FM)
+    moved = (everybody - without).norm().item()
+    assert moved <= 1
+    if not mixed and count == 1:
+        assert moved > 0.99  # and the whole unit is used, none of the budget is lost
+
+
+@settings(deadline=None, derandomize=True, max_examples=15)
+@given(seed=st.integers(0, 2**31), copies=st.integers(2, 5))
+def test_duplicates(seed: int, copies: int) -> None:
+    rng = np.random.default_rng(seed)
+    images, labels = draw(rng, 6), rng.integers(0, CLASSES, 6)
+    patients = np.array([0, 0, 1, 1, 1, 2])
+    more = np.concatenate([np.arange(6), np.repeat(np.flatnonzero(patients == 1), copies - 1)])
+    once = embedding_sum(images, labels, patients, CLASSES, FM)
+    again = embedding_sum(images[more], labels[more], patients[more], CLASSES, FM)
+    assert torch.allclose(once, again, atol=1e-6)
+
+
+def test_sum_is_the_plain_loop_over_patients() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (700, 1, 28, 28)).astype(np.uint8)  # more than two chunks
+    labels, patients = rng.integers(0, CLASSES, 700), rng.integers(0, 40, 700)
+    vectors = features(FM, torch.from_numpy(images.astype(np.float32)) / 127.5 - 1).double()
+    expected = torch.zeros(CLASSES, feature_dim(FM), dtype=torch.float64)
+    for patient in range(40):
+        mine = np.flatnonzero(patients == patient)
+        for image in mine:
+            expected[labels[image]] += vectors[image] / len(mine)
+    total = embedding_sum(images, labels, patients, CLASSES, FM)
+    assert torch.allclose(total, expected, atol=1e-5)
+    assert total[:, 0].sum().item() == pytest.approx(40 * CONSTANT)
+
+
+def test_an_empty_site_adds_nothing() -> None:
+    nobody = np.zeros(0, dtype=np.int64)
+    total = embedding_sum(np.zeros((0, 1, 28, 28), dtype=np.uint8), nobody, nobody, CLASSES, FM)
+    assert total.shape == (CLASSES, feature_dim(FM))
+    assert torch.all(total == 0)
+
+
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_labels_out_of_range_are_refused(label: int) -> None:
+    images = np.zeros((2, 1, 28, 28), dtype=np.uint8)
+    with pytest.raises(IntakeError, match="labels from 0 to 2"):
+        embedding_sum(images, np.array([0, label]), np.array(["anna", "anna"]), CLASSES, FM)

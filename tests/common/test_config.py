@@ -1,0 +1,96 @@
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.config import Proposal, build_config, known_keys, parse_proposal, read_config, to_toml
+from common.errors import ConfigError
+
+
+def test_toml_round_trip_keeps_every_value() -> None:
+    config = build_config({}, {"privacy.epsilon": 3.5, "image.classes": ('a "quoted"', "b"), "run.out": "x"})
+    assert build_config(tomllib.loads(to_toml(config))) == config
+
+
+def test_print_config_holds_every_key() -> None:
+    tree = tomllib.loads(to_toml(build_config({})))
+    assert {f"{section}.{key}" for section, values in tree.items() for key in values} == set(known_keys())
+
+
+@pytest.mark.parametrize(
+    ("tree", "near"),
+    [
+        ({"privacy": {"epsilom": 1.0}}, "privacy.epsilon"),
+        ({"federation": {"round": 1}}, "federation.rounds"),
+        ({"privcy": {}}, "privacy"),
+    ],
+)
+def test_unknown_key_names_the_nearest(tree: dict, near: str) -> None:
+    with pytest.raises(ConfigError, match=near):
+        build_config(tree)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("privacy.epsilon", 0.0),
+        ("privacy.epsilon", -1.0),
+        ("privacy.epsilon", float("nan")),
+        ("privacy.epsilon", float("inf")),
+        ("privacy.delta", 0.0),
+        ("privacy.delta", 1.0),
+        ("image.size", 33),
+        ("simulation.partition", "dirichlet:-1"),
+        ("simulation.partition", "dirichlet:nan"),
+        ("simulation.partition", "unequal"),
+        ("federation.rounds", -1),
+        ("model.name", "resnet"),
+        ("server.aggregation", "sum"),
+    ],
+)
+def test_value_out_of_bounds_names_key_and_value(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        build_config({}, {key: value})
+
+
+def test_nothing_to_learn_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"federation\.rounds = 0"):
+        build_config({"federation": {"rounds": 0}, "warmup": {"share": 0.0}})
+
+
+def test_digest_speed_is_free() -> None:
+    base = build_config({})
+    for key, value in (("performance.threads", 1), ("run.out", "elsewhere"), ("simulation.sites", 7)):
+        assert build_config({}, {key: value}).digest() == base.digest()
+    for key, value in (("privacy.epsilon", 1.0), ("train.steps_per_round", 1), ("federation.seed", 1)):
+        assert build_config({}, {key: value}).digest() != base.digest()
+
+
+def test_proposal_holds_shared_sections_only() -> None:
+    config = build_config({}, {"simulation.data": "/somewhere/private", "run.out": "/elsewhere"})
+    assert "somewhere" not in config.proposal()
+    assert "elsewhere" not in config.proposal()
+    assert parse_proposal(config.proposal()).digest() == config.digest()
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.text(max_size=200))
+def test_garbage_proposals_are_refused(text: str) -> None:
+    try:
+        assert isinstance(parse_proposal(text), Proposal)
+    except ConfigError:
+        pass
+
+
+def test_long_proposal_is_refused_before_parsing() -> None:
+    with pytest.raises(ConfigError, match="at most"):
+        parse_proposal("[" * 1_000_000)
+
+
+def test_config_file_missing_and_broken(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="Could not read"):
+        read_config(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("[privacy\nepsilon=")
+    with pytest.raises(ConfigError, match="not TOML"):
+        read_config(tmp_path / "broken.toml")

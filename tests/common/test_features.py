@@ -1,0 +1,85 @@
+"""The public feature map: bounded, public, differentiable."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from common.features import CONSTANT, FeatureMap, feature_dim, feature_map, features
+
+SIZES = (28, 32, 64)
+
+
+def tensors(fm: FeatureMap) -> list[Tensor]:
+    return [value for value in vars(fm).values() if isinstance(value, Tensor)]
+
+
+def test_public() -> None:
+    torch.manual_seed(1)
+    first = feature_map(32, seed=5)
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    second = feature_map(32, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert {field.name for field in dataclasses.fields(FeatureMap)} >= {"size", "pixel_frequencies"}
+    assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
+    other = feature_map(32, seed=6)
+    assert not torch.equal(first.pixel_frequencies, other.pixel_frequencies)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_unit_norm_on_adversarial_images(size: int) -> None:
+    fm = feature_map(size)
+    rng = torch.Generator().manual_seed(0)
+    checks = torch.arange(size)[:, None] + torch.arange(size)[None]
+    images = torch.stack(
+        [
+            torch.zeros(size, size),
+            torch.ones(size, size),
+            -torch.ones(size, size),
+            (checks % 2) * 2.0 - 1,
+            (torch.arange(size) % 2 * 2.0 - 1).expand(size, size),
+            torch.randn(size, size, generator=rng) * 1e4,
+            torch.rand(size, size, generator=rng) * 2 - 1,
+            torch.full((size, size), 1e-20),
+        ]
+    )[:, None]
+    vectors = features(fm, images)
+    assert vectors.shape == (len(images), feature_dim(fm))
+    assert torch.all(vectors.double().norm(dim=1) <= 1)
+    assert torch.allclose(vectors[:, 0], torch.tensor(CONSTANT))
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(seed=st.integers(0, 2**31), scale=st.floats(0, 1))
+def test_unit_norm(seed: int, scale: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    images = (torch.randn(4, 1, 28, 28, generator=rng) * scale).clamp(-1, 1)
+    assert torch.all(features(feature_map(28), images).double().norm(dim=1) <= 1)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+def test_differentiable_on_constant_images(value: float) -> None:
+    images = torch.full((2, 1, 32, 32), value, requires_grad=True)
+    features(feature_map(32), images).sum().backward()
+    assert images.grad is not None
+    assert torch.all(torch.isfinite(images.grad))
+
+
+def test_differentiable_agrees_with_differences() -> None:
+    fm = feature_map(28)
+    rng = torch.Generator().manual_seed(3)
+    image = torch.rand(1, 1, 28, 28, generator=rng) - 0.5
+    direction = torch.randn(1, 1, 28, 28, generator=rng)
+    weights = torch.randn(feature_dim(fm), generator=rng)
+    image.requires_grad_()
+    (features(fm, image) @ weights).sum().backward()
+    assert image.grad is not None
+    slope = (image.grad * direction).sum()
+    step = 1e-3
+    with torch.no_grad():
+        rise = features(fm, image + step * direction) - features(fm, image - step * direction)
+    assert torch.isclose(slope, (rise @ weights).sum() / (2 * step), rtol=0.02)

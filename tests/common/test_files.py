@@ -1,0 +1,88 @@
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common.errors import StorageError
+from common.files import append_durably, make_folder, write_atomic
+
+
+def test_write_atomic_sets_mode_and_content(tmp_path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"content", 0o600)
+    assert path.read_bytes() == b"content"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == ["file"]
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from common.files import write_atomic
+path, number = Path(sys.argv[1]), 0
+while True:
+    number = (number + 1) % 256
+    write_atomic(path, bytes([number]) * 200_000)
+"""
+
+
+def test_old_or_new_after_kill(tmp_path) -> None:
+    path = tmp_path / "file"
+    for attempt in range(12):
+        process = subprocess.Popen([sys.executable, "-c", _WRITER, str(path)])
+        time.sleep(0.25 + 0.013 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        content = path.read_bytes()
+        assert len(content) == 200_000
+        assert len(set(content)) == 1
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from common.errors import StorageError
+from common.files import append_durably, write_atomic
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+path = Path(sys.argv[1])
+for call in (lambda: write_atomic(path, b"new" * 10_000), lambda: append_durably(path, b"x" * 10_000)):
+    try:
+        call()
+    except StorageError as error:
+        print(error)
+"""
+
+
+def test_old_survives_full_disk(tmp_path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    done = subprocess.run([sys.executable, "-c", _FULL, str(path)], capture_output=True, text=True, check=True)
+    assert "Could not write file (30000 bytes)" in done.stdout
+    assert "Free space" in done.stdout
+    assert path.read_bytes().startswith(b"old")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_append_durably_appends_whole_lines(tmp_path) -> None:
+    path = tmp_path / "log"
+    for number in range(3):
+        append_durably(path, b"%d\n" % number)
+    assert path.read_bytes() == b"0\n1\n2\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_folder_that_is_a_file_is_a_clear_error(tmp_path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="Could not make the folder"):
+        make_folder(tmp_path / "file" / "below")
+
+
+def test_missing_folder_is_a_clear_error(tmp_path) -> None:
+    with pytest.raises(StorageError, match="Could not write"):
+        write_atomic(tmp_path / "none" / "file", b"")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)  # the limit of the test above was set in its own process

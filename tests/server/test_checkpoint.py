@@ -1,0 +1,73 @@
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from common.errors import ResumeError
+from server.aggregation import OptimizerState
+from server.checkpoint import State, load_latest, save
+
+
+def _state(number: int) -> State:
+    arrays = {"generator.w": np.arange(6, dtype=np.float32).reshape(2, 3) + number}
+    moments = OptimizerState({"generator.w": np.ones((2, 3))}, {"generator.w": np.full((2, 3), 2.0)})
+    return State("run", "digest", number, arrays, arrays, moments, 5, 0.7, 12)
+
+
+def test_round_trip_keeps_dtypes_and_scalars(tmp_path) -> None:
+    save(tmp_path, _state(4))
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert (loaded.round, loaded.run_id, loaded.d_steps_per_g_step, loaded.fake_accuracy) == (4, "run", 5, 0.7)
+    assert loaded.g_steps_on_rung == 12
+    assert (loaded.weights["generator.w"] == _state(4).weights["generator.w"]).all()
+    assert loaded.optimizer.second["generator.w"].dtype == np.float64
+
+
+def test_keeps_the_last_three(tmp_path) -> None:
+    for number in range(6):
+        save(tmp_path, _state(number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"round-{n:06d}.safetensors" for n in (3, 4, 5)]
+    assert load_latest(tmp_path).round == 5
+
+
+def test_no_checkpoint_is_none(tmp_path) -> None:
+    assert load_latest(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b"", lambda b: b"\xff" * 40, lambda b: b[:20]])
+def test_damaged_checkpoint_says_what_to_do(tmp_path, damage) -> None:
+    save(tmp_path, _state(1))
+    path = next(tmp_path.iterdir())
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ResumeError, match="Delete it to resume"):
+        load_latest(tmp_path)
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from common.errors import StorageError
+from server.checkpoint import State, load_latest, save
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = Path(sys.argv[1])
+small, large = {"w": np.zeros(1, np.float32)}, {"w": np.zeros(100_000, np.float32)}
+save(folder, State("run", "digest", 1, small, small))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    save(folder, State("run", "digest", 2, large, large))
+except StorageError as error:
+    print(error)
+print(load_latest(folder).round)
+"""
+
+
+def test_disk_full_while_saving_keeps_the_last(tmp_path) -> None:
+    done = subprocess.run([sys.executable, "-c", _FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    message, number = done.stdout.strip().rsplit("\n", 1)
+    assert "Could not write round-000002.safetensors" in message
+    assert number == "1"
+    assert resource.RLIMIT_FSIZE

@@ -1,0 +1,144 @@
+"""What a person sees while a run goes on."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from common.config import Config, build_config
+from server.display import Event, open_display, plain_line
+from server.records import Progress, RoundRecord, SiteRelease
+
+
+def _config(**changes: object) -> Config:
+    return build_config({}, {"image.classes": ("clear",), **changes})
+
+
+def _record(
+    number: int, epsilons: dict[str, float], refused: dict[str, str] | None = None, allowed: float = 10.0
+) -> RoundRecord:
+    sites = {name: SiteRelease(300, 1.5, 0.2, 12, spent, allowed) for name, spent in epsilons.items()}
+    return RoundRecord(number, sites, refused or {}, 0.63 if number else None, None, 0.5, 5.2, 1000)
+
+
+FOUR = {"a": 7.41, "b": 7.5, "c": 7.58, "d": 7.44}
+
+
+def _shown(events: list[Event], terminal: bool, config: Config | None = None, width: int = 100) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=width, height=60, legacy_windows=False)
+    with open_display(config or _config(), console) as show:
+        for event in events:
+            show(event)
+    return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+
+
+def test_plain_is_one_line_a_round_and_none_for_progress() -> None:
+    events: list[Event] = [
+        Progress(0, 120, 400, "fit"),
+        _record(0, FOUR),
+        Progress(1, 2, 4, "sites"),
+        *(_record(number, FOUR) for number in (1, 2, 3)),
+    ]
+    lines = _shown(events, terminal=False).splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "round 0/8  sites 4 in 0 out  epsilon 7.41-7.58 of 10  5.2 s"
+    assert lines[3] == "round 3/8  sites 4 in 0 out  epsilon 7.41-7.58 of 10  fakes told 0.63  5.2 s  ETA 26 s"
+
+
+def test_plain_line_is_never_wrapped() -> None:
+    refused = {f"site-{number}": f"code-{number}" for number in range(30)}
+    assert len(_shown([_record(1, FOUR, refused)], terminal=False, width=20).splitlines()) == 1
+
+
+def test_plain_is_flushed_line_by_line() -> None:
+    class Flushed(io.StringIO):
+        seen = ""
+
+        def flush(self) -> None:
+            self.seen = self.getvalue()
+
+    stream = Flushed()
+    with open_display(_config(), Console(file=stream, force_terminal=False)) as show:
+        show(_record(1, FOUR))
+        assert stream.seen.startswith("round 1/8")
+
+
+def test_plain_line_names_refusals_and_differing_limits() -> None:
+    refused = {"c": "over-budget", "d": "timeout", "e": "timeout"}
+    record = _record(8, {"a": 1.0})
+    mixed = RoundRecord(8, record.sites | _record(8, {"b": 1.0}, allowed=3.5).sites, refused, None, None, 0, 61.24, 0)
+    assert plain_line(_config(), [mixed]) == (
+        "round 8/8  sites 2 in 3 out (over-budget, 2 timeout)  epsilon 1.00 of 3.5-10  61.2 s"
+    )
+
+
+def test_plain_line_without_sites() -> None:
+    assert plain_line(_config(), [_record(0, {})]) == "round 0/8  sites 0 in 0 out  5.2 s"
+
+
+@pytest.mark.parametrize(("rounds", "eta"), [(2, "ETA 5 s"), (13, "ETA 1 min 2 s"), (1001, "ETA 1 h 26 min")])
+def test_time_left_counts_training_rounds_only(rounds: int, eta: str) -> None:
+    slow = RoundRecord(0, {}, {}, None, None, 0.0, 9999.0, 0)
+    line = plain_line(_config(**{"federation.rounds": rounds}), [slow, _record(1, FOUR)])
+    assert line.endswith(eta)
+
+
+def test_terminal_shows_header_rows_and_progress() -> None:
+    text = _shown([_record(0, FOUR), _record(1, FOUR), Progress(2, 2, 4, "sites")], terminal=True)
+    last = text[text.rindex("fedmedgan") :]
+    assert "4 sites, 8 rounds, epsilon 10 at delta 1e-05 per patient, engine local" in last
+    rows = last.splitlines()
+    assert rows[1].split() == ["round", "in/out", "a", "b", "c", "d", "fakes", "told", "seconds", "ETA"]
+    assert rows[2].split()[:3] == ["warm-up", "4/0", "7.41"]
+    assert "1/8     4/0" in rows[3]
+    assert "7.41 / 10  7.50 / 10  7.58 / 10  7.44 / 10" in rows[3]
+    assert "round 2: 2 of 4 sites" in last
+
+
+def test_terminal_shows_how_far_the_fit_is() -> None:
+    text = _shown([Progress(0, 120, 400, "fit", _record(0, FOUR).sites)], terminal=True)
+    assert "warm-up: fitting the generator 120/400" in text
+
+
+def test_terminal_shows_refusals() -> None:
+    text = _shown([_record(1, FOUR), _record(2, {"a": 8.0}, {"b": "over-budget"})], terminal=True, width=140)
+    row = text[text.rindex("fedmedgan") :].splitlines()[3]
+    assert "1/1" in row
+    assert row.count("over-budget") == 2
+
+
+def test_terminal_shows_a_range_for_many_sites() -> None:
+    sites = {f"site-{number}": 5.0 + number for number in range(5)}
+    text = _shown([_record(1, sites)], terminal=True)
+    assert "5.00-9.00 / 10" in text
+    assert "site-0" not in text
+
+
+def test_terminal_keeps_the_last_rounds() -> None:
+    config = _config(**{"federation.rounds": 40})
+    text = _shown([_record(number, FOUR) for number in range(41)], terminal=True, config=config)
+    last = text[text.rindex("fedmedgan") :]
+    assert "26/40" in last
+    assert "25/40" not in last
+    assert "finished" in last
+
+
+def test_terminal_takes_names_as_they_are() -> None:
+    text = _shown([_record(1, {"[red]x[/red]": 1.0, "[/]": 2.0})], terminal=True)
+    assert "[red]x[/red]" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_to_show_is_no_error(terminal: bool) -> None:
+    empty = RoundRecord(1, {}, {}, None, None, 0.0, 0.0, 0)
+    _shown([], terminal)
+    _shown([Progress(0, 0, 0, "sites"), empty, Progress(2, 0, 0, "other"), empty], terminal)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_error_inside_passes_through(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    with pytest.raises(KeyError), open_display(_config(), console):
+        raise KeyError("x")

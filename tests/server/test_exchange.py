@@ -1,0 +1,102 @@
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from common import wire
+from common.errors import RefusalCode
+from common.messages import Kind, Reply, Request
+from server.exchange import ask
+
+
+class FakeGrid(Grid):
+    """Answers each node by a function, in any order, or never."""
+
+    def __init__(self, answers: dict, order: list[int] | None = None) -> None:
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+        self.answers, self.order, self.pending = answers, order, {}
+
+    def set_run(self, run: object) -> None: ...
+    @property
+    def run(self) -> object: ...
+    def create_message(self, *args: object, **kwargs: object) -> Message: ...
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]: ...
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.answers)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            message.metadata.__dict__["_message_id"] = f"m{node}"
+            self.pending[f"m{node}"] = message
+            ids.append(f"m{node}" if self.answers[node] != "not stored" else "")
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        wanted = set(message_ids)
+        nodes = self.order or sorted(self.answers)
+        for node in nodes:
+            message = self.pending.get(f"m{node}")
+            if message is None or f"m{node}" not in wanted or not callable(self.answers[node]):
+                continue
+            del self.pending[f"m{node}"]
+            return [self.answers[node](message)]
+        return []
+
+
+def _ok(message: Message) -> Message:
+    request = wire.decode_request(message)
+    return wire.encode_reply(Reply(request.kind, request.run_id, request.round, None, {"x": 1}), message)
+
+
+def _refuse(message: Message) -> Message:
+    return wire.encode_reply(Reply(Kind.TRAIN, "", 0, RefusalCode.OVER_BUDGET), message)
+
+
+def _raise(message: Message) -> Message:
+    return Message(Error(2, "patient 17 is broken"), reply_to=message)
+
+
+def _malformed(message: Message) -> Message:
+    content = RecordDict({"header": ConfigRecord({"a": 1}), "arrays": ArrayRecord({"w": Array(np.zeros(2))})})
+    return Message(content, reply_to=message)
+
+
+def _other_round(message: Message) -> Message:
+    return wire.encode_reply(Reply(Kind.TRAIN, "run", 99), message)
+
+
+def _ask(grid: FakeGrid, timeout_s: float = 5.0) -> dict[int, str]:
+    requests = {node: Request(Kind.TRAIN, "run", 1, "{}") for node in sorted(grid.answers)}
+    return {answer.node_id: answer.code for answer in ask(grid, requests, timeout_s)}
+
+
+def test_every_failure_is_a_code_and_nobody_stops_the_round() -> None:
+    grid = FakeGrid({1: _ok, 2: _refuse, 3: _raise, 4: _malformed, 5: _other_round, 6: "not stored", 7: _ok})
+    assert _ask(grid) == {
+        1: "",
+        2: "over-budget",
+        3: "flower-2",
+        4: "malformed-reply",
+        5: "wrong-reply",
+        6: "not-sent",
+        7: "",
+    }
+
+
+def test_text_of_an_exception_is_dropped() -> None:
+    assert "patient" not in str(_ask(FakeGrid({3: _raise})))
+
+
+@pytest.mark.parametrize("order", [[1, 2, 3], [3, 2, 1], [2, 3, 1]])
+def test_order_of_answers_does_not_depend_on_who_was_faster(order: list[int]) -> None:
+    assert list(_ask(FakeGrid({1: _ok, 2: _ok, 3: _ok}, order))) == [1, 2, 3]
+
+
+def test_silent_site_is_a_timeout_and_the_others_count() -> None:
+    assert _ask(FakeGrid({1: _ok, 2: "silent", 3: _ok}), timeout_s=0.3) == {1: "", 2: "timeout", 3: ""}
