@@ -29,7 +29,7 @@ from client.train import train_round
 from client.warmup import embedding_sum
 from common.config import Proposal, parse_proposal
 from common.crypto import KeyStream, SigningKey, load_key
-from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
+from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, StorageError, WireError
 from common.features import feature_map
 from common.files import write_atomic
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
@@ -76,6 +76,10 @@ def open_site(home: Home, secrets: Secrets = os_secrets) -> Site:
         StorageError: The key or the ledger is damaged.
     """
     key = load_key(home.key)
+    if not any(home.ledger.glob("ledger.*")):
+        raise StorageError(
+            "The ledger of this home is gone, and with it what was spent. Restore the folder ledger/ from a backup."
+        )
     return Site(home, policy.load(home.policy), key, open_ledger(home.ledger, key), secrets)
 
 

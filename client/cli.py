@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -19,6 +20,7 @@ from client.policy import Policy
 from client.serve import serve
 from common.command import run_command
 from common.crypto import load_key
+from common.privacy import delta_warning
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -39,6 +41,8 @@ def init(
 ) -> None:
     """Make a site's home: keys, policy, an empty ledger and journal."""
     rules = Policy(site=name, declared_patients=patients, max_epsilon=max_epsilon, delta=delta)
+    if warning := delta_warning(delta, patients):
+        print(f"warning: {warning}", file=sys.stderr)
     made = create_home(home, SiteConfig(data=str(data.absolute()), label=label), rules)
     print(f"home: {made.folder}; read and mend {made.policy} before the first run")
 
@@ -77,8 +81,9 @@ def show_ledger(home: HomeArgument) -> None:
     ledger = open_ledger(opened.ledger, load_key(opened.key))
     table = Table("time", "run", "round", "kind", "sigma", "q", "steps", title=f"ledger of {rules.site}")
     for entry in ledger.entries:
-        charge = (f"{entry.noise_multiplier:.3f}", f"{entry.sample_rate:.4f}", str(entry.steps))
-        table.add_row(str(entry.time), entry.run_id, str(entry.round), str(entry.kind), *charge)
+        asked, charge = entry.request, entry.charge
+        cost = (f"{charge.noise_multiplier:.3f}", f"{charge.sample_rate:.4f}", str(charge.steps))
+        table.add_row(entry.time, asked.run_id, str(asked.round), asked.kind.value, *cost)
     Console().print(table)
     spent = ledger.spent(rules.delta)
     print(f"verified; epsilon {spent:.3f} of {rules.max_epsilon:g} spent at delta {rules.delta:g}")
@@ -93,7 +98,7 @@ def show_journal(home: HomeArgument) -> None:
     for entry in entries:
         digest, after = entry.sha256[:16], f"{entry.epsilon_after:.3f}"
         table.add_row(
-            str(entry.time), entry.run_id, str(entry.round), str(entry.kind), str(entry.size_bytes), digest, after
+            entry.time, entry.run_id, str(entry.round), entry.kind.value, str(entry.size_bytes), digest, after
         )
     Console().print(table)
     print(f"verified; {len(entries)} releases")

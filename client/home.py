@@ -21,10 +21,12 @@ from typing import final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from client import journal
 from client import policy as policies
 from client.intake import Dataset, load, read, save, scan
+from client.ledger import open_ledger
 from client.policy import Policy
-from common.crypto import SigningKey, save_key
+from common.crypto import SigningKey, load_key, save_key
 from common.errors import ConfigError, IntakeError
 from common.files import make_folder, write_atomic
 
@@ -86,7 +88,7 @@ class Home:
 def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
     """Make a site's home: folders, configuration, policy and a new identity key.
 
-    A key that is already there is kept: the ledger is signed with it.
+    Key, ledger and journal that are already there are kept.
 
     Raises:
         StorageError: The folder cannot be written.
@@ -96,9 +98,12 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
         make_folder(part, 0o700)
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in site.model_dump().items()]
     write_atomic(folder / "site.toml", ("\n".join(lines) + "\n").encode(), 0o600)
-    policies.save(policy, home.policy)
+    policies.save(home.policy, policy)
     if not home.key.exists():
         save_key(home.key, SigningKey.generate())
+    key = load_key(home.key)
+    open_ledger(home.ledger, key)
+    journal.start(home.journal, key)
     return home
 
 

@@ -167,6 +167,15 @@ def append(folder: Path, key: SigningKey, reply: Reply, epsilon_after: float, ti
         chain.append(_body(entry))
 
 
+def start(folder: Path, key: SigningKey) -> None:
+    """Start an empty journal, so that a missing one is seen from then on; one that stands is verified and kept.
+
+    Raises:
+        StorageError: The disk does not take it, or the journal was changed.
+    """
+    Chain(folder, NAME, key.verify_key, key)
+
+
 def entries(folder: Path, verify_key: VerifyKey) -> tuple[Entry, ...]:
     """Verify a journal without the private key and return its lines.
 

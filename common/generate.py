@@ -200,7 +200,8 @@ def load_generator(folder: Path) -> tuple[nn.Module, GeneratorInfo]:
         - belongs: Weights whose SHA-256 is not the one in generator.json are refused.
     """
     info = load_info(folder)
-    generator = _build(info)
+    rng = torch.Generator().manual_seed(0)
+    generator = build(info.model, info.image, len(info.image.classes), rng).generator
     expected = {name: tuple(parameter.shape) for name, parameter in generator.named_parameters()}
     limit = sum(4 * math.prod(shape) for shape in expected.values()) + _HEADER_BYTES
     content = _read_bounded(folder / "generator.safetensors", limit)
@@ -396,13 +397,6 @@ def _read_bounded(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise WireError(f"Expected {path.name} of at most {limit} bytes, got more. Copy it again from its run.")
     return content
-
-
-def _build(info: GeneratorInfo) -> nn.Module:
-    try:
-        return build(info.model, info.image, len(info.image.classes), torch.Generator().manual_seed(0)).generator
-    except ValueError as error:  # PyTorch's own, for widths that do not fit its layers
-        raise WireError(f"generator.json describes a model that cannot be built: {error}.") from error
 
 
 def _decode(content: bytes) -> dict[str, npt.NDArray[Any]]:

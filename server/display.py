@@ -102,7 +102,8 @@ def _print(console: Console, config: Config, seen: Seen, event: Event) -> None:
 
 def _drawing(config: Config, seen: Seen) -> Group:
     below = progress_line(seen.progress) if seen.progress else _waiting(config, seen)
-    return Group(_header(config, seen), _table(config, seen), Text(below, style="cyan"))
+    eta = _eta(config, seen.records) if seen.records else ""
+    return Group(_header(config, seen), _table(config, seen), Text(f"{below}, ETA {eta}" if eta else below, "cyan"))
 
 
 def _header(config: Config, seen: Seen) -> Text:
@@ -111,34 +112,35 @@ def _header(config: Config, seen: Seen) -> Text:
     sites = heard or config.simulation.sites
     return facts.append(
         f"  {_count(sites, 'site')}, {_count(config.federation.rounds, 'round')}, epsilon {config.privacy.epsilon:g} "
-        f"at delta {config.privacy.delta:g} per patient, engine {config.performance.engine}",
+        f"(delta {config.privacy.delta:g}) per patient, {config.performance.engine} engine",
         style="not bold",
     )
 
 
 def _table(config: Config, seen: Seen) -> Table:
-    names = sorted({name for record in seen.records for name in record.sites})
-    apart = 0 < len(names) <= SITE_COLUMNS
-    any_refused = any(record.refused for record in seen.records)
+    shown = seen.records[-SHOWN_ROUNDS:]
+    limits = {name: site.epsilon_allowed for record in seen.records for name, site in record.sites.items()}
+    names = sorted(limits) if len(limits) <= SITE_COLUMNS else []
+    outside = any(_codes(record, names) for record in shown)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("round", "in/out"):
-        table.add_column(title, justify="right")
-    for name in names if apart else ["epsilon spent / allowed"]:
-        table.add_column(Text(name), justify="right", no_wrap=True, overflow="ellipsis", max_width=24)
-    for title in ("fakes told", "seconds", "ETA"):
+    for title in ("round", "sites\nin/out"):
         table.add_column(title, justify="right", no_wrap=True)
-    if any_refused:
+    for name in names:
+        table.add_column(Text(f"{name}\neps of {limits[name]:g}"), justify="right", overflow="ellipsis", max_width=24)
+    if not names:
+        table.add_column("epsilon\nspent / allowed", justify="right", no_wrap=True)
+    for title in ("fakes\ntold", "seconds"):
+        table.add_column(title, justify="right", no_wrap=True)
+    if outside:
         table.add_column("refused")
-    start = max(0, len(seen.records) - SHOWN_ROUNDS)
-    for number, record in enumerate(seen.records[start:], start=start + 1):
+    for record in shown:
         cells = [
             "warm-up" if record.round == 0 else f"{record.round}/{config.federation.rounds}",
             f"{len(record.sites)}/{len(record.refused)}",
-            *([_of_site(record, name) for name in names] if apart else [_of_all(record)]),
+            *([_of_site(record, name) for name in names] or [_of_all(record)]),
             "" if record.fake_accuracy is None else f"{record.fake_accuracy:.2f}",
             f"{record.seconds:.1f}",
-            _eta(config, seen.records[:number]),
-            *([_codes(record)] if any_refused else []),
+            *([_codes(record, names)] if outside else []),
         ]
         table.add_row(*(Text(cell) for cell in cells))
     return table
@@ -154,7 +156,7 @@ def _waiting(config: Config, seen: Seen) -> str:
 def _of_site(record: RoundRecord, name: str) -> str:
     if name not in record.sites:
         return record.refused.get(name, "")
-    return f"{round_up(record.sites[name].epsilon_spent)} / {record.sites[name].epsilon_allowed:g}"
+    return round_up(record.sites[name].epsilon_spent)
 
 
 def _of_all(record: RoundRecord) -> str:
@@ -171,9 +173,9 @@ def _allowed(record: RoundRecord) -> str:
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
-def _codes(record: RoundRecord) -> str:
-    counts = {code: list(record.refused.values()).count(code) for code in sorted(set(record.refused.values()))}
-    return ", ".join(f"{count} {code}" if count > 1 else code for code, count in counts.items())
+def _codes(record: RoundRecord, without: Sequence[str] = ()) -> str:
+    codes = [code for name, code in record.refused.items() if name not in without]
+    return ", ".join(f"{codes.count(code)} {code}" if codes.count(code) > 1 else code for code in sorted(set(codes)))
 
 
 def _eta(config: Config, records: Sequence[RoundRecord]) -> str:

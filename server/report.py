@@ -78,7 +78,6 @@ def write_report(run: Path) -> Path:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"up": round_up, "figure": _figure, "percent": _percent}
-    environment.globals["attack_bounds"] = attack_bounds
     shown = _shown(run, config, info, records, card)
     try:
         html = environment.get_template("report.html.jinja").render(evaluation=evaluation, **shown)
@@ -135,6 +134,7 @@ def _shown(
         "card": card,
         "seconds": sum(record.seconds for record in records),
         "upload_bytes": sum(record.upload_bytes for record in records),
+        "attack_bounds": attack_bounds,
         "final_sheet": (sheets[-1][0], _data_uri(sheets[-1][1])) if sheets else None,
         "class_sheets": [(name, _data_uri(path)) for name, path in there],
         "curves": list(_curves(records, names)),

@@ -4,13 +4,12 @@ GDCM ends its process with `std::terminate` on some damaged JPEG streams, which 
 what is decoded (dicom.py); keeping a decoder that was taken over from acting as this user.
 """
 
-import multiprocessing
 import os
 import resource
 import struct
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+import subprocess
+import sys
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
 from typing import final
@@ -24,6 +23,14 @@ from client.intake.refusals import Reason, Refused, quiet
 TIMEOUT_S = 120.0
 _MAX_REASON_BYTES = 200
 
+# Not multiprocessing.Process: that imports the caller's main module again, which runs a plain script twice.
+_PROGRAM = """
+import sys
+from multiprocessing.connection import Connection
+from client.intake.isolation import serve
+serve(Connection(int(sys.argv[1])))
+"""
+
 
 def serve(connection: Connection) -> None:
     """Decode one file after the other until the other end hangs up; runs in the child.
@@ -31,7 +38,6 @@ def serve(connection: Connection) -> None:
     Messages are plain bytes, never pickles: a request is the side as two bytes and the path, a reply is `+` and the
     pixels or `-` and the reason.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # compiled decoders write about the file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the image
     with quiet():
         while True:
@@ -51,7 +57,7 @@ class DecoderProcess:
     """Starts the child when it is first needed, and a new one when it died or hung.
 
     Args:
-        target: What runs in the child.
+        program: What runs in the child, Python that takes the descriptor of its end of the pipe as argument.
         timeout_s: Longest wait for one image, the child's start included.
 
     Guarantees:
@@ -59,11 +65,11 @@ class DecoderProcess:
         - survives_hang: So it is when the child does not answer in `timeout_s`.
     """
 
-    def __init__(self, target: Callable[[Connection], None] = serve, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, program: str = _PROGRAM, timeout_s: float = TIMEOUT_S) -> None:
         """Start nothing yet."""
-        self._target = target
+        self._program = program
         self._timeout_s = timeout_s
-        self._child: tuple[SpawnProcess, Connection] | None = None
+        self._child: tuple[subprocess.Popen[bytes], Connection] | None = None
 
     def __enter__(self) -> "DecoderProcess":
         """Return itself."""
@@ -92,11 +98,16 @@ class DecoderProcess:
 
     def _connection(self) -> Connection:
         if self._child is None:
-            context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
-            ours, theirs = context.Pipe()
-            process = context.Process(target=self._target, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
+            ours, theirs = Pipe()
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", self._program, str(theirs.fileno())],
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,  # compiled decoders write about the file
+                )
             self._child = (process, ours)
         return self._child[1]
 
@@ -105,6 +116,5 @@ class DecoderProcess:
             process, connection = self._child
             connection.close()
             process.kill()
-            process.join()
-            process.close()
+            process.wait()
             self._child = None

@@ -1,10 +1,11 @@
 """A small convolutional pair for 28, 32 and 64 pixels.
 
-The generator resizes and convolves (a transposed convolution leaves a checkerboard); the discriminator is built for
-per-sample gradients: no normalisation across patients, nothing in place, every layer used once.
+The generator resizes, convolves and smooths, for a transposed convolution leaves a checkerboard. The discriminator is
+built for per-sample gradients: no normalisation across patients, nothing in place, every layer used once.
 """
 
 from itertools import pairwise
+from math import gcd
 from typing import final
 
 import torch
@@ -18,13 +19,13 @@ _GROUPS = 8
 
 @final
 class Generator(nn.Module):
-    """Latent and label to an image: a linear layer, then convolutions at a quarter, a half and the full size.
+    """Latent and label to an image: a linear layer, convolutions up to half the size, then four sub-pixels for each.
 
     Args:
         size: Pixels along each side, a multiple of 4.
         number_of_classes: How many labels there are.
         latent_dim: Length of a latent vector.
-        width: Channels at half size, a multiple of 8; twice as many before and four times as many at the start.
+        width: Channels at half size; four times as many at the start.
     """
 
     def __init__(self, size: int, number_of_classes: int, latent_dim: int, width: int) -> None:
@@ -33,7 +34,7 @@ class Generator(nn.Module):
         self._start = size >> len(widths) - 1
         self._classes = number_of_classes
         self.start = nn.Linear(latent_dim + number_of_classes, widths[0] * self._start**2)
-        self.norms = nn.ModuleList(nn.GroupNorm(_GROUPS, channels) for channels in widths)
+        self.norms = nn.ModuleList(nn.GroupNorm(gcd(_GROUPS, channels), channels) for channels in widths)
         self.convolutions = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise(widths))
         self.to_pixels = nn.Conv2d(widths[-1], 4, 3, padding=1)
 

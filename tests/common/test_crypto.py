@@ -4,6 +4,7 @@ import os
 import pickle
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from common.crypto import KeyStream, SigningKey, VerifyKey, load_key, save_key
 from common.errors import StorageError, WireError
@@ -65,10 +66,7 @@ def test_redacted_repr(secret):
 
 
 def test_nist_sp_800_38a_aes_256_ctr_vector():
-    # F.5.5 starts its counter at f0f1...ff, so the vector goes through the ECB value of that block: the key stream of a
-    # zero counter is the one NIST's AESAVS lists for this key and an all-zero plaintext block (checked through openssl)
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
+    # F.5.5, output block 1; NIST's counter starts at f0f1...ff where ours starts at zero
     key = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
     counter = bytes.fromhex("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff")
     first = bytes.fromhex("0bdf7df1591716335e9a8b15c860c502")
@@ -76,7 +74,7 @@ def test_nist_sp_800_38a_aes_256_ctr_vector():
     stream._encryptor = Cipher(algorithms.AES(stream._key), modes.CTR(counter)).encryptor()
     assert stream.read(16) == first
     assert KeyStream(key).read(16) == Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(bytes(16))  # noqa: S305
-    # FIPS 197 known answer of GCM test case 13: AES-256 of the zero key and the zero block
+    # the hash key H of test case 13 of the GCM specification: AES-256 of a zero block under a zero key
     assert KeyStream(bytes(32)).read(16).hex() == "dc95c078a2408989ad48a21492842087"
 
 
@@ -116,7 +114,7 @@ def test_derived_streams_are_independent():
 
 
 def test_hkdf_vector_of_a_derived_stream():
-    # pinned: a change here silently changes every simulated run
+    # computed with another library (pycryptodome); a change here changes every simulated run
     assert KeyStream(bytes(32)).derive("noise").read(8).hex() == "a4450784deeed494"
 
 

@@ -105,6 +105,14 @@ def test_dcgan_leaves_no_checkerboard(size: int) -> None:
         assert (inner * pattern).mean().abs() < 0.02 * inner.std()
 
 
+@pytest.mark.parametrize("width", [9, 12, 20])
+def test_any_width_of_the_configuration_builds(width: int) -> None:
+    config = ModelConfig(generator_width=width, discriminator_width=width)
+    pair = build(config, ImageConfig(size=28), 2, torch.Generator().manual_seed(0))
+    images = pair.generator(torch.zeros(1, config.latent_dim), torch.zeros(1, dtype=torch.long))
+    assert torch.all(torch.isfinite(pair.discriminator(images, torch.zeros(1, dtype=torch.long))))
+
+
 def test_models_with_no_batch_norm_and_nothing_in_place() -> None:
     for name in NAMES:
         for model in (make(name, 28).generator, make(name, 28).discriminator):

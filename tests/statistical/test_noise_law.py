@@ -1,5 +1,7 @@
-"""Laws of the secret randomness. Fixed keys; tolerances are five standard errors, so a right law is accepted and a wrong
-one rejected in every run."""
+"""Laws of the secret randomness.
+
+Fixed keys; tolerances are five standard errors: the right law is accepted and a wrong one rejected in every run.
+"""
 
 import math
 

@@ -1,7 +1,4 @@
-import os
-import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +14,32 @@ from client.intake.isolation import DecoderProcess
 WriteDicom = Callable[..., Path]
 
 
-def abort_or_answer(connection: Connection) -> None:
-    """Die, hang, lie or answer, as the file's name says."""
-    while True:
-        request = connection.recv_bytes()
-        if request.endswith(b"abort"):
-            os.abort()
-        if request.endswith(b"hang"):
-            time.sleep(60)
-        connection.send_bytes(b"+" + bytes(10**6 if request.endswith(b"long") else 28 * 28))
+# Dies, hangs, says too much or answers, as the file's name says.
+FAULTY = """
+import os, sys, time
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[1]))
+while True:
+    request = connection.recv_bytes()
+    if request.endswith(b"abort"):
+        os.abort()
+    if request.endswith(b"hang"):
+        time.sleep(60)
+    connection.send_bytes(b"+" + bytes(10**6 if request.endswith(b"long") else 28 * 28))
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["abort", "long"])
 def test_survives_abort(fault: str) -> None:
-    with DecoderProcess(abort_or_answer) as decoder:
+    with DecoderProcess(FAULTY) as decoder:
         assert decoder.square(Path(fault), 28) == Reason.PIXELS
         assert np.array_equal(decoder.square(Path("good"), 28), np.zeros((28, 28)))
 
 
 @pytest.mark.slow
 def test_survives_hang() -> None:
-    with DecoderProcess(abort_or_answer, timeout_s=0.2) as decoder:
+    with DecoderProcess(FAULTY, timeout_s=0.2) as decoder:
         assert decoder.square(Path("hang"), 28) == Reason.PIXELS
 
 

@@ -1,0 +1,172 @@
+import dataclasses
+import json
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from client.journal import Release, append, check_egress, content_digest, entries, release_schema
+from common.crypto import SigningKey
+from common.errors import PolicyRefusal, RefusalCode, StorageError
+from common.messages import Kind, Reply
+
+KEY = SigningKey.from_bytes(bytes(range(32)))
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+SHAPES = {"generator.weight": (2, 3), "discriminator.weight": (3,)}
+ALLOWED = release_schema(Kind.TRAIN, SHAPES)
+BUDGET = {"epsilon_spent": 1.0, "epsilon_allowed": 10.0}
+
+
+def train_reply(**changes):
+    arrays = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
+    reply = Reply(Kind.TRAIN, "run", 1, None, {**BUDGET, "fake_accuracy": 0.75, "d_steps_per_g_step": 4}, arrays)
+    return dataclasses.replace(reply, **changes)
+
+
+def test_what_is_on_the_list_passes():
+    check_egress(train_reply(), ALLOWED)
+    hello = Reply(Kind.HELLO, "run", 0, None, {"site": "st-mary", "declared_patients": 200, "protocol": 1})
+    check_egress(hello, release_schema(Kind.HELLO, {}))
+    embedding = {"embedding": np.zeros((10, 4), np.float32)}
+    warmup = Reply(Kind.WARMUP, "run", 0, None, BUDGET, embedding)
+    check_egress(warmup, release_schema(Kind.WARMUP, {"embedding": (10, 4)}))
+
+
+def refused(reply, allowed=ALLOWED):
+    with pytest.raises(PolicyRefusal) as caught:
+        check_egress(reply, allowed)
+    assert caught.value.code is RefusalCode.INTERNAL
+    return str(caught.value)
+
+
+FORBIDDEN = {
+    "loss on patients": ("loss", 0.31),
+    "accuracy on patients": ("real_accuracy", 0.9),
+    "exact cohort": ("patients", 187),
+    "batch size": ("batch_size", 61),
+    "label counts": ("label_counts", "12,175"),
+    "timing": ("seconds", 1.25),
+    "exception text": ("error", "KeyError: 'DOE^JANE'"),
+    "file name": ("path", "/export/dicom/doe.dcm"),
+    "tag": ("PatientID", "4711"),
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_closed_list_keeps_out(what):
+    name, value = FORBIDDEN[what]
+    reply = train_reply(fields={**train_reply().fields, name: value})
+    assert str(value) not in refused(reply)
+
+
+@pytest.mark.parametrize("text", ["KeyError: 'DOE^JANE'", "/export/doe.dcm", "a\n", "", "x" * 65])
+def test_closed_list_keeps_other_text_out_of_the_site_name(text):
+    hello = Reply(Kind.HELLO, "run", 0, None, {"site": text, "declared_patients": 200, "protocol": 1})
+    refused(hello, release_schema(Kind.HELLO, {}))
+
+
+@pytest.mark.parametrize("value", [1, True, "1.0", np.float64(1.0), np.float32(1.0), float("nan"), float("inf"), None])
+def test_closed_list_keeps_out_fields_of_another_type(value):
+    refused(train_reply(fields={**train_reply().fields, "epsilon_spent": value}))
+
+
+def test_closed_list_keeps_out_missing_fields():
+    refused(train_reply(fields=BUDGET))
+
+
+ARRAYS = {
+    "extra": {"extra": np.ones(1, np.float32)},
+    "missing": {"generator.weight": None},
+    "shape": {"generator.weight": np.ones((3, 2), np.float32)},
+    "rank": {"generator.weight": np.ones((2, 3, 1), np.float32)},
+    "float64": {"generator.weight": np.ones((2, 3))},
+    "byte order": {"generator.weight": np.ones((2, 3), ">f4")},
+    "NaN": {"generator.weight": np.full((2, 3), np.nan, np.float32)},
+    "infinity": {"generator.weight": np.full((2, 3), -np.inf, np.float32)},
+    "masked": {"generator.weight": np.ma.masked_array(np.ones((2, 3), np.float32))},
+    "list": {"generator.weight": [[1.0] * 3] * 2},
+}
+
+
+@pytest.mark.parametrize("what", ARRAYS)
+def test_closed_list_keeps_out_arrays(what):
+    arrays = {name: array for name, array in {**train_reply().arrays, **ARRAYS[what]}.items() if array is not None}
+    refused(train_reply(arrays=arrays))
+
+
+def test_a_refusal_carries_nothing_but_its_code():
+    check_egress(Reply(Kind.TRAIN, "run", 1, RefusalCode.NO_DATA), ALLOWED)
+    refused(train_reply(refusal=RefusalCode.NO_DATA))
+    refused(Reply(Kind.TRAIN, "run", 1, RefusalCode.NO_DATA, {"reason": "KeyError"}), Release({}, {"reason": str}))
+    refused(train_reply(refusal=RefusalCode.NO_DATA, fields={}))
+
+
+def test_digest_sees_every_part_and_no_order():
+    reply = train_reply()
+    digest = content_digest(reply)
+    swapped = train_reply(arrays=dict(reversed(reply.arrays.items())), fields=dict(reversed(reply.fields.items())))
+    assert content_digest(swapped) == digest
+    ones = reply.arrays["generator.weight"]
+    others = [
+        train_reply(fields={**reply.fields, "fake_accuracy": 0.5}),
+        train_reply(arrays={**reply.arrays, "generator.weight": ones * 2}),
+        train_reply(arrays={**reply.arrays, "generator.weight": ones.reshape(3, 2)}),
+        train_reply(arrays={**reply.arrays, "generator.weight": ones.view(np.int32)}),
+        train_reply(arrays={"a": ones, "discriminator.weight": reply.arrays["discriminator.weight"]}),
+        train_reply(refusal=RefusalCode.NO_DATA),
+    ]
+    assert len({digest, *map(content_digest, others)}) == 7
+    assert len(content_digest(train_reply(arrays={"scalar": np.array(1.0)}))) == 64
+
+
+def test_append_and_read(tmp_path):
+    append(tmp_path, KEY, train_reply(), 1.5, NOW)
+    append(tmp_path, KEY, train_reply(round=2), 2.5, NOW)
+    first, second = entries(tmp_path, KEY.verify_key)
+    assert dataclasses.astuple(first) == (
+        NOW.isoformat(),
+        "run",
+        1,
+        Kind.TRAIN,
+        content_digest(train_reply()),
+        36,
+        1.5,
+    )
+    assert (second.round, second.epsilon_after) == (2, 2.5)
+
+
+def test_once_for_the_same_release(tmp_path):
+    for _ in range(3):
+        append(tmp_path, KEY, train_reply(), 1.5, NOW)
+    assert len(entries(tmp_path, KEY.verify_key)) == 1
+
+
+def test_one_release_per_charge(tmp_path):
+    append(tmp_path, KEY, train_reply(), 1.5, NOW)
+    with pytest.raises(PolicyRefusal, match="something else") as caught:
+        append(tmp_path, KEY, train_reply(fields={**train_reply().fields, "fake_accuracy": 0.5}), 1.5, NOW)
+    assert caught.value.code is RefusalCode.REPLAYED
+    hello = Reply(Kind.HELLO, "run", 0, None, {"declared_patients": 200})
+    append(tmp_path, KEY, hello, 0.0, NOW)
+    append(tmp_path, KEY, dataclasses.replace(hello, fields={"declared_patients": 300}), 0.0, NOW)  # costs nothing
+    assert len(entries(tmp_path, KEY.verify_key)) == 3
+
+
+def test_a_refusal_is_not_a_release(tmp_path):
+    append(tmp_path, KEY, train_reply(), 1.5, NOW)
+    append(tmp_path, KEY, Reply(Kind.TRAIN, "run", 2, RefusalCode.OVER_BUDGET), 1.5, NOW)
+    assert len(entries(tmp_path, KEY.verify_key)) == 1
+
+
+def test_tampering_is_seen(tmp_path):
+    for number in (1, 2):
+        append(tmp_path, KEY, train_reply(round=number), 1.5, NOW)
+    path = tmp_path / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert json.loads(lines[0])["size_bytes"] == 36
+    for content in (lines[0], lines[1] + lines[0], lines[0].replace(b"1.5", b"0.5") + lines[1]):
+        path.write_bytes(content)
+        with pytest.raises(StorageError, match="journal"):
+            entries(tmp_path, KEY.verify_key)
+    with pytest.raises(StorageError, match="journal"):
+        entries(tmp_path, SigningKey.generate().verify_key)
