@@ -99,9 +99,9 @@ def check(policy: Policy, proposal: Proposal, plan: Plan) -> None:
     privacy, train = proposal.privacy, proposal.train
     least = max(policy.min_patients, privacy.min_patients)
     _at_most("privacy.epsilon", privacy.epsilon, "max_epsilon", policy.max_epsilon)
-    _at_most("privacy.delta", privacy.delta, "delta", policy.delta)
+    if privacy.delta != policy.delta:  # what was spent before, and what is released now, must add up at one delta
+        raise _refusal("privacy.delta", privacy.delta, f"== {policy.delta} (delta)")
     _at_most("epsilon of the plan", plan.epsilon, "max_epsilon", policy.max_epsilon)
-    _at_most("delta of the plan", plan.delta, "delta", policy.delta)
     _at_most("federation.rounds", proposal.federation.rounds, "max_rounds", policy.max_rounds)
     _at_most("train.steps_per_round", train.steps_per_round, "max_steps_per_round", policy.max_steps_per_round)
     _at_most("privacy.max_grad_norm", privacy.max_grad_norm, "max_grad_norm", policy.max_grad_norm)

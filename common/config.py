@@ -7,6 +7,7 @@ The shared sections (`Proposal`) travel to the sites and are hashed; `[simulatio
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, final
@@ -167,7 +168,7 @@ class SimulationConfig(Section):
             return value
         name, _, alpha = value.partition(":")
         try:
-            if name == "dirichlet" and float(alpha) > 0:
+            if name == "dirichlet" and 0 < float(alpha) < math.inf:
                 return value
         except ValueError:
             pass

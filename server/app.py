@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config, build_config, read_config
 from common.errors import ConfigError, FederationError
-from common.generate import save_sheet
+from common.sheets import save_sheet
 from server import checkpoint, display
 from server.exchange import PERMANENT
 from server.records import Progress, RoundRecord, read_records, write_records

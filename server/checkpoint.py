@@ -94,7 +94,7 @@ def load_latest(folder: Path) -> State | None:
         version = header.pop("version")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ResumeError(
-            f"The checkpoint {paths[-1]} does not read: {type(error).__name__}. Delete it to resume from the one before."
+            f"The checkpoint {paths[-1]} does not read: {type(error).__name__}. Delete it to resume from an older one."
         ) from error
     if version != VERSION:
         raise ResumeError(

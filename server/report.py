@@ -21,10 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from common.artefact import GeneratorInfo, load_info
 from common.config import Config, build_config, read_config
 from common.errors import ResumeError
 from common.files import write_atomic
-from common.generate import GeneratorInfo, file_names, load_info
+from common.generate import file_names
 from server.records import RoundRecord, read_records
 
 MAX_FILE_BYTES = 64 * 1024**2

@@ -12,10 +12,12 @@ from typing import Any
 
 from PIL import Image
 
+from common.artefact import save_generator
 from common.config import Config
 from common.errors import StorageError
 from common.files import write_atomic
-from common.generate import class_row, file_names, label_width, save_generator, write_label, write_png
+from common.generate import file_names
+from common.sheets import class_row, label_width, write_label, write_png
 from server.checkpoint import State
 from server.records import RoundRecord, SiteRelease
 from server.report import round_sheets, round_up, write_report

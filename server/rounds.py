@@ -147,8 +147,8 @@ def averaged_pair(config: Config, state: State) -> Pair:
 
 def _release(member: Member, reply: Reply, config: Config, kind: Kind) -> SiteRelease:
     spent, allowed = reply.fields.get("epsilon_spent"), reply.fields.get("epsilon_allowed")
-    if not isinstance(spent, float) or not isinstance(allowed, float):
-        raise WireError("Expected epsilon_spent and epsilon_allowed as floats.")
+    if not isinstance(spent, float) or not isinstance(allowed, float) or not (spent >= 0 and allowed >= 0):
+        raise WireError("Expected epsilon_spent and epsilon_allowed as floats of at least 0.")
     warmup = kind is Kind.WARMUP
     charge: Charge = (
         member.plan.charge_of_warmup() if warmup else member.plan.charge_of_round(config.train.steps_per_round)

@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from common.artefact import load_generator
 from common.command import run_command
 from common.config import Config, build_config, read_config, to_toml
 from common.errors import ExitCode
-from common.generate import generate_images, load_generator
+from common.generate import generate_images
 from common.messages import size_bytes
 from common.privacy import delta_warning, plan
 from common.weights import get_weights

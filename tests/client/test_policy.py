@@ -7,7 +7,7 @@ from common.config import Proposal
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.privacy import Plan
 
-POLICY = Policy(site="st-mary", declared_patients=200, max_epsilon=10.0, delta=1e-4, min_noise_multiplier=0.5)
+POLICY = Policy(site="st-mary", declared_patients=200, max_epsilon=10.0, delta=1e-5, min_noise_multiplier=0.5)
 PLAN = Plan(200, 0.32, 0.67, 2.5, 96, 9.99, 1e-5)
 
 
@@ -26,7 +26,8 @@ def test_what_fits_passes():
     ("sections", "words"),
     [
         ({"privacy": {"epsilon": 10.1}}, ("privacy.epsilon=10.1", "<= 10.0", "max_epsilon")),
-        ({"privacy": {"delta": 2e-4}}, ("privacy.delta=0.0002", "<= 0.0001")),
+        ({"privacy": {"delta": 2e-5}}, ("privacy.delta=2e-05", "== 1e-05")),
+        ({"privacy": {"delta": 1e-6}}, ("privacy.delta=1e-06", "== 1e-05")),
         ({"privacy": {"min_patients": 201}}, ("declared_patients=200", ">= 201")),
         ({"privacy": {"max_grad_norm": 1e9}}, ("privacy.max_grad_norm", "<= 100.0")),
         ({"privacy": {"max_grad_norm": 1e-9}}, ("privacy.max_grad_norm", ">= 0.001")),
@@ -49,7 +50,6 @@ def test_a_proposal_over_a_bound_is_refused(sections, words):
         ({"train_noise_multiplier": 0.49}, "noise multiplier of the training=0.49"),
         ({"train_noise_multiplier": float("nan")}, "noise multiplier of the training"),
         ({"epsilon": 10.2}, "epsilon of the plan"),
-        ({"delta": 1e-3}, "delta of the plan"),
         ({"declared_patients": 400}, "declared_patients of the plan=400"),
     ],
 )
@@ -91,7 +91,7 @@ BASE = 'site = "a"\ndeclared_patients = 100\nmax_epsilon = 3.0\ndelta = 1e-5\n'
         (BASE + "max_epsilom = 3.0\n", "Unknown key max_epsilom .* nearest known key is max_epsilon"),
         (BASE.replace("100", "1"), "declared_patients"),
         (BASE.replace('"a"', '"../a"'), "site"),
-        (BASE.replace("1e-5", "0.01"), "below 1/declared_patients"),
+        (BASE.replace("1e-5", "1.0"), "delta"),
         (BASE + "min_grad_norm = 200.0\n", "exceeds max_grad_norm"),
         (BASE + "version = 2\n", "version"),
         ("site = ", "not TOML"),

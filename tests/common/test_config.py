@@ -43,6 +43,7 @@ def test_unknown_key_names_the_nearest(tree: dict, near: str) -> None:
         ("image.size", 33),
         ("simulation.partition", "dirichlet:-1"),
         ("simulation.partition", "dirichlet:nan"),
+        ("simulation.partition", "dirichlet:inf"),
         ("simulation.partition", "unequal"),
         ("federation.rounds", -1),
         ("model.name", "resnet"),

@@ -15,22 +15,12 @@ from PIL import Image
 from safetensors.numpy import save as save_tensors
 from torch import nn
 
+from common.artefact import draw, load_generator, save_generator
 from common.config import Config, build_config
 from common.errors import ConfigError, ResumeError, StorageError, WireError
-from common.generate import (
-    MARK,
-    class_row,
-    draw,
-    file_names,
-    generate_images,
-    load_generator,
-    parse_labels,
-    save_generator,
-    save_sheet,
-    spread_labels,
-    write_images,
-)
+from common.generate import file_names, generate_images, parse_labels, spread_labels, write_images
 from common.models import build
+from common.sheets import MARK, class_row, save_sheet
 
 CLASSES = ("clear", "nodule", "mass")
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from common.artefact import save_generator
 from common.config import Config, build_config
 from common.errors import ResumeError
 from common.files import write_atomic
-from common.generate import save_generator, save_sheet
 from common.models import build
+from common.sheets import save_sheet
 from server.records import RoundRecord, SiteRelease, write_records
 from server.report import attack_bounds, round_up, write_report
 from server.results import SIMULATED_SECRETS, privacy_card, write_class_sheets

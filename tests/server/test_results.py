@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from common.artefact import draw, load_generator
 from common.config import Config, build_config
 from common.errors import StorageError
-from common.generate import draw, load_generator, save_sheet
+from common.sheets import save_sheet
 from common.weights import get_weights
 from server.checkpoint import State
 from server.records import RoundRecord, SiteRelease, write_records
