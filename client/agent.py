@@ -176,7 +176,7 @@ def _warmup(site: Site, dataset: Dataset, proposal: Proposal, agreed: Plan) -> d
     features = feature_map(proposal.image.size)
     sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), features)
     noise = gaussian(site.secrets("warmup"), tuple(sums.shape), agreed.charge_of_warmup().noise_multiplier)
-    return {"embedding": (sums.float() + noise).numpy()}
+    return {"embedding": (sums + noise).float().numpy()}
 
 
 def _train(

@@ -60,9 +60,9 @@ class WarmupConfig(Section):
 
     share: Fraction = 0.7
     """Part of epsilon that the warm-up release alone may cost; 0 switches it off."""
-    steps: Annotated[int, Field(ge=1)] = 400
-    batch_size: Annotated[int, Field(ge=8)] = 512
-    learning_rate: Positive = 1e-3
+    steps: Annotated[int, Field(ge=1)] = 500
+    batch_size: Annotated[int, Field(ge=8)] = 128
+    learning_rate: Positive = 2e-3
 
 
 @final

@@ -137,6 +137,14 @@ def test_refused_before_written_when_over_budget(three):
     assert caught.value.code is RefusalCode.OVER_BUDGET
 
 
+def test_never_over_budget_to_the_last_digit(three):
+    ledger = open_ledger(three, KEY)
+    after = epsilon([*ledger.charges, ROUND], DELTA)
+    with pytest.raises(PolicyRefusal):
+        ledger.charge(request(4), ROUND, after * (1 - 1e-9), DELTA)
+    assert ledger.charge(request(4), ROUND, after, DELTA) == after
+
+
 def test_charged_once_for_a_retry_and_replays_are_refused(three):
     ledger = open_ledger(three, KEY)
     spent = ledger.spent(DELTA)

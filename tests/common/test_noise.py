@@ -77,3 +77,12 @@ def test_gaussian_never_reused_between_calls():
 def test_gaussian_refuses_what_is_no_deviation(std):
     with pytest.raises(ValueError, match="std"):
         gaussian(KeyStream(KEY), (3,), std)
+
+
+def test_each_number_is_a_sum_of_four_independent_normals_over_two():
+    size = 1000  # one chunk: the bytes are read as 2 x 4 x 500 uniforms, radii first
+    words = np.frombuffer(KeyStream(KEY).read(8 * 8 * (size // 2)), dtype="<u8") & np.uint64(2**52 - 1)
+    draws = (words.astype(np.float64) + 0.5).reshape(2, 4, size // 2) * 2.0**-52
+    radius, angle = np.sqrt(-2 * np.log(draws[0])), 2 * np.pi * draws[1]
+    expected = np.concatenate([(radius * np.cos(angle)).sum(axis=0), (radius * np.sin(angle)).sum(axis=0)]) / 2
+    assert np.allclose(gaussian(KeyStream(KEY), (size,), 3.0).numpy(), 3 * expected, rtol=1e-5, atol=1e-6)
