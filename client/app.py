@@ -61,7 +61,7 @@ def find_agent(context: Context) -> Transport:
     socket = context.node_config.get("agent-socket")
     if isinstance(socket, str):
         return connect(Path(socket), timeout_s=24 * 3600.0)
-    return virtual.find_agent(context.node_config, context.run_config)
+    return virtual.find_agent(context.node_config, context.run_config, context.run_id)
 
 
 app = make_app(find_agent)

@@ -86,7 +86,7 @@ def private_step(
     fake_labels: Int64[Tensor, " fakes"],
     secret: KeyStream,
 ) -> None:
-    """Take one step of D on the sampled patients and on fakes.
+    """Take one step of D on the sampled patients and on fakes: Adam on `private_gradient`.
 
     Args:
         private: From `private_optimizer`.
@@ -94,13 +94,27 @@ def private_step(
         fakes: At least one generated image.
         fake_labels: Their classes.
         secret: The source of the noise.
+    """
+    private_gradient(private, batch, fakes, fake_labels, secret)
+    private.optimizer.original_optimizer.step()
+    private.optimizer.zero_grad(set_to_none=True)
+
+
+def private_gradient(
+    private: PrivateOptimizer,
+    batch: Batch,
+    fakes: Float[Tensor, "fakes 1 size size"],
+    fake_labels: Int64[Tensor, " fakes"],
+    secret: KeyStream,
+) -> None:
+    """Set the gradient of D: the clipped contributions and noise, over the public divisor. Arguments as above.
 
     Guarantees:
         - one_clipped_contribution: A patient's images move the sum by at most `max_grad_norm`, however many they are.
         - public_divisor: The sum is divided by a constant that does not depend on the batch.
         - empty_batch_is_noise: With no patient sampled the step still adds the same noise.
-        - always_finite: A gradient that overflows counts as zero, so weights made to overflow on some patient's images
-          reveal nothing about who was sampled.
+        - always_finite: A coordinate of a contribution that overflows counts as zero, so weights made to overflow on some
+          patient's images reveal nothing about who was sampled.
 
     Source: Abadi et al. 2016, algorithm 1, with patients as the unit; fakes are clipped like patients, as in
         Bie et al. 2023 (arXiv 2302.02936), which keeps the two halves of the loss in balance and costs nothing.
@@ -121,8 +135,6 @@ def private_step(
         summed: Tensor = getattr(parameter, "summed_grad")  # noqa: B009  # attribute of Opacus, unknown to torch's types
         parameter.grad = summed + gaussian(secret, tuple(parameter.shape), std)
     optimizer.scale_grad()
-    optimizer.original_optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _rows(batch: Batch, fakes: int) -> Int64[Tensor, " rows"]:
@@ -133,11 +145,10 @@ def _rows(batch: Batch, fakes: int) -> Int64[Tensor, " rows"]:
 def _by_patient(
     grad_sample: Float[Tensor, "images *shape"], rows: Int64[Tensor, " images"], batch: Batch, fakes: int
 ) -> Float[Tensor, "contributions *shape"]:
-    """Average the per-image gradients of each patient, before anything is clipped."""
-    grad_sample = torch.nan_to_num(grad_sample, nan=0.0, posinf=0.0, neginf=0.0)
-    if batch.number_of_patients == len(batch.images):
-        return grad_sample  # one image each: already one row a patient
-    counts = torch.bincount(rows, minlength=batch.number_of_patients + fakes).clamp(min=1)
-    sums = grad_sample.new_zeros((batch.number_of_patients + fakes, *grad_sample.shape[1:]))
-    sums.index_add_(0, rows, grad_sample)
-    return sums / counts.view(-1, *[1] * (grad_sample.dim() - 1))
+    """Average the per-image gradients of each patient, before anything is clipped; what overflows becomes zero."""
+    if not torch.equal(batch.patients, torch.arange(batch.number_of_patients)):  # else one row a patient already
+        counts = torch.bincount(rows, minlength=batch.number_of_patients + fakes).clamp(min=1)
+        sums = grad_sample.new_zeros((batch.number_of_patients + fakes, *grad_sample.shape[1:]))
+        sums.index_add_(0, rows, grad_sample)
+        grad_sample = sums / counts.view(-1, *[1] * (grad_sample.dim() - 1))
+    return torch.nan_to_num(grad_sample, nan=0.0, posinf=0.0, neginf=0.0)  # last, for a sum may overflow too

@@ -16,24 +16,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from client.channel import Transport, connect
+from common.flower_run import run_path
 
 START_TIMEOUT_S = 600.0
 _agents: dict[Path, subprocess.Popen[bytes]] = {}
 
 
-def find_agent(node_config: Mapping[str, object], run_config: Mapping[str, object]) -> Transport:
+def find_agent(node_config: Mapping[str, object], run_config: Mapping[str, object], run_id: int) -> Transport:
     """Return the transport to a partition's virtual hospital, started when it is not yet there.
 
     Raises:
         OSError: This is no simulation and the node's configuration names no agent, or the agent did not start.
     """
-    partition, out = node_config.get("partition-id"), run_config.get("out")
-    if not isinstance(partition, int) or not isinstance(out, str):
+    partition, out = node_config.get("partition-id"), run_path(run_config.get("out"), run_id).absolute()
+    if not isinstance(partition, int):
         raise OSError("Expected agent-socket in the node's configuration (flower-supernode --node-config).")
-    path = _socket_path(Path(out).absolute(), partition)
+    path = _socket_path(out, partition)
     agent = _agents.get(path)
     if agent is None or agent.poll() is not None:
-        _agents[path] = _start(path, Path(out).absolute(), partition)
+        _agents[path] = _start(path, out, partition)
     return connect(path, timeout_s=3600.0)
 
 

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config, build_config, read_config
 from common.errors import ConfigError, FederationError
+from common.flower_run import run_path
 from common.sheets import save_sheet
 from server import checkpoint, display
 from server.exchange import PERMANENT
@@ -114,20 +115,23 @@ def make_app(job: Job | None = None) -> ServerApp:
 
 
 def job_from(context: Context) -> Job:
-    """Read a job from Flower's run configuration: `config` (a TOML file), `out`, `sites`, `resume`.
+    """Read a job from Flower's run configuration (`[tool.flwr.app.config]` of pyproject.toml lists its keys).
 
     Raises:
         ConfigError: A value is missing or wrong.
         ResumeError: The folder does not fit.
     """
     values = context.run_config
-    config_path, out = values.get("config", ""), values.get("out", "")
-    if not isinstance(config_path, str) or not isinstance(out, str) or not out:
-        raise ConfigError('Expected the run configuration to hold config = "PATH or empty" and out = "FOLDER".')
-    changes = {f"federation.{key}": values[key] for key in ("rounds", "seed") if key in values}
-    changes |= {"simulation.sites": values["sites"]} if "sites" in values else {}
+    config_path, classes = values.get("config", ""), values.get("classes", "")
+    if not isinstance(config_path, str) or not isinstance(classes, str):
+        raise ConfigError("Expected config and classes of the run configuration as texts.")
+    changes: dict[str, Any] = {}
+    if not config_path:
+        changes = {"federation.rounds": values.get("rounds"), "simulation.sites": values.get("sites")}
+        changes |= {"image.classes": tuple(name.strip() for name in classes.split(","))}
     config = build_config(read_config(Path(config_path)) if config_path else {}, changes)
-    return Job(config, open_run(Path(out), config, bool(values.get("resume", False))))
+    path = run_path(values.get("out"), context.run_id)
+    return Job(config, open_run(path, config, bool(values.get("resume", False))))
 
 
 def _nobody_can_go_on(record: RoundRecord) -> bool:

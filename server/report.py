@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from jinja2 import Environment, StrictUndefined, UndefinedError
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ from common.errors import ResumeError
 from common.files import write_atomic
 from common.generate import file_names
 from server.records import RoundRecord, read_records
+from server.report_page import PAGE
 
 MAX_FILE_BYTES = 64 * 1024**2
 MAX_CLASS_SHEETS = 16
@@ -75,13 +76,11 @@ def write_report(run: Path) -> Path:
     config, records = build_config(read_config(run / "config.toml")), read_records(run / "metrics.jsonl")
     info, card = load_info(run), _read_json(run / "privacy.json")
     evaluation = _read_json(run / "evaluation.json") if (run / "evaluation.json").exists() else None
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"up": round_up, "figure": _figure, "percent": _percent}
     shown = _shown(run, config, info, records, card)
     try:
-        html = environment.get_template("report.html.jinja").render(evaluation=evaluation, **shown)
+        html = environment.from_string(PAGE).render(evaluation=evaluation, **shown)
     except (UndefinedError, TypeError, ValueError) as error:
         raise ResumeError(
             f"privacy.json or evaluation.json in {run} does not hold what is expected ({error}). "

@@ -1,4 +1,8 @@
-<!doctype html>
+"""The page of the report, a Jinja template: a Python file, because a Flower bundle carries nothing else."""
+
+# ruff: noqa: E501
+
+PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -194,3 +198,4 @@ the figures alone guarantee, against every attack; they are not what an attack w
 <p class="muted">Run {{ info.run_id }}. Digest of the shared settings <code>{{ info.config_digest }}</code>. SHA-256 of generator.safetensors <code>{{ info.sha256 }}</code>.</p>
 </body>
 </html>
+"""

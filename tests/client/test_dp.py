@@ -1,0 +1,271 @@
+"""The private gradient against a plain loop over patients, its sensitivity, its noise and hostile weights."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from client.dp import Batch, private_gradient, private_optimizer, private_step
+from common.config import ImageConfig, ModelConfig, PrivacyConfig, TrainConfig
+from common.crypto import KeyStream
+from common.models import build
+from common.noise import gaussian
+
+KEY = bytes(range(32))
+CLASSES = 3
+ARCHITECTURES = [("mlp", 28), ("mlp", 64), ("dcgan", 28), ("dcgan", 32), ("dcgan", 64)]
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network(name="mlp", size=28):
+    config = ModelConfig(name=name, latent_dim=2, generator_width=8, discriminator_width=8)
+    return build(config, ImageConfig(size=size), CLASSES, rng(1)).discriminator
+
+
+def images(count, size=28, seed=0):
+    drawn = torch.rand(count, 1, size, size, generator=rng(seed)) * 2 - 1
+    return drawn, torch.randint(CLASSES, (count,), generator=rng(seed + 1))
+
+
+def batch_of(counts, size=28, seed=0):
+    drawn, labels = images(sum(counts), size, seed)
+    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+    return Batch(drawn, labels, rows, len(counts))
+
+
+def prepared(model, clip=1.0, noise=0.0, divisor=4.0):
+    return private_optimizer(model, PrivacyConfig(max_grad_norm=clip), TrainConfig(), noise, divisor)
+
+
+def gradient(model, batch, fakes, *, clip=1.0, noise=0.0, divisor=4.0, key=KEY):
+    """Return the private gradient as one vector of double precision; the model is left as it was."""
+    model = copy.deepcopy(model)
+    private_gradient(prepared(model, clip, noise, divisor), batch, *fakes, KeyStream(key))
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
+
+
+def clipped_sum(model, batch, fakes, clip=1.0):
+    return gradient(model, batch, fakes, clip=clip, divisor=0.5)
+
+
+def plain_loop(model, batch, fakes, clip, divisor):
+    """The same by autograd on one image at a time: mean over a patient's images, clip, sum, divide."""
+    parameters = list(model.parameters())
+
+    def one(image, label, sign):
+        loss = F.softplus(sign * model(image[None], label[None])).sum()
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]).double()
+
+    real = [one(image, label, -1) for image, label in zip(batch.images, batch.labels, strict=True)]
+    patients = [
+        torch.stack([real[index] for index in torch.nonzero(batch.patients == patient).flatten()]).mean(0)
+        for patient in range(batch.number_of_patients)
+    ]
+    contributions = patients + [one(image, label, 1) for image, label in zip(*fakes, strict=True)]
+    return sum(part * min(1.0, clip / part.norm().item()) for part in contributions) / (2 * divisor)
+
+
+def assert_near(actual, expected):
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+def patients_and_images(most):
+    return st.lists(st.one_of(st.just(1), st.integers(1, most)), max_size=4)
+
+
+@pytest.mark.parametrize(("name", "size"), ARCHITECTURES)
+@settings(deadline=None, derandomize=True, max_examples=6)
+@given(
+    counts=patients_and_images(50),
+    fakes=st.integers(1, 4),
+    clip=st.sampled_from([0.01, 1.0, 4.0, 100.0]),
+    divisor=st.floats(0.5, 100),
+    seed=st.integers(0, 1000),
+)
+def test_gradient_is_that_of_a_plain_loop_over_patients(name, size, counts, fakes, clip, divisor, seed):
+    model, batch, generated = network(name, size), batch_of(counts, size, seed), images(fakes, size, seed + 5)
+    expected = plain_loop(model, batch, generated, clip, divisor)
+    assert_near(gradient(model, batch, generated, clip=clip, divisor=divisor), expected)
+
+
+@pytest.mark.parametrize("counts", [[], [1], [50], [1, 1, 1], [2, 1, 3]])
+def test_gradient_of_batches_at_the_edge(counts):
+    model, batch, fakes = network("dcgan", 28), batch_of(counts), images(2, seed=9)
+    assert_near(gradient(model, batch, fakes), plain_loop(model, batch, fakes, 1.0, 4.0))
+
+
+def test_clip_makes_a_difference_in_these_tests():
+    model, batch, fakes = network(), batch_of([1, 2, 3]), images(2, seed=9)
+    assert (clipped_sum(model, batch, fakes, 1.0) - clipped_sum(model, batch, fakes, 100.0)).norm() > 0.1
+
+
+def test_step_is_adam_on_the_private_gradient_and_leaves_nothing_behind():
+    model, other, fakes, batch = network(), network(), images(3, seed=9), batch_of([2, 1])
+    private = prepared(model, noise=1.0)
+    for _ in range(2):
+        private_step(private, batch, *fakes, KeyStream(KEY))
+    adam = torch.optim.Adam(other.parameters(), lr=TrainConfig().learning_rate_d, betas=(0.5, 0.999))
+    for _ in range(2):
+        parts = gradient(other, batch, fakes, noise=1.0).float().split([p.numel() for p in other.parameters()])
+        for parameter, part in zip(other.parameters(), parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        adam.step()
+    for parameter, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
+        assert parameter.grad is None
+        assert parameter.grad_sample is None
+        assert parameter.summed_grad is None
+
+
+@pytest.mark.parametrize(("name", "size"), [("mlp", 28), ("dcgan", 28)])
+@settings(deadline=None, derandomize=True, max_examples=12)
+@given(
+    counts=patients_and_images(6),
+    count=st.sampled_from([1, 2, 7, 200]),
+    clip=st.sampled_from([0.001, 1.0, 3.0]),
+    scale=st.sampled_from([0.0, 1.0, 100.0]),
+    seed=st.integers(0, 1000),
+)
+def test_one_clipped_contribution_when_a_patient_is_added(name, size, counts, count, clip, scale, seed):
+    model, fakes = network(name, size), images(2, seed=9)
+    others, (mine, labels) = batch_of(counts, size, seed), images(count, size, seed + 7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    everybody = Batch(
+        torch.cat([others.images, mine]),
+        torch.cat([others.labels, labels]),
+        torch.cat([others.patients, torch.full((count,), len(counts))]),
+        len(counts) + 1,
+    )
+    moved = (clipped_sum(model, everybody, fakes, clip) - clipped_sum(model, others, fakes, clip)).norm()
+    assert moved <= clip * (1 + 1e-4)
+    if scale == 1.0 and clip == 0.001:
+        assert moved >= clip * (1 - 1e-2)  # the bound is reached, so the test can fail
+
+
+def test_one_clipped_contribution_when_images_are_duplicated_or_moved():
+    model, fakes, batch = network("dcgan"), images(2, seed=9), batch_of([3, 1, 2])
+    rows = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 4, 5])
+    more = Batch(batch.images[rows], batch.labels[rows], batch.patients[rows], 3)
+    assert_near(clipped_sum(model, more, fakes), clipped_sum(model, batch, fakes))
+    shuffled = torch.tensor([5, 0, 3, 1, 4, 2])
+    mixed = Batch(batch.images[shuffled], batch.labels[shuffled], batch.patients[shuffled], 3)
+    assert_near(clipped_sum(model, mixed, fakes), clipped_sum(model, batch, fakes))
+    moved = Batch(batch.images, batch.labels, torch.tensor([0, 0, 0, 1, 1, 2]), 3)  # two patients change
+    assert (clipped_sum(model, moved, fakes) - clipped_sum(model, batch, fakes)).norm() <= 4
+
+
+def test_one_clipped_contribution_when_a_sampled_patient_has_no_image():
+    model, fakes, batch = network(), images(2, seed=9), batch_of([2])
+    padded = Batch(batch.images, batch.labels, batch.patients, 2)  # as many images as patients, not one each
+    assert_near(clipped_sum(model, padded, fakes), clipped_sum(model, batch, fakes))
+
+
+def test_public_divisor_does_not_depend_on_the_batch():
+    model, fakes = network(), images(3, seed=9)
+    for batch in (batch_of([]), batch_of([1]), batch_of([3, 1, 5, 2, 2])):
+        total = clipped_sum(model, batch, fakes)
+        for divisor in (1.0, 8.0, 300.0):
+            assert_near(gradient(model, batch, fakes, divisor=divisor) * 2 * divisor, total)
+
+
+def test_public_divisor_counts_equal_patients_one_by_one():
+    model, fakes, one = network(), images(3, seed=9), batch_of([1])
+    alone = gradient(model, batch_of([]), fakes)
+    twice = Batch(one.images.expand(2, -1, -1, -1), one.labels.expand(2), torch.arange(2), 2)
+    assert_near(gradient(model, twice, fakes) - alone, 2 * (gradient(model, one, fakes) - alone))
+
+
+@pytest.mark.parametrize("counts", [[], [1, 3]])
+@pytest.mark.parametrize(("noise", "clip", "divisor"), [(1.0, 1.0, 4.0), (3.0, 0.5, 20.0)])
+def test_empty_batch_is_noise_of_the_stated_law(counts, noise, clip, divisor):
+    model, batch, fakes = network(), batch_of(counts), images(2, seed=9)
+    settings = {"clip": clip, "divisor": divisor}
+    drawn = gradient(model, batch, fakes, noise=noise, **settings) - gradient(model, batch, fakes, **settings)
+    std, size = noise * clip / (2 * divisor), len(drawn)
+
+    def p_value(scale):
+        return stats.kstest(drawn.numpy(), stats.norm(scale=scale).cdf).pvalue
+
+    assert abs(drawn.std().item() / std - 1) < 5 / math.sqrt(2 * size)
+    assert abs(drawn.mean().item()) < 5 * std / math.sqrt(size)
+    assert p_value(std) > 0.01
+    assert p_value(std * 2 / 3) < 1e-9
+    assert p_value(std * 3 / 2) < 1e-9
+
+
+def test_empty_batch_is_noise_that_is_new_in_every_step_and_for_every_key():
+    model, fakes, size = network(), images(2, seed=9), sum(p.numel() for p in network().parameters())
+    private, stream, drawn = prepared(model, noise=1.0), KeyStream(KEY), []
+    for _ in range(2):
+        private_gradient(private, batch_of([]), *fakes, stream)
+        drawn.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).numpy())
+    drawn.append(gradient(network(), batch_of([]), fakes, noise=1.0, key=bytes(32)).numpy())
+    correlations = np.corrcoef(drawn)[np.triu_indices(3, 1)]
+    assert np.all(np.abs(correlations) < 5 / math.sqrt(size))
+
+
+def overflowing_average(model):
+    """Make each image's gradient finite and the sum of three infinite."""
+    for parameter in model.parameters():
+        parameter.zero_()
+    before_the_last = model.second if hasattr(model, "second") else model.convolutions[-1]
+    before_the_last.bias.fill_(3e38)
+
+
+HOSTILE = {
+    "weights of 1e18": lambda model: [parameter.mul_(1e18) for parameter in model.parameters()],
+    "weights of 1e37": lambda model: [parameter.fill_(1e37) for parameter in model.parameters()],
+    "weights of both signs": lambda model: [
+        parameter.copy_(torch.where(parameter > 0, 3e38, -3e38)) for parameter in model.parameters()
+    ],
+    "the average overflows": overflowing_average,
+}
+
+
+@pytest.mark.parametrize("name", ["mlp", "dcgan"])
+@pytest.mark.parametrize("how", HOSTILE)
+@pytest.mark.parametrize("counts", [[], [1], [1, 1], [3, 1, 4]])
+def test_always_finite_under_hostile_weights(name, how, counts):
+    model, batch, fakes = network(name), batch_of(counts), images(1, seed=9)
+    with torch.no_grad():
+        HOSTILE[how](model)
+    assert_noise_and_little_else(model, batch, fakes)
+
+
+@pytest.mark.parametrize("value", [1e30, 3e38, math.inf, math.nan])
+@pytest.mark.parametrize("counts", [[1], [2, 1]])
+def test_always_finite_with_images_that_overflow(value, counts):
+    drawn = batch_of(counts)
+    batch = Batch(drawn.images * value, drawn.labels, drawn.patients, len(counts))
+    assert_noise_and_little_else(network("dcgan"), batch, images(1, seed=9))
+
+
+def assert_noise_and_little_else(model, batch, fakes):
+    """The sum without its noise stays within the clipped contributions, and nothing says that something overflowed."""
+    total = gradient(model, batch, fakes, noise=1.0, divisor=0.5)
+    assert torch.isfinite(total).all()
+    stream = KeyStream(KEY)
+    noise = torch.cat([gaussian(stream, tuple(p.shape), 1.0).flatten() for p in model.parameters()]).double()
+    contributions = batch.number_of_patients + len(fakes[0])
+    assert (total - noise).norm() <= contributions * (1 + 1e-4) + 1e-3
+    assert stats.kstest(total.numpy(), stats.norm.cdf).pvalue > 0.01
+
+
+def test_one_patients_overflow_leaves_the_others_alone():
+    model, fakes, batch = network("dcgan"), images(1, seed=9), batch_of([1, 2])
+    loud = batch.images.clone()
+    loud[0] = math.inf
+    total = clipped_sum(model, Batch(loud, batch.labels, batch.patients, 2), fakes)
+    without = Batch(batch.images[1:], batch.labels[1:], torch.tensor([0, 0]), 1)
+    assert (total - clipped_sum(model, without, fakes)).norm() <= 1 + 1e-4

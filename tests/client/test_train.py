@@ -1,0 +1,197 @@
+"""Who is drawn, what the generator may see, and one round of local training."""
+
+import copy
+import dataclasses
+import inspect
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from client.intake import Dataset
+from client.train import draw_patients, generator_step, train_round
+from common.config import Proposal
+from common.crypto import KeyStream
+from common.models import build
+from common.privacy import Plan
+
+KEY = bytes(range(32))
+PATIENTS = 20
+PROPOSAL = Proposal.model_validate(
+    {
+        "image": {"size": 28, "classes": ("clear", "opacity")},
+        "privacy": {"batch_patients": 4, "images_per_patient": 2},
+        "model": {"name": "mlp", "latent_dim": 4, "generator_width": 8, "discriminator_width": 8},
+        "train": {"steps_per_round": 6, "generator_batch": 7, "ema_decay": 0.0, "learning_rate_g": 1e-2},
+    }
+)
+PLAN = Plan(PATIENTS, 0.2, None, 1.0, 6, 1.0, 1e-5)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def fresh_pair():
+    return build(PROPOSAL.model, PROPOSAL.image, 2, rng(1))
+
+
+def numbered(counts, size=2):
+    """Make a data set whose pixels say which patient (first) and which of its images (second) an image is."""
+    patients = np.repeat(np.arange(len(counts)), counts)
+    images = np.zeros((len(patients), 1, size, size), np.uint8)
+    images[:, 0, 0, 0] = patients
+    images[:, 0, 0, 1] = np.concatenate([np.arange(count) for count in counts])
+    return Dataset(images, patients % 2, patients)
+
+
+def drawn_from(batch):
+    grey = ((batch.images + 1) * 127.5).round().int()
+    return grey[:, 0, 0, 0].tolist(), grey[:, 0, 0, 1].tolist()
+
+
+def proposed(**train):
+    return PROPOSAL.model_copy(update={"train": PROPOSAL.train.model_copy(update=train)})
+
+
+def one_round(secret=KEY, seed=0, *, d_steps=2, plan=PLAN, proposal=PROPOSAL, pair=None):
+    dataset = numbered([1, 3] * (PATIENTS // 2), 28)
+    return train_round(dataset, pair or fresh_pair(), proposal, plan, d_steps, KeyStream(secret), rng(seed))
+
+
+def weights(network):
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def test_all_images_of_one_row():
+    batch = draw_patients(numbered([3, 1, 5, 2]), 1.0, 50, KeyStream(KEY))
+    patients, numbers = drawn_from(batch)
+    assert batch.patients.tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3]
+    assert patients == batch.patients.tolist()
+    assert numbers == [0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1]
+    assert batch.labels.tolist() == [patient % 2 for patient in patients]
+
+
+def test_all_images_of_one_row_when_few_are_drawn():
+    stream, dataset = KeyStream(KEY), numbered([3, 1, 5, 2] * 5)
+    for _ in range(100):
+        batch = draw_patients(dataset, 0.3, 2, stream)
+        patients, _ = drawn_from(batch)
+        rows = batch.patients.tolist()
+        assert sorted(set(rows)) == list(range(batch.number_of_patients))
+        assert len(set(zip(rows, patients, strict=True))) == len(set(rows)) == len(set(patients))
+        assert max(Counter(rows).values(), default=0) <= 2
+
+
+def test_poisson_rate_of_one_takes_everybody_and_grey_levels_are_scaled():
+    batch = draw_patients(numbered([1] * 256), 1.0, 1, KeyStream(KEY))
+    assert batch.number_of_patients == 256
+    assert batch.images.min() == -1
+    assert batch.images.max() == 1
+
+
+def test_poisson_with_a_tiny_rate_is_empty():
+    batch = draw_patients(numbered([2] * 5), 1e-9, 1, KeyStream(KEY))
+    assert (batch.number_of_patients, tuple(batch.images.shape)) == (0, (0, 1, 2, 2))
+    assert (len(batch.labels), len(batch.patients)) == (0, 0)
+
+
+def test_training_goes_on_with_empty_batches():
+    before = fresh_pair()
+    trained = one_round(plan=dataclasses.replace(PLAN, sample_rate=1e-9))
+    assert torch.isfinite(weights(trained.pair.discriminator)).all()
+    assert not torch.equal(weights(trained.pair.discriminator), weights(before.discriminator))
+    assert 0 <= trained.fake_accuracy <= 1
+
+
+def test_images_of_a_patient_are_chosen_uniformly_without_replacement():
+    stream, dataset, draws = KeyStream(KEY), numbered([5]), 3000
+    chosen = Counter(
+        tuple(sorted(drawn_from(draw_patients(dataset, 1.0, 2, stream))[1])) for _ in range(draws)
+    )
+    assert set(chosen) == set(combinations(range(5), 2))
+    assert stats.chisquare(list(chosen.values())).pvalue > 0.01
+    skewed = [count + draws / 50 * (0 in pair) for pair, count in chosen.items()]
+    assert stats.chisquare(skewed).pvalue < 0.01
+
+
+def test_generator_step_has_no_parameter_for_a_patient():
+    names = list(inspect.signature(generator_step).parameters)
+    assert names == ["generator", "discriminator", "optimizer", "proposal", "rng"]
+
+
+def test_generator_step_leaves_the_discriminator_alone():
+    pair = fresh_pair()
+    before, old = weights(pair.discriminator), weights(pair.generator)
+    for parameter in pair.discriminator.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    generator_step(
+        pair.generator, pair.discriminator, torch.optim.Adam(pair.generator.parameters(), lr=1e-3), PROPOSAL, rng()
+    )
+    assert torch.equal(weights(pair.discriminator), before)
+    assert all((parameter.grad == 7).all() for parameter in pair.discriminator.parameters())
+    assert not torch.equal(weights(pair.generator), old)
+
+
+def test_round_is_deterministic_given_secret_and_rng():
+    first, again = one_round(), one_round()
+    assert first.fake_accuracy == again.fake_accuracy
+    for one, other in (
+        (first.pair.generator, again.pair.generator),
+        (first.pair.discriminator, again.pair.discriminator),
+    ):
+        assert torch.equal(weights(one), weights(other))
+    for other in (one_round(secret=bytes(32)), one_round(seed=1)):
+        assert not torch.equal(weights(first.pair.discriminator), weights(other.pair.discriminator))
+
+
+def test_global_random_state_is_neither_read_nor_moved():
+    before = torch.get_rng_state()
+    one_round()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("d_steps", "g_steps"), [(1, 6), (2, 3), (4, 1), (6, 1), (7, 0)])
+def test_ladder_changes_the_number_of_generator_steps(d_steps, g_steps):
+    pair, seen = fresh_pair(), []
+    before = weights(pair.generator)
+    pair.generator.register_forward_hook(lambda _, __, images: seen.append((len(images), images.requires_grad)))
+    trained = one_round(d_steps=d_steps, pair=pair)
+    assert Counter(seen) == Counter({(4, False): 6, (7, True): g_steps})
+    assert torch.equal(weights(trained.pair.generator), before) == (g_steps == 0)
+
+
+def test_what_leaves_is_the_average_of_the_generators():
+    start = weights(fresh_pair().generator)
+    first, second = (
+        weights(one_round(d_steps=3, proposal=proposed(steps_per_round=steps)).pair.generator) for steps in (3, 6)
+    )
+    averaged = weights(one_round(d_steps=3, proposal=proposed(ema_decay=0.75)).pair.generator)
+    expected = 0.75 * (0.75 * start + 0.25 * first) + 0.25 * second
+    torch.testing.assert_close(averaged, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_noise_of_the_plan_is_the_noise_of_the_round():
+    """With noise far above everything else, one Adam step of D is the sign of the noise: half up, half down."""
+    loud = dataclasses.replace(PLAN, train_noise_multiplier=1e6)
+    quiet = dataclasses.replace(PLAN, train_noise_multiplier=1e-6)
+    start, proposal = weights(fresh_pair().discriminator), proposed(steps_per_round=1)
+    moves = [
+        torch.sign(weights(one_round(key, plan=plan, proposal=proposal).pair.discriminator) - start)
+        for plan in (loud, quiet)
+        for key in (KEY, bytes(32))
+    ]
+    agreement = [(moves[0] == moves[1]).float().mean().item(), (moves[2] == moves[3]).float().mean().item()]
+    assert agreement[0] == pytest.approx(0.5, abs=0.02)
+    assert agreement[1] > 0.55
+
+
+def test_hooks_are_gone_after_the_round():
+    pair = fresh_pair()
+    for _ in range(2):
+        trained = one_round(pair=copy.deepcopy(pair))
+        assert not hasattr(trained.pair.discriminator, "autograd_grad_sample_hooks")
+        assert all(not module._forward_hooks for module in trained.pair.discriminator.modules())
