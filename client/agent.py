@@ -41,6 +41,7 @@ from common.weights import check_arrays, get_weights, set_weights
 LOG = logging.getLogger("fedmedgan.agent")
 KEPT_REPLIES = 2
 MAX_D_STEPS = 5000
+MAX_BATCH = 16_384
 _RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 Secrets = Callable[[str], KeyStream]
@@ -76,7 +77,7 @@ def open_site(home: Home, secrets: Secrets = os_secrets) -> Site:
         StorageError: The key or the ledger is damaged.
     """
     key = load_key(home.key)
-    if not any(home.ledger.glob("ledger.*")):
+    if not (home.ledger / "ledger.head.json").exists():  # made with the home; without it an empty one would be started
         raise StorageError(
             "The ledger of this home is gone, and with it what was spent. Restore the folder ledger/ from a backup."
         )
@@ -95,7 +96,8 @@ def answer(site: Site, request: Request) -> Reply:
 
     Guarantees:
         - charged_first: The ledger holds the charge before a patient is touched.
-        - journal_before_reply: What is returned stands in the journal.
+        - journal_before_reply: What a warm-up or a round returns stands in the journal; hello says nothing but what
+          the policy makes public.
         - repeat_is_free: The same request again gives the same bytes and charges nothing.
         - codes_only: A refusal holds no text, no field, no array.
     """
@@ -154,9 +156,12 @@ def _check_request(request: Request) -> Proposal:
         raise WireError(f"Expected round={request.round} in [1, {rounds}].")
     if request.kind is Kind.WARMUP and (request.round != 0 or proposal.warmup.share == 0):
         raise WireError("Expected a warm-up only in round 0 of a proposal with warmup.share > 0.")
+    if max(proposal.privacy.batch_patients, proposal.train.generator_batch) > MAX_BATCH:
+        raise ConfigError(f"Expected privacy.batch_patients and train.generator_batch of at most {MAX_BATCH}.")
     d_steps = request.settings.get("d_steps_per_g_step")
+    whole = type(d_steps) is int and 1 <= d_steps <= MAX_D_STEPS
     wanted = ["d_steps_per_g_step"] if request.kind is Kind.TRAIN else []
-    if list(request.settings) != wanted or (wanted and d_steps not in range(1, MAX_D_STEPS + 1)):
+    if list(request.settings) != wanted or (wanted and not whole):
         raise WireError(f"Expected the settings {wanted} with whole numbers in [1, {MAX_D_STEPS}].")
     return proposal
 
@@ -213,7 +218,7 @@ def _stored_reply(site: Site, request: Request, digest: str) -> Reply | None:
     path = _reply_path(site, request.run_id, request.kind, request.round)
     if path.exists():
         stored_digest, _, frame = path.read_bytes().partition(b"\n")
-        if stored_digest.decode() == digest:
+        if stored_digest == digest.encode():
             return unpack_reply(frame)
         raise PolicyRefusal(RefusalCode.REPLAYED, f"Round {request.round} was already answered to another request.")
     released = {
@@ -227,9 +232,9 @@ def _stored_reply(site: Site, request: Request, digest: str) -> Reply | None:
 def _store_reply(site: Site, reply: Reply, digest: str) -> None:
     path = _reply_path(site, reply.run_id, reply.kind, reply.round)
     write_atomic(path, digest.encode() + b"\n" + pack_reply(reply), 0o600)
-    stored = sorted(site.home.replies.glob(f"{reply.run_id}-{reply.kind}-*.reply"))
+    stored = sorted(site.home.replies.glob(f"{reply.run_id}-{reply.kind}-{'[0-9]' * 6}.reply"))
     for old in stored[:-KEPT_REPLIES]:
-        old.unlink()
+        old.unlink(missing_ok=True)
 
 
 def _reply_path(site: Site, run_id: str, kind: Kind, round_: int) -> Path:

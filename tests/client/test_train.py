@@ -109,9 +109,7 @@ def test_training_goes_on_with_empty_batches():
 
 def test_images_of_a_patient_are_chosen_uniformly_without_replacement():
     stream, dataset, draws = KeyStream(KEY), numbered([5]), 3000
-    chosen = Counter(
-        tuple(sorted(drawn_from(draw_patients(dataset, 1.0, 2, stream))[1])) for _ in range(draws)
-    )
+    chosen = Counter(tuple(sorted(drawn_from(draw_patients(dataset, 1.0, 2, stream))[1])) for _ in range(draws))
     assert set(chosen) == set(combinations(range(5), 2))
     assert stats.chisquare(list(chosen.values())).pvalue > 0.01
     skewed = [count + draws / 50 * (0 in pair) for pair, count in chosen.items()]

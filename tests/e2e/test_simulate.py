@@ -81,7 +81,8 @@ def test_generate_png_and_npz(finished_run: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     images = sorted((tmp_path / "png").rglob("*.png"))
     assert len(images) == 8
-    assert Image.open(images[0]).size == (28, 28)
+    with Image.open(images[0]) as image:
+        assert image.size == (28, 28)
     with np.load(tmp_path / "npz" / "samples.npz", allow_pickle=False) as arrays:
         assert arrays["images"].shape == (8, 28, 28)
         assert arrays["images"].dtype == np.uint8

@@ -1,0 +1,154 @@
+"""The agent behind its socket: what goes in and comes out as bytes, and that nothing ends the loop but `stop`."""
+
+import dataclasses
+import socket
+import stat
+import struct
+import tempfile
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from client.agent import open_site
+from client.channel import MAGIC, connect, pack_request, read_frame, unpack_reply
+from client.serve import serve
+from common.errors import RefusalCode
+from common.messages import Kind, Reply, Request
+
+HELLO = Request(Kind.HELLO, "run-1", 0, "")
+
+
+@contextmanager
+def served(site):
+    """Serve a site from a thread; the socket's folder is short, for its path holds 107 bytes at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, stop = Path(folder) / "agent.sock", threading.Event()
+        thread = threading.Thread(target=serve, args=(site, path, stop), daemon=True)
+        thread.start()
+        while not is_up(path):
+            assert thread.is_alive()
+        try:
+            yield path
+        finally:
+            stop.set()
+            thread.join(5)
+            assert not thread.is_alive()
+            assert not path.exists()
+
+
+def is_up(path):
+    try:
+        connect(path, 5.0)(HELLO)
+    except OSError:
+        return False
+    return True
+
+
+def send(path, content):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(5.0)
+        connection.connect(str(path))
+        connection.sendall(content)
+        connection.shutdown(socket.SHUT_WR)
+        return unpack_reply(read_frame(connection))
+
+
+def test_hello_over_the_socket(tiny_home):
+    with served(open_site(tiny_home)) as path:
+        reply = connect(path, 5.0)(HELLO)
+    assert reply.refusal is None
+    assert set(reply.fields) == {"site", "declared_patients", "protocol"}
+
+
+def test_socket_is_for_owner_and_group_only(tiny_home):
+    with served(open_site(tiny_home)) as path:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+
+
+def test_an_old_socket_is_replaced(tiny_home, tmp_path):
+    with tempfile.TemporaryDirectory() as folder:
+        path, stop = Path(folder) / "agent.sock", threading.Event()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+            dead.bind(str(path))
+        thread = threading.Thread(target=serve, args=(open_site(tiny_home), path, stop), daemon=True)
+        thread.start()
+        while not is_up(path):
+            assert thread.is_alive()
+        stop.set()
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+FRAME = pack_request(HELLO)
+GARBAGE = {
+    "nothing": b"",
+    "bytes": bytes(range(256)) * 4,
+    "HTTP": b"GET / HTTP/1.1\r\nHost: site\r\n\r\n",
+    "half a frame": FRAME[:-3],
+    "half a prefix": FRAME[:5],
+    "a body of 2^63": struct.pack("<8sIQ", MAGIC, 2, 2**63) + b"{}",
+    "no JSON": struct.pack("<8sIQ", MAGIC, 2, 0) + b"{]",
+    "other keys": struct.pack("<8sIQ", MAGIC, 2, 8) + b"{}" + bytes(8),
+    "unknown kind": FRAME.replace(b'"hello"', b'"hallo"'),
+    "round is text": FRAME.replace(b'"round": 0', b'"round":""'),
+}
+
+
+def test_garbage_gets_a_code_and_the_loop_goes_on(tiny_home):
+    with served(open_site(tiny_home)) as path:
+        for name, content in GARBAGE.items():
+            assert send(path, content) == Reply(Kind.HELLO, "", 0, RefusalCode.BAD_REQUEST), name
+        assert connect(path, 5.0)(HELLO).refusal is None
+
+
+def test_a_peer_that_leaves_at_once_does_not_end_the_loop(tiny_home):
+    with served(open_site(tiny_home)) as path:
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.connect(str(path))
+                connection.sendall(FRAME)
+        assert connect(path, 5.0)(HELLO).refusal is None
+
+
+def test_an_exception_stays_inside(tiny_home, tiny_proposal):
+    """The exception names a patient and a path; the reply has a code and nothing else."""
+
+    def crash(purpose):
+        raise KeyError(f"DOE^JANE in /export/dicom for {purpose}")
+
+    request = Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal())
+    with served(open_site(tiny_home, crash)) as path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(str(path))
+            connection.sendall(pack_request(request))
+            frame = read_frame(connection)
+        assert connect(path, 5.0)(HELLO).refusal is None
+    assert unpack_reply(frame) == Reply(Kind.WARMUP, "run-1", 0, RefusalCode.INTERNAL)
+    for word in (b"DOE", b"export", b"KeyError", b"Traceback"):
+        assert word not in frame
+
+
+@pytest.mark.parametrize("part", ["ledger", "journal", "replies", "images"])
+def test_an_unreadable_home_is_a_code(tiny_home, tiny_proposal, part):
+    site = open_site(tiny_home)
+    request = Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal())
+    with served(site) as path:
+        folder = {"ledger": tiny_home.ledger, "journal": tiny_home.journal, "replies": tiny_home.replies}
+        if part == "images":
+            tiny_home.dataset(tiny_proposal.image.classes, 28).write_bytes(b"damaged")
+        else:
+            folder[part].rename(tiny_home.folder / "away")
+            folder[part].write_bytes(b"no folder")
+        reply = connect(path, 5.0)(request)
+        assert reply == Reply(Kind.WARMUP, "run-1", 0, RefusalCode.INTERNAL)
+        assert connect(path, 5.0)(HELLO).refusal is None
+
+
+def test_a_refusal_travels_as_its_code(tiny_home, tiny_proposal):
+    with served(open_site(tiny_home)) as path:
+        ask = connect(path, 5.0)
+        assert ask(dataclasses.replace(HELLO, kind=Kind.TRAIN)) == Reply(
+            Kind.TRAIN, "run-1", 0, RefusalCode.BAD_REQUEST
+        )
