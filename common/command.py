@@ -26,7 +26,8 @@ def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, interr
     except click.ClickException as error:
         error.show()
         code = ExitCode.USAGE
-    except (KeyboardInterrupt, click.Abort):
-        print(interrupted, file=sys.stderr)
+    except click.Abort:
         code = ExitCode.INTERRUPTED
+    if code == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this code and says nothing
+        print(interrupted, file=sys.stderr)
     sys.exit(code or ExitCode.OK)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -40,7 +41,7 @@ def print_result(result: Result) -> None:
         table.add_column(key, justify="right")
     for row in result.rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for name, value in result.ratios.items():
         console.print(f"{name} = {value:.4f}")

@@ -171,6 +171,31 @@ def test_one_clipped_contribution_when_a_sampled_patient_has_no_image():
     assert_near(clipped_sum(model, padded, fakes), clipped_sum(model, batch, fakes))
 
 
+class Wide(torch.nn.Module):
+    """Three million weights whose gradient has one long row and many short ones: its sum of squares, added up in single
+    precision, comes out short."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(784, 4096), torch.nn.Linear(4096, 1)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            self.last.weight.fill_(8e-4)[0, 0] = 1.0
+
+    def forward(self, images, labels):
+        return self.last(self.first(images.flatten(1))).squeeze(1)
+
+
+def test_one_clipped_contribution_when_the_weights_are_many():
+    model = Wide()
+    fakes = (torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.int64))
+    patient = Batch(torch.ones(1, 1, 28, 28), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 1)
+    nobody = Batch(patient.images[:0], patient.labels[:0], patient.patients[:0], 0)
+    moved = clipped_sum(model, patient, fakes) - clipped_sum(model, nobody, fakes)
+    assert 0.999 <= moved.norm() <= 1 + 1e-4
+
+
 def test_public_divisor_does_not_depend_on_the_batch():
     model, fakes = network(), images(3, seed=9)
     for batch in (batch_of([]), batch_of([1]), batch_of([3, 1, 5, 2, 2])):
