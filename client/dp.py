@@ -47,7 +47,7 @@ class Batch:
 @final
 @dataclass(frozen=True)
 class PrivateOptimizer:
-    """A discriminator with per-sample hooks and the optimiser that clips, sums and scales."""
+    """A discriminator with per-sample hooks and the optimiser that holds its gradients, divides and steps."""
 
     discriminator: nn.Module
     hooks: GradSampleHooks

@@ -23,7 +23,7 @@ from server.app import Job
 from server.report import write_report
 from server.rounds import initial_pair
 from server.run_folder import latest_folder, next_folder, open_run, stored_tree
-from simulations.engines import run_job
+from simulations.engines import check_engine, run_job
 from simulations.evaluate import evaluate, save_evaluation
 from simulations.hospitals import (
     Federation,
@@ -149,6 +149,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _run(federation: Federation) -> None:
     config = federation.config
+    check_engine(config)
     path = Path(config.run.out) if config.run.out else next_folder(RUNS)
     folder = open_run(path, config, config.run.resume)
     print(f"run folder: {path}", flush=True)
@@ -165,6 +166,7 @@ def _run(federation: Federation) -> None:
         sys.exit(ExitCode.INTERRUPTED)
     held_out = held_out_images(config, path)
     if held_out is not None:
+        print("training classifiers on synthetic images, to test them on patients of no hospital ...", flush=True)
         generator, _ = load_generator(path)
         evaluation = evaluate(config, generator, held_out)
         save_evaluation(path / "evaluation.json", evaluation)

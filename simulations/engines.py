@@ -26,7 +26,6 @@ def run_job(job: Job) -> None:
     """Run a prepared job with the engine that its configuration names.
 
     Raises:
-        MissingExtra: The flower engine is asked for and Ray is not installed.
         FedmedganError: Whatever the round loop raises.
     """
     client_app = make_client_app(functools.partial(find_hospital, job.folder.path.absolute(), job.config))
@@ -35,18 +34,14 @@ def run_job(job: Job) -> None:
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
         make_server_app(job)(grid, context)
         return
-    _quiet_flower()
-    try:
-        import ray  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        from flwr.simulation import run_simulation
-    except ImportError as error:
-        raise MissingExtra(
-            "The flower engine needs Ray: pip install 'fedmedgan[ray]', or use --engine local."
-        ) from error
+    from flwr.simulation import run_simulation
+
     failures: list[FedmedganError] = []
+    # A cluster that RAY_ADDRESS names has its own number of cores; on this machine it is ours to say.
+    cores = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": job.config.performance.parallel_sites}
     backend = {
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        "init_args": {"num_cpus": job.config.performance.parallel_sites, "log_to_driver": False},
+        "init_args": {**cores, "log_to_driver": False},
     }
     run_simulation(
         server_app=_keeping_failures(job, failures),
@@ -56,6 +51,23 @@ def run_job(job: Job) -> None:
     )
     if failures:
         raise failures[0]
+
+
+def check_engine(config: Config) -> None:
+    """Check that the engine can run, before anything is written.
+
+    Raises:
+        MissingExtra: The flower engine is asked for and Ray is not installed.
+    """
+    if config.performance.engine == "local":
+        return
+    _quiet_flower()
+    try:
+        import ray  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise MissingExtra(
+            "The flower engine needs Ray: pip install 'fedmedgan[ray]', or use --engine local"
+        ) from error
 
 
 def find_hospital(out: Path, config: Config, context: Context) -> Transport:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from client import journal, policy
+from client import journal
 from client.agent import answer, open_site
 from client.channel import pack_reply
 from client.journal import check_egress, content_digest, release_schema
@@ -490,7 +490,3 @@ def test_kill_9_loses_no_charge_and_no_release(tiny_home, train, tiny_proposal, 
             assert len(open_site(tiny_home).ledger.entries) == len(in_ledger)
     nursery.communicate(timeout=30)
     assert len(printed) >= 15
-
-
-def test_policy_file_of_these_tests_is_the_sites_own(tiny_home):
-    assert policy.load(tiny_home.policy).max_epsilon == 8.0

@@ -196,6 +196,26 @@ def test_one_clipped_contribution_when_the_weights_are_many():
     assert 0.999 <= moved.norm() <= 1 + 1e-4
 
 
+class Single(torch.nn.Module):
+    """One weight, whose gradient is an image of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.only = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.only.weight)
+
+    def forward(self, images, labels):
+        return self.only(images.flatten(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e10, 1e18, 1e30, 3e38])
+def test_one_clipped_contribution_when_the_gradient_is_huge(size):
+    label = torch.zeros(1, dtype=torch.int64)
+    patient, fakes = Batch(torch.full((1, 1, 1, 1), size), label, label, 1), (torch.zeros(1, 1, 1, 1), label)
+    for clip in (1e-6, 1e-3, 1.0):
+        assert clipped_sum(Single(), patient, fakes, clip).norm() <= clip * (1 + 1e-4)
+
+
 def test_public_divisor_does_not_depend_on_the_batch():
     model, fakes = network(), images(3, seed=9)
     for batch in (batch_of([]), batch_of([1]), batch_of([3, 1, 5, 2, 2])):

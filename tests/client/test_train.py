@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from client.dp import private_gradient, private_optimizer
 from client.intake import Dataset
 from client.train import draw_patients, generator_step, train_round
 from common.config import Proposal
@@ -173,18 +174,25 @@ def test_what_leaves_is_the_average_of_the_generators():
 
 
 def test_the_noise_of_the_plan_is_the_noise_of_the_round():
-    """With noise far above everything else, one Adam step of D is the sign of the noise: half up, half down."""
-    loud = dataclasses.replace(PLAN, train_noise_multiplier=1e6)
-    quiet = dataclasses.replace(PLAN, train_noise_multiplier=1e-6)
-    start, proposal = weights(fresh_pair().discriminator), proposed(steps_per_round=1)
-    moves = [
-        torch.sign(weights(one_round(key, plan=plan, proposal=proposal).pair.discriminator) - start)
-        for plan in (loud, quiet)
-        for key in (KEY, bytes(32))
-    ]
-    agreement = [(moves[0] == moves[1]).float().mean().item(), (moves[2] == moves[3]).float().mean().item()]
-    assert agreement[0] == pytest.approx(0.5, abs=0.02)
-    assert agreement[1] > 0.55
+    """Adam's first step is a sign: each weight says whether the noise turned its gradient, as often as sigma says."""
+    sigma, everybody = 0.02, dataclasses.replace(PLAN, sample_rate=1.0, train_noise_multiplier=0.02)
+    pair, proposal, stream = fresh_pair(), proposed(steps_per_round=1), rng()
+    start, dataset = weights(pair.discriminator), numbered([1] * PATIENTS, 28)
+    labels = torch.randint(2, (PATIENTS,), generator=stream)
+    fakes = pair.generator(torch.randn(PATIENTS, 4, generator=stream), labels).detach()
+    silent = private_optimizer(copy.deepcopy(pair.discriminator), proposal.privacy, proposal.train, 0.0, 0.5)
+    private_gradient(silent, draw_patients(dataset, 1.0, 1, KeyStream(KEY)), fakes, labels, KeyStream(KEY))
+    total = torch.cat([parameter.grad.flatten() for parameter in silent.discriminator.parameters()])
+    trained = train_round(dataset, pair, proposal, everybody, 2, KeyStream(KEY), rng()).pair.discriminator
+    turned = ((weights(trained) - start).sign() == total.sign()).double().sum().item()
+
+    def deviation(std):
+        chance = stats.norm.cdf(-total.abs().double().numpy() / std)
+        return abs(turned - chance.sum()) / np.sqrt((chance * (1 - chance)).sum())
+
+    assert deviation(sigma) < 5
+    assert deviation(sigma * 2 / 3) > 5
+    assert deviation(sigma * 3 / 2) > 5
 
 
 def test_hooks_are_gone_after_the_round():

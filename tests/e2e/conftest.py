@@ -52,12 +52,12 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def simulate(
-    *arguments: str | Path, cwd: Path | None = None, timeout_s: float = 240
+    *arguments: str | Path, cwd: Path | None = None, path: str = "", timeout_s: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """Run `fedmedgan-simulate` and return what it printed; never raises on an exit code."""
     command = [sys.executable, "-m", "simulations.cli", *map(str, arguments)]
-    root = Path(__file__).resolve().parents[2]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(root)}
+    root = str(Path(__file__).resolve().parents[2])
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([path, root]) if path else root}
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
     )

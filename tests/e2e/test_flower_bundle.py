@@ -74,7 +74,8 @@ def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def test_bundle_holds_the_code_and_nothing_else(clone: Path, flower: dict[str, str]) -> None:
-    subprocess.run([BIN / "flwr", "build", "--app", clone], cwd=clone, env=flower, check=True, capture_output=True, timeout=120)
+    build = [BIN / "flwr", "build", "--app", clone]
+    subprocess.run(build, cwd=clone, env=flower, check=True, capture_output=True, timeout=120)
     with zipfile.ZipFile(next(clone.glob("*.fab"))) as bundle:
         names = set(bundle.namelist())
     code = {str(p.relative_to(clone)) for tier in ("common", "client", "server") for p in (clone / tier).rglob("*.py")}
@@ -82,10 +83,10 @@ def test_bundle_holds_the_code_and_nothing_else(clone: Path, flower: dict[str, s
 
 
 def test_flwr_run_on_the_local_runtime(clone: Path, flower: dict[str, str]) -> None:
-    (clone / "small.toml").write_text(SMALL.replace("sites = 3", "sites = 2") + '\n[performance]\nthreads = 1\n')
+    classes = '[image]\nclasses = ["clear", "opacity", "nodule", "effusion"]'
+    small = SMALL.replace("[image]", classes).replace("sites = 3", "sites = 2")
+    (clone / "small.toml").write_text(small + "\n[performance]\nthreads = 1\n")
     settings = f'config="{clone / "small.toml"}" out="{clone / "out"}"'
-    with_classes = (clone / "small.toml").read_text().replace("[image]", '[image]\nclasses = ["clear", "opacity", "nodule", "effusion"]')
-    (clone / "small.toml").write_text(with_classes)
     command = [BIN / "flwr", "run", ".", "local", "--stream", "--run-config", settings]
     done = subprocess.run(command, cwd=clone, env=flower, capture_output=True, text=True, timeout=280, check=False)
     deadline = time.monotonic() + 30

@@ -114,10 +114,9 @@ def test_print_config_reads_back(small_config: Path, tmp_path: Path) -> None:
 
 
 def test_ledger_and_journal_hold_every_release(finished_run: Path) -> None:
-    from client.ledger import open_ledger
-
     from client import journal
     from client.home import Home
+    from client.ledger import open_ledger
     from common.crypto import load_key
 
     records = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
