@@ -21,7 +21,7 @@ import torch
 
 from client import journal, policy
 from client.channel import pack_reply, unpack_reply
-from client.home import Home, load_images
+from client.home import Home, load_images, one_at_a_time, require_images, require_ledger
 from client.intake import Dataset
 from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.policy import Policy
@@ -29,7 +29,7 @@ from client.train import train_round
 from client.warmup import embedding_sum
 from common.config import Proposal, parse_proposal
 from common.crypto import KeyStream, SigningKey, load_key
-from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, StorageError, WireError
+from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.features import feature_map
 from common.files import write_atomic
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
@@ -41,7 +41,6 @@ from common.weights import check_arrays, get_weights, set_weights
 LOG = logging.getLogger("fedmedgan.agent")
 KEPT_REPLIES = 2
 MAX_D_STEPS = 5000
-MAX_BATCH = 16_384
 _RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 Secrets = Callable[[str], KeyStream]
@@ -77,10 +76,7 @@ def open_site(home: Home, secrets: Secrets = os_secrets) -> Site:
         StorageError: The key or the ledger is damaged.
     """
     key = load_key(home.key)
-    if not (home.ledger / "ledger.head.json").exists():  # made with the home; without it an empty one would be started
-        raise StorageError(
-            "The ledger of this home is gone, and with it what was spent. Restore the folder ledger/ from a backup."
-        )
+    require_ledger(home)
     return Site(home, policy.load(home.policy), key, open_ledger(home.ledger, key), secrets)
 
 
@@ -104,7 +100,8 @@ def answer(site: Site, request: Request) -> Reply:
     try:
         if request.kind is Kind.HELLO:
             return _hello(site, request)
-        return _private(site, request)
+        with one_at_a_time(site.home):
+            return _private(site, request)
     except FedmedganError as error:
         code = error.code if isinstance(error, PolicyRefusal) else _code(error)
         LOG.warning("%s round %d refused (%s): %s", request.kind, request.round, code, error)
@@ -125,6 +122,7 @@ def _private(site: Site, request: Request) -> Reply:
     policy.check(site.policy, proposal, agreed)
     reply = _stored_reply(site, request, digest)
     if reply is None:
+        require_images(site.home, proposal.image.classes, proposal.image.size)
         pair, rng = _weights_of(site, request, proposal)  # what does not decode is refused before it costs anything
         cost = agreed.charge_of_warmup() if pair is None else agreed.charge_of_round(proposal.train.steps_per_round)
         charge = ChargeRequest(request.run_id, request.round, request.kind, digest)
@@ -156,8 +154,6 @@ def _check_request(request: Request) -> Proposal:
         raise WireError(f"Expected round={request.round} in [1, {rounds}].")
     if request.kind is Kind.WARMUP and (request.round != 0 or proposal.warmup.share == 0):
         raise WireError("Expected a warm-up only in round 0 of a proposal with warmup.share > 0.")
-    if max(proposal.privacy.batch_patients, proposal.train.generator_batch) > MAX_BATCH:
-        raise ConfigError(f"Expected privacy.batch_patients and train.generator_batch of at most {MAX_BATCH}.")
     d_steps = request.settings.get("d_steps_per_g_step")
     whole = type(d_steps) is int and 1 <= d_steps <= MAX_D_STEPS
     wanted = ["d_steps_per_g_step"] if request.kind is Kind.TRAIN else []

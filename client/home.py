@@ -11,10 +11,12 @@
 Out of scope: what the policy allows (client/policy), what an image is (client/intake).
 """
 
+import fcntl
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -27,7 +29,7 @@ from client.intake import Dataset, load, read, save, scan
 from client.ledger import open_ledger
 from client.policy import Policy
 from common.crypto import SigningKey, load_key, save_key
-from common.errors import ConfigError, IntakeError
+from common.errors import ConfigError, IntakeError, StorageError
 from common.files import make_folder, write_atomic
 
 
@@ -91,7 +93,7 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
     Key, ledger and journal that are already there are kept.
 
     Raises:
-        StorageError: The folder cannot be written.
+        StorageError: The folder cannot be written, or a key stands there and its ledger is gone.
     """
     home = Home(make_folder(folder, 0o700))
     for part in (home.key.parent, home.ledger, home.journal, home.replies):
@@ -99,12 +101,55 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in site.model_dump().items()]
     write_atomic(folder / "site.toml", ("\n".join(lines) + "\n").encode(), 0o600)
     policies.save(home.policy, policy)
-    if not home.key.exists():
+    if home.key.exists():
+        require_ledger(home)
+    else:
         save_key(home.key, SigningKey.generate())
     key = load_key(home.key)
     open_ledger(home.ledger, key)
     journal.start(home.journal, key)
     return home
+
+
+@contextmanager
+def one_at_a_time(home: Home) -> Generator[None]:
+    """Hold the home alone: two agents on one home answer one after the other.
+
+    Raises:
+        StorageError: The lock cannot be made.
+    """
+    try:
+        handle = (home.folder / "agent.lock").open("w")
+    except OSError as error:
+        raise StorageError(f"Could not lock the home folder: {error.strerror}. Mend its permissions.") from error
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def require_ledger(home: Home) -> None:
+    """Refuse a home whose ledger is gone: an empty one would forget what was spent.
+
+    Raises:
+        StorageError: The ledger's head is missing.
+    """
+    if not (home.ledger / "ledger.head.json").exists():
+        raise StorageError(
+            "The ledger of this home is gone, and with it what was spent. Restore the folder ledger/ from a backup; "
+            "only a home that was never used may be deleted and made anew."
+        )
+
+
+def require_images(home: Home, classes: Sequence[str], size: int) -> None:
+    """Refuse classes and sizes that were never imported, before anything is charged.
+
+    Raises:
+        IntakeError: No training set is imported for them.
+    """
+    if not home.dataset(classes, size).exists():
+        raise IntakeError(
+            f"No training set of {len(classes)} classes at {size} px is imported at this site. Import the images first."
+        )
 
 
 def import_images(home: Home, classes: Sequence[str], size: int, min_patients: int) -> Mapping[str, int]:
@@ -140,12 +185,8 @@ def load_images(home: Home, classes: Sequence[str], size: int) -> Dataset:
     Raises:
         IntakeError: It was never imported for these classes and this size.
     """
-    path = home.dataset(classes, size)
-    if not path.exists():
-        raise IntakeError(
-            f"No training set of {len(classes)} classes at {size} px is imported at this site. Import the images first."
-        )
-    return load(path)
+    require_images(home, classes, size)
+    return load(home.dataset(classes, size))
 
 
 def read_site_config(home: Home) -> SiteConfig:

@@ -31,10 +31,15 @@ def serve(site: Site, path: Path, stop: Event) -> None:
         listener.listen(16)
         try:
             while not stop.is_set():
-                if select.select([listener], [], [], _WAKE_UP_S)[0]:
+                if not select.select([listener], [], [], _WAKE_UP_S)[0]:
+                    continue
+                try:
                     connection, _ = listener.accept()
-                    with connection:
-                        _answer_one(site, connection)
+                except OSError as error:  # the peer went away before it was taken in
+                    LOG.warning("a connection was lost: %s", error)
+                    continue
+                with connection:
+                    _answer_one(site, connection)
         finally:
             path.unlink(missing_ok=True)
 

@@ -19,6 +19,8 @@ from common.errors import ConfigError
 IMAGE_SIZES = (28, 32, 64)
 MAX_CLASSES = 64
 MAX_PROPOSAL_BYTES = 65_536
+MAX_BATCH = 16_384
+"""Bounds what one message can make a site allocate."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -46,11 +48,11 @@ class PrivacyConfig(Section):
     epsilon: Positive = 10.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     max_grad_norm: Positive = 1.0
-    batch_patients: Annotated[int, Field(ge=1)] = 64
+    batch_patients: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 64
     """Expected patients in one private step; the sample rate is this over the declared cohort, at most 1."""
     images_per_patient: Annotated[int, Field(ge=1, le=50)] = 1
     """Images averaged into one patient's contribution of one step."""
-    min_patients: Annotated[int, Field(ge=2)] = 20
+    min_patients: Annotated[int, Field(ge=2, le=1_000_000)] = 20
     """A site that declares fewer patients takes no part."""
 
 
@@ -60,8 +62,8 @@ class WarmupConfig(Section):
 
     share: Fraction = 0.7
     """Part of epsilon that the warm-up release alone may cost; 0 switches it off."""
-    steps: Annotated[int, Field(ge=1)] = 500
-    batch_size: Annotated[int, Field(ge=8)] = 128
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    batch_size: Annotated[int, Field(ge=8, le=MAX_BATCH)] = 128
     learning_rate: Positive = 2e-3
 
 
@@ -79,13 +81,13 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Local training at a site in one round."""
 
-    steps_per_round: Annotated[int, Field(ge=1)] = 12
+    steps_per_round: Annotated[int, Field(ge=1, le=100_000)] = 12
     """Private discriminator steps in one round."""
-    d_steps_per_g_step: Annotated[int, Field(ge=1)] | Literal["adaptive"] = 4
+    d_steps_per_g_step: Annotated[int, Field(ge=1, le=5000)] | Literal["adaptive"] = 4
     """Private steps for each generator step, or the ladder that reads the accuracy on fakes."""
     learning_rate_d: Positive = 5e-4
     learning_rate_g: Positive = 1e-4
-    generator_batch: Annotated[int, Field(ge=2)] = 64
+    generator_batch: Annotated[int, Field(ge=2, le=MAX_BATCH)] = 64
     """Fakes in one generator step."""
     ema_decay: Fraction = 0.9
     """Decay per generator step of the averaged generator that leaves the site."""

@@ -114,10 +114,17 @@ def test_a_whole_run_costs_what_was_proposed(site, warmup, train):
     assert site.ledger.spent(1e-5) == spent[-1]
 
 
-def test_charged_first_even_if_there_is_no_data(site, warmup, train, tiny_proposal):
+def test_images_that_were_never_imported_cost_nothing(site, warmup, train, tiny_proposal):
     dataset_of(site, tiny_proposal).unlink()
-    for number, request in enumerate((warmup, train), start=1):
+    for request in (warmup, train):
         assert_refused(answer(site, request), RefusalCode.NO_DATA)
+    assert (charged(site), released(site)) == (0, ())
+
+
+def test_charged_first_even_if_the_data_do_not_read(site, warmup, train, tiny_proposal):
+    dataset_of(site, tiny_proposal).write_bytes(b"damaged")
+    for number, request in enumerate((warmup, train), start=1):
+        assert answer(site, request).refusal in (RefusalCode.NO_DATA, RefusalCode.INTERNAL)
         assert charged(site) == number
     assert released(site) == ()
 
@@ -247,7 +254,7 @@ def test_replies_of_a_run_whose_name_begins_like_another_are_kept_apart(site, tr
 def test_over_budget_is_refused_before_data_is_loaded(site, warmup, train, tiny_proposal):
     for request in (warmup, *(dataclasses.replace(train, round=number) for number in (1, 2, 3))):
         assert answer(site, request).refusal is None
-    dataset_of(site, tiny_proposal).unlink()
+    dataset_of(site, tiny_proposal).write_bytes(b"damaged")
     for request in (warmup, train):
         assert_refused(answer(site, dataclasses.replace(request, run_id="run-2")), RefusalCode.OVER_BUDGET)
     assert (charged(site), len(released(site))) == (4, 4)
@@ -355,7 +362,7 @@ D_STEPS = [None, 0, -1, 5001, 10**9, 1.0, 2.5, True, "1", float("nan"), [1], {}]
 
 def assert_costs_nothing(site, request):
     reply = answer(site, request)
-    assert reply.refusal in (RefusalCode.POLICY, RefusalCode.BAD_REQUEST)
+    assert reply.refusal in (RefusalCode.POLICY, RefusalCode.BAD_REQUEST, RefusalCode.NO_DATA)
     assert_refused(reply, reply.refusal)
     assert (reply.kind, reply.run_id, reply.round) == (request.kind, request.run_id, request.round)
     assert (charged(site), released(site), list(site.home.replies.iterdir())) == (0, (), [])
