@@ -13,7 +13,7 @@ simulate: $(READY)
 	$(BIN)/fedmedgan-simulate $(ARGS)
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 check: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -22,7 +22,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/interrogate -q common client server simulations
 	$(BIN)/pytest --doctest-modules common client server simulations -p no:warnings
-	$(BIN)/pytest -m "not slow and not e2e"
+	$(BIN)/pytest -n 2 -m "not slow and not e2e"
 
 setup: $(READY)
 

@@ -399,6 +399,7 @@ def test_weights_made_to_overflow_are_harmless(site, train, weights):
     assert len(released(site)) == (reply.refusal is None)
 
 
+@pytest.mark.slow
 def test_sample_rate_of_one_is_paid_for(site, warmup, train):
     everybody = changed(train, "privacy", batch_patients=4000)
     assert answer(site, changed(warmup, "privacy", batch_patients=4000)).refusal is None

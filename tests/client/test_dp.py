@@ -187,6 +187,7 @@ class Wide(torch.nn.Module):
         return self.last(self.first(images.flatten(1))).squeeze(1)
 
 
+@pytest.mark.slow
 def test_one_clipped_contribution_when_the_weights_are_many():
     model = Wide()
     fakes = (torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.int64))

@@ -35,6 +35,9 @@ generator_batch = 8
 [federation]
 rounds = 3
 
+[performance]
+threads = 1
+
 [simulation]
 sites = 3
 phantom_patients = 90

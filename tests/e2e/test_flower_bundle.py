@@ -85,7 +85,7 @@ def test_bundle_holds_the_code_and_nothing_else(clone: Path, flower: dict[str, s
 def test_flwr_run_on_the_local_runtime(clone: Path, flower: dict[str, str]) -> None:
     classes = '[image]\nclasses = ["clear", "opacity", "nodule", "effusion"]'
     small = SMALL.replace("[image]", classes).replace("sites = 3", "sites = 2")
-    (clone / "small.toml").write_text(small + "\n[performance]\nthreads = 1\n")
+    (clone / "small.toml").write_text(small)
     settings = f'config="{clone / "small.toml"}" out="{clone / "out"}"'
     command = [BIN / "flwr", "run", ".", "local", "--stream", "--run-config", settings]
     done = subprocess.run(command, cwd=clone, env=flower, capture_output=True, text=True, timeout=280, check=False)

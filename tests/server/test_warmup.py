@@ -73,6 +73,7 @@ def test_nothing_learned() -> None:
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
 
 
+@pytest.mark.slow
 def test_deterministic() -> None:
     noisy = sums((200, 200), 1.0)
     first, second, other = make_generator(2), make_generator(2), make_generator(2)
