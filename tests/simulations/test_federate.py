@@ -1,0 +1,174 @@
+"""The round loop over a grid in this process, with sites that are functions: late, out of budget, gone, lying."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context
+
+from client.app import make_app
+from common.config import Config, build_config
+from common.errors import FederationError, RefusalCode
+from common.features import feature_dim, feature_map
+from common.messages import Kind, Reply, Request
+from common.weights import get_weights
+from server import checkpoint
+from server.app import Job, federate
+from server.records import RoundRecord, read_records
+from server.rounds import initial_pair
+from server.run_folder import open_run
+from simulations.local_grid import LocalGrid
+
+Behaviour = Callable[[Request], RefusalCode | dict[str, np.ndarray] | None]
+
+
+def _config(**changes: object) -> Config:
+    base = {
+        "image.size": 28,
+        "image.classes": ("a", "b"),
+        "model.name": "mlp",
+        "model.generator_width": 8,
+        "model.discriminator_width": 8,
+        "warmup.share": 0.0,
+        "federation.rounds": 3,
+        "federation.connect_timeout_s": 5.0,
+        "simulation.sites": 3,
+    }
+    return build_config({}, base | changes)
+
+
+def _site(index: int, behaviour: Behaviour, request: Request) -> Reply:
+    if request.kind is Kind.HELLO:
+        fields = {"site": f"site-{index}", "declared_patients": 100 * (index + 1), "protocol": 1}
+        return Reply(request.kind, request.run_id, request.round, None, fields)
+    answer = behaviour(request)
+    if isinstance(answer, RefusalCode):
+        return Reply(request.kind, request.run_id, request.round, answer)
+    arrays = answer if answer is not None else {name: array + index for name, array in request.arrays.items()}
+    fields = {"epsilon_spent": 1.0, "epsilon_allowed": 10.0, "fake_accuracy": 0.5, "d_steps_per_g_step": 1}
+    return Reply(request.kind, request.run_id, request.round, None, fields, arrays)
+
+
+def _run(tmp_path: Path, config: Config, behaviours: list[Behaviour]) -> list[RoundRecord]:
+    def connect(context: Context) -> Callable[[Request], Reply]:
+        index = int(context.node_config["partition-id"])
+        return functools.partial(_site, index, behaviours[index])
+
+    grid = LocalGrid(make_app(connect), len(behaviours))
+    job = Job(config, open_run(tmp_path / "run", config, resume=False))
+    return [event for event in federate(grid, job) if isinstance(event, RoundRecord)]
+
+
+def _well(request: Request) -> None:
+    return None
+
+
+def _refuse(code: RefusalCode, round_: int, request: Request) -> RefusalCode | None:
+    return code if request.round >= round_ else None
+
+
+def test_declared_sizes_weigh_the_mean(tmp_path: Path) -> None:
+    config = _config(**{"federation.rounds": 1})
+    _run(tmp_path, config, [_well] * 3)
+    state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    before = get_weights(initial_pair(config))
+    for name, array in state.weights.items():  # sites add 0, 1, 2 and weigh 100, 200, 300
+        np.testing.assert_allclose(array, before[name] + 8 / 6, atol=1e-5)
+
+
+def test_refusal_costs_the_round_its_contribution_only(tmp_path: Path) -> None:
+    out = functools.partial(_refuse, RefusalCode.OVER_BUDGET, 2)
+    records = _run(tmp_path, _config(), [_well, out, _well])
+    assert [record.round for record in records] == [0, 1, 2, 3]
+    assert set(records[1].sites) == {"site-0", "site-1", "site-2"}
+    assert set(records[2].sites) == {"site-0", "site-2"}
+    assert records[3].refused == {"site-1": "over-budget"}
+
+
+def test_when_no_site_can_go_on_the_run_ends_well(tmp_path: Path) -> None:
+    out = functools.partial(_refuse, RefusalCode.OVER_BUDGET, 3)
+    records = _run(tmp_path, _config(), [out, out, out])
+    assert [record.round for record in records] == [0, 1, 2]
+    state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    assert state.round == 2
+
+
+def test_malformed_arrays_cost_the_site_its_round(tmp_path: Path) -> None:
+    def lie(request: Request) -> dict[str, np.ndarray]:
+        return {"generator.w": np.zeros(3, np.float32)}
+
+    def nan(request: Request) -> dict[str, np.ndarray]:
+        return {name: np.full_like(array, np.nan) for name, array in request.arrays.items()}
+
+    records = _run(tmp_path, _config(**{"federation.rounds": 1}), [_well, lie, nan])
+    assert set(records[1].sites) == {"site-0"}
+    assert records[1].refused == {"site-1": "malformed-reply", "site-2": "malformed-reply"}
+
+
+def test_exception_at_a_site_is_a_code(tmp_path: Path) -> None:
+    def crash(request: Request) -> None:
+        raise RuntimeError("patient 17")
+
+    records = _run(tmp_path, _config(**{"federation.rounds": 1}), [_well, crash, _well])
+    assert records[1].refused == {"site-1": "internal-error"}
+    assert "patient 17" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_nobody_heard_in_three_attempts_says_what_to_do(tmp_path: Path) -> None:
+    gone = functools.partial(_refuse, RefusalCode.UNREACHABLE, 2)
+    with pytest.raises(FederationError, match=r"Round 2 heard 0 sites in 3 attempts.*--resume"):
+        _run(tmp_path, _config(), [gone, gone, gone])
+    assert [record.round for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+
+
+@pytest.mark.slow
+def test_site_that_comes_back_is_heard_again(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def away_once(request: Request) -> RefusalCode | None:
+        asked.append(request.round)
+        return RefusalCode.UNREACHABLE if asked.count(request.round) == 1 and request.round == 2 else None
+
+    config = _config(**{"federation.min_sites": 3})
+    records = _run(tmp_path, config, [_well, away_once, _well])
+    assert [record.round for record in records] == [0, 1, 2, 3]
+    assert asked == [1, 2, 2, 3]
+
+
+def test_too_few_connected_is_an_error(tmp_path: Path) -> None:
+    config = _config(**{"federation.min_sites": 3, "federation.connect_timeout_s": 0.2})
+    with pytest.raises(FederationError, match="min_sites=3"):
+        _run(tmp_path, config, [_well, _well])
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum"])
+def test_robust_rules_outvote_a_poisoned_update(tmp_path: Path, rule: str) -> None:
+    def poison(request: Request) -> dict[str, np.ndarray]:
+        return {name: np.full_like(array, 1e6) for name, array in request.arrays.items()}
+
+    changes = {"federation.rounds": 1, "server.aggregation": rule, "simulation.sites": 5}
+    _run(tmp_path, _config(**changes), [_well, _well, _well, _well, poison])
+    state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    assert max(float(np.abs(array).max()) for array in state.weights.values()) < 100
+
+
+def test_warm_up_sums_what_the_sites_release(tmp_path: Path) -> None:
+    dim = feature_dim(feature_map(28))
+
+    def release(request: Request) -> dict[str, np.ndarray] | None:
+        if request.kind is not Kind.WARMUP:
+            return None
+        sums = np.zeros((2, dim), np.float32)
+        sums[:, 0] = 20.0
+        return {"embedding": sums}
+
+    changes = {"warmup.share": 0.5, "warmup.steps": 2, "warmup.batch_size": 8, "federation.rounds": 0}
+    records = _run(tmp_path, _config(**changes), [release] * 3)
+    assert [record.round for record in records] == [0]
+    assert records[0].upload_bytes == 3 * 2 * dim * 4
