@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
-from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from common.config import PrivacyConfig, TrainConfig
 from common.crypto import KeyStream
 from common.noise import gaussian
+
+ROWS = 32
+"""Images that pass D at a time. A multiple of every kernel's width, so that no row is treated as a remainder."""
 
 _BLOCK = 4096
 _LONGEST = 1e18  # beyond, the factor nears the smallest floats and is no longer exact
@@ -47,18 +49,20 @@ class Batch:
 @final
 @dataclass(frozen=True)
 class PrivateOptimizer:
-    """A discriminator with per-sample hooks and the optimiser that holds its gradients, divides and steps."""
+    """A discriminator with per-sample hooks, its Adam, and the public numbers of the mechanism."""
 
     discriminator: nn.Module
     hooks: GradSampleHooks
-    optimizer: DPOptimizer
+    adam: torch.optim.Adam
+    max_grad_norm: float
     noise_multiplier: float
+    divisor: float
 
 
 def private_optimizer(
     discriminator: nn.Module, privacy: PrivacyConfig, train: TrainConfig, noise_multiplier: float, divisor: float
 ) -> PrivateOptimizer:
-    """Attach hooks and a private Adam to a discriminator.
+    """Attach hooks and an Adam to a discriminator.
 
     Args:
         discriminator: Layers that Opacus' hooks know; nothing that mixes images of a batch.
@@ -68,18 +72,12 @@ def private_optimizer(
         divisor: Public: expected sampled patients. The sum of reals and as many fakes is divided by twice this.
 
     Returns:
-        The pair to hand to `private_step`; the hooks are off outside of it.
+        What `private_step` takes; the hooks are off outside of it.
     """
     hooks = GradSampleHooks(discriminator, loss_reduction="sum")
     hooks.disable_hooks()
-    plain = torch.optim.Adam(discriminator.parameters(), lr=train.learning_rate_d, betas=(0.5, 0.999))
-    optimizer = DPOptimizer(
-        plain,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=privacy.max_grad_norm,
-        expected_batch_size=2 * divisor,  # type: ignore[arg-type]  # Opacus only divides by it
-    )
-    return PrivateOptimizer(discriminator, hooks, optimizer, noise_multiplier)
+    adam = torch.optim.Adam(discriminator.parameters(), lr=train.learning_rate_d, betas=(0.5, 0.999))
+    return PrivateOptimizer(discriminator, hooks, adam, privacy.max_grad_norm, noise_multiplier, divisor)
 
 
 def private_step(
@@ -94,13 +92,13 @@ def private_step(
     Args:
         private: From `private_optimizer`.
         batch: The sampled patients' images; none is a legal batch.
-        fakes: At least one generated image.
+        fakes: Generated images.
         fake_labels: Their classes.
         secret: The source of the noise.
     """
     private_gradient(private, batch, fakes, fake_labels, secret)
-    private.optimizer.original_optimizer.step()
-    private.optimizer.zero_grad(set_to_none=True)
+    private.adam.step()
+    private.adam.zero_grad(set_to_none=True)
 
 
 def private_gradient(
@@ -114,46 +112,80 @@ def private_gradient(
 
     Guarantees:
         - one_clipped_contribution: A patient's images move the sum by at most `max_grad_norm`, however many they are.
+        - company_changes_nothing: The gradient of an image is the same to the last bit whoever else was sampled, and a
+          fake's whoever was: reals and fakes pass D apart, in chunks of one fixed shape. Otherwise weights chosen to
+          magnify rounding would make one patient change the contributions of others.
         - public_divisor: The sum is divided by a constant that does not depend on the batch.
         - empty_batch_is_noise: With no patient sampled the step still adds the same noise.
         - always_finite: A coordinate of a contribution that overflows counts as zero, so weights made to overflow on
           some patient's images reveal nothing about who was sampled.
+        - bounded_memory: Gradients of at most 32 images are held at a time, however many patients were sampled.
+        - rounded_last: Sum and noise are added in double precision and rounded once.
 
     Source: Abadi et al. 2016, algorithm 1, with patients as the unit; fakes are clipped like patients, as in
         Bie et al. 2023 (arXiv 2302.02936), which keeps the two halves of the loss in balance and costs nothing.
     """
-    optimizer = private.optimizer
-    optimizer.zero_grad(set_to_none=True)
+    order = torch.argsort(batch.patients, stable=True)
+    of_patients = _clipped_sum(private, batch.images[order], batch.labels[order], batch.patients[order], real=True)
+    of_fakes = _clipped_sum(private, fakes, fake_labels, torch.arange(len(fakes)), real=False)
+    std = private.noise_multiplier * private.max_grad_norm
+    for parameter, reals, generated in zip(private.discriminator.parameters(), of_patients, of_fakes, strict=True):
+        noise = gaussian(secret, tuple(parameter.shape), std)
+        parameter.grad = ((reals + generated + noise) / (2 * private.divisor)).float()
+
+
+def _clipped_sum(
+    private: PrivateOptimizer,
+    images: Float[Tensor, "images 1 size size"],
+    labels: Int64[Tensor, " images"],
+    owners: Int64[Tensor, " images"],
+    real: bool,
+) -> list[Tensor]:
+    """Clip each owner's mean gradient and add them up in double precision; an owner's images are adjacent."""
+    totals = [torch.zeros(p.shape, dtype=torch.float64) for p in private.discriminator.parameters()]
+    images_of = torch.bincount(owners).clamp(min=1)
+    carried: list[Tensor] | None = None
+    for start in range(0, len(images), ROWS):
+        chunk = slice(start, start + ROWS)
+        gradients = _image_gradients(private, images[chunk], labels[chunk], real)
+        first, last = int(owners[start]), int(owners[chunk][-1])
+        rows = owners[chunk] - first
+        sums = [g.new_zeros((last - first + 1, *g.shape[1:])).index_add_(0, rows, g) for g in gradients]
+        if carried is not None:
+            for part, before in zip(sums, carried, strict=True):
+                part[0] += before
+        goes_on = start + ROWS < len(images) and int(owners[start + ROWS]) == last
+        carried = [part[-1].clone() for part in sums] if goes_on else None
+        whole = len(sums[0]) - int(goes_on)
+        divisors = images_of[first : first + whole]
+        # Last, for a sum may overflow too.
+        means = [torch.nan_to_num(part[:whole] / _column(divisors, part), 0.0, 0.0, 0.0) for part in sums]
+        factors = _clip_factors(means, private.max_grad_norm)
+        for total, mean in zip(totals, means, strict=True):
+            total += torch.einsum("i,i...", factors, mean.double())
+    return totals
+
+
+def _image_gradients(
+    private: PrivateOptimizer, images: Float[Tensor, "images 1 size size"], labels: Int64[Tensor, " images"], real: bool
+) -> list[Tensor]:
+    """Return the gradient of D's loss on each image; D always sees `ROWS` of them, the rest are blank."""
+    blank = ROWS - len(images)
+    padded = torch.cat([images, images.new_zeros((blank, *images.shape[1:]))])
     private.hooks.enable_hooks()
-    logits = private.discriminator(torch.cat([batch.images, fakes]), torch.cat([batch.labels, fake_labels]))
-    real, fake = logits.split([len(batch.images), len(fakes)])
-    (F.softplus(-real).sum() + F.softplus(fake).sum()).backward()
+    logits = private.discriminator(padded, torch.cat([labels, labels.new_zeros(blank)]))
+    F.softplus(-logits if real else logits).sum().backward()
     private.hooks.disable_hooks()
-    rows = _rows(batch, len(fakes))
-    contributions = [_by_patient(grad_sample, rows, batch, len(fakes)) for grad_sample in optimizer.grad_samples]
-    factors = _clip_factors(contributions, optimizer.max_grad_norm)
-    std = private.noise_multiplier * optimizer.max_grad_norm
-    for parameter, contribution in zip(optimizer.params, contributions, strict=True):
-        clipped_sum = torch.einsum("i,i...", factors, contribution)
-        parameter.grad = clipped_sum + gaussian(secret, tuple(parameter.shape), std)
-    optimizer.scale_grad()
+    gradients: list[Tensor] = []
+    for parameter in private.discriminator.parameters():
+        gradients.append(getattr(parameter, "grad_sample")[: len(images)])  # noqa: B009  # Opacus' own attribute
+        setattr(parameter, "grad_sample", None)  # noqa: B010
+        parameter.grad = None
+    return gradients
 
 
-def _rows(batch: Batch, fakes: int) -> Int64[Tensor, " rows"]:
-    """Number the contribution that each image belongs to: its patient's, or the fake's own."""
-    return torch.cat([batch.patients, batch.number_of_patients + torch.arange(fakes)])
-
-
-def _by_patient(
-    grad_sample: Float[Tensor, "images *shape"], rows: Int64[Tensor, " images"], batch: Batch, fakes: int
-) -> Float[Tensor, "contributions *shape"]:
-    """Average the per-image gradients of each patient, before anything is clipped; what overflows becomes zero."""
-    if not torch.equal(batch.patients, torch.arange(batch.number_of_patients)):  # else one row a patient already
-        counts = torch.bincount(rows, minlength=batch.number_of_patients + fakes).clamp(min=1)
-        sums = grad_sample.new_zeros((batch.number_of_patients + fakes, *grad_sample.shape[1:]))
-        sums.index_add_(0, rows, grad_sample)
-        grad_sample = sums / counts.view(-1, *[1] * (grad_sample.dim() - 1))
-    return torch.nan_to_num(grad_sample, nan=0.0, posinf=0.0, neginf=0.0)  # last, for a sum may overflow too
+def _column(values: Int64[Tensor, " rows"], like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def _clip_factors(contributions: list[Tensor], max_grad_norm: float) -> Float[Tensor, " contributions"]:
@@ -164,4 +196,4 @@ def _clip_factors(contributions: list[Tensor], max_grad_norm: float) -> Float[Te
     """
     blocks = [block for part in contributions for block in part.flatten(1).split(_BLOCK, dim=1)]
     norm = torch.stack([torch.linalg.vector_norm(block, dim=1) for block in blocks]).double().norm(dim=0)
-    return torch.where(norm < _LONGEST, max_grad_norm / norm.clamp(min=max_grad_norm), 0.0).float()
+    return torch.where(norm < _LONGEST, max_grad_norm / norm.clamp(min=max_grad_norm), 0.0)

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from common.crypto import KeyStream
@@ -57,8 +57,11 @@ def bernoulli(stream: KeyStream, size: int, probability: float) -> Bool[np.ndarr
     return words < np.uint64(math.floor(probability * 2.0**64))
 
 
-def gaussian(stream: KeyStream, shape: tuple[int, ...], std: float) -> Float32[Tensor, "..."]:
-    """Draw normal noise of mean zero in float64 and round it once to float32.
+def gaussian(stream: KeyStream, shape: tuple[int, ...], std: float) -> Float64[Tensor, "..."]:
+    """Draw normal noise of mean zero in float64, to be added in float64 and rounded once, after the sum.
+
+    Noise that is rounded to float32 before it is added betrays what it was added to: not every float32 sum can be
+    reached from every exact value. So callers add first and round last.
 
     Each number is the sum of four normal numbers over two, so that the low bits of a float do not betray the noise that
     was added: an attacker would have to undo a sum of four (`2^159` tries).
@@ -81,7 +84,7 @@ def gaussian(stream: KeyStream, shape: tuple[int, ...], std: float) -> Float32[T
     """
     if not (math.isfinite(std) and std >= 0.0):
         raise ValueError(f"Expected std={std} finite and at least 0.")
-    noise = torch.empty(math.prod(shape), dtype=torch.float32)
+    noise = torch.empty(math.prod(shape), dtype=torch.float64)
     for part in noise.split(_CHUNK):
         part.copy_(_sums_of_four(stream, part.numel()).mul_(std / 2.0))
     return noise.reshape(shape)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from client.dp import Batch, private_gradient, private_optimizer, private_step
+from client.dp import ROWS, Batch, _image_gradients, private_gradient, private_optimizer, private_step
 from common.config import ImageConfig, ModelConfig, PrivacyConfig, TrainConfig
 from common.crypto import KeyStream
 from common.models import build
@@ -123,7 +123,26 @@ def test_step_is_adam_on_the_private_gradient_and_leaves_nothing_behind():
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
         assert parameter.grad is None
         assert parameter.grad_sample is None
-        assert parameter.summed_grad is None
+
+
+@pytest.mark.parametrize(("name", "size"), ARCHITECTURES)
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_company_changes_nothing(name, size, scale):
+    """Bit for bit, at every place of a chunk and beside anybody: what hostile weights magnify must not be there."""
+    model = network(name, size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    mine, others, private = images(1, size, seed=3), images(ROWS - 1, size, seed=4), prepared(model)
+
+    def of_mine(place, company):
+        around = torch.cat([others[0][:place], mine[0], others[0][place:company]])
+        labels = torch.cat([others[1][:place], mine[1], others[1][place:company]])
+        return torch.cat([g[place].flatten() for g in _image_gradients(private, around, labels, real=True)])
+
+    alone = of_mine(0, 0)
+    for place, company in [(0, 1), (0, 31), (1, 31), (3, 7), (13, 14), (30, 31), (31, 31)]:
+        assert torch.equal(of_mine(place, company), alone), (place, company)
 
 
 @pytest.mark.parametrize(("name", "size"), [("mlp", 28), ("dcgan", 28)])

@@ -57,7 +57,7 @@ def test_bernoulli_refuses_what_is_no_probability(probability):
 def test_gaussian_shapes(shape):
     noise = gaussian(KeyStream(KEY), shape, 2.0)
     assert noise.shape == shape
-    assert noise.dtype == torch.float32
+    assert noise.dtype == torch.float64
 
 
 def test_gaussian_is_reproducible_from_a_passed_stream_and_scales():
