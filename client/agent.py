@@ -40,15 +40,16 @@ from common.weights import check_arrays, get_weights, set_weights
 
 LOG = logging.getLogger("fedmedgan.agent")
 KEPT_REPLIES = 2
+SECRET_BYTES = 32
 MAX_D_STEPS = 5000
 _RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 Secrets = Callable[[str], KeyStream]
 
 
-def os_secrets(purpose: str) -> KeyStream:
-    """Return a fresh stream from the operating system; the purpose changes nothing."""
-    del purpose
+def os_secrets(request_digest: str) -> KeyStream:
+    """Return a fresh stream from the operating system, whatever the request."""
+    del request_digest
     return KeyStream.from_os()
 
 
@@ -95,6 +96,8 @@ def answer(site: Site, request: Request) -> Reply:
         - journal_before_reply: What a warm-up or a round returns stands in the journal; hello says nothing but what
           the policy makes public.
         - repeat_is_free: The same request again gives the same bytes and charges nothing.
+        - one_outcome_per_charge: Whatever fails after the charge, by an error or by kill -9, the same request draws the
+          same secrets again; no second sample of patients or noise can be had for one charge.
         - codes_only: A refusal holds no text, no field, no array.
     """
     try:
@@ -103,9 +106,7 @@ def answer(site: Site, request: Request) -> Reply:
         with one_at_a_time(site.home):
             return _private(site, request)
     except FedmedganError as error:
-        code = error.code if isinstance(error, PolicyRefusal) else _code(error)
-        LOG.warning("%s round %d refused (%s): %s", request.kind, request.round, code, error)
-        return Reply(request.kind, request.run_id, request.round, code)
+        return _refusal(request, error)
 
 
 def _hello(site: Site, request: Request) -> Reply:
@@ -127,19 +128,46 @@ def _private(site: Site, request: Request) -> Reply:
         cost = agreed.charge_of_warmup() if pair is None else agreed.charge_of_round(proposal.train.steps_per_round)
         charge = ChargeRequest(request.run_id, request.round, request.kind, digest)
         spent = site.ledger.charge(charge, cost, site.policy.max_epsilon, site.policy.delta)
-        dataset = load_images(site.home, proposal.image.classes, proposal.image.size)
-        fields: dict[str, Scalar] = {"epsilon_spent": spent, "epsilon_allowed": site.policy.max_epsilon}
-        if pair is None:
-            arrays = _warmup(site, dataset, proposal, agreed)
-        else:
-            arrays, more = _train(site, request, dataset, proposal, agreed, pair, rng)
-            fields |= more
-        reply = Reply(request.kind, request.run_id, request.round, None, fields, arrays)
-        schema = journal.release_schema(request.kind, {name: array.shape for name, array in arrays.items()})
-        journal.check_egress(reply, schema)
+        secret = _secret_of_charge(site, request, digest)
+        try:
+            reply = _release(site, request, proposal, agreed, pair, rng, secret, spent)
+        except FedmedganError as error:  # the charge stands, so this is its one outcome: stored and journaled too
+            reply = _refusal(request, error)
         _store_reply(site, reply, digest)
-    journal.append(site.home.journal, site.key, reply, float(reply.fields["epsilon_spent"]), datetime.now(UTC))
+    journal.append(site.home.journal, site.key, reply, site.ledger.spent(site.policy.delta), datetime.now(UTC))
     return reply
+
+
+def _release(
+    site: Site,
+    request: Request,
+    proposal: Proposal,
+    agreed: Plan,
+    pair: Pair | None,
+    rng: torch.Generator,
+    secret: KeyStream,
+    spent: float,
+) -> Reply:
+    """Touch the patients, once the charge stands."""
+    dataset = load_images(site.home, proposal.image.classes, proposal.image.size)
+    fields: dict[str, Scalar] = {"epsilon_spent": spent, "epsilon_allowed": site.policy.max_epsilon}
+    if pair is None:
+        arrays = _warmup(dataset, proposal, agreed, secret)
+    else:
+        d_steps = int(request.settings["d_steps_per_g_step"])
+        trained = train_round(dataset, pair, proposal, agreed, d_steps, secret, rng)
+        arrays = get_weights(trained.pair)
+        fields |= {"fake_accuracy": trained.fake_accuracy, "d_steps_per_g_step": d_steps}
+    reply = Reply(request.kind, request.run_id, request.round, None, fields, arrays)
+    journal.check_egress(reply, journal.release_schema(request.kind, {name: a.shape for name, a in arrays.items()}))
+    return reply
+
+
+def _refusal(request: Request, error: FedmedganError) -> Reply:
+    code = error.code if isinstance(error, PolicyRefusal) else _code(error)
+    text = str(error).replace("\n", " | ")  # what came in a message cannot write lines of its own into the log
+    LOG.warning("%s round %d refused (%s): %s", request.kind, request.round, code, text)
+    return Reply(request.kind, request.run_id, request.round, code)
 
 
 def _check_request(request: Request) -> Proposal:
@@ -173,20 +201,19 @@ def _weights_of(site: Site, request: Request, proposal: Proposal) -> tuple[Pair 
     return pair, rng
 
 
-def _warmup(site: Site, dataset: Dataset, proposal: Proposal, agreed: Plan) -> dict[str, npt.NDArray[Any]]:
+def _warmup(dataset: Dataset, proposal: Proposal, agreed: Plan, secret: KeyStream) -> dict[str, npt.NDArray[Any]]:
     features = feature_map(proposal.image.size)
     sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), features)
-    noise = gaussian(site.secrets("warmup"), tuple(sums.shape), agreed.charge_of_warmup().noise_multiplier)
+    noise = gaussian(secret, tuple(sums.shape), agreed.charge_of_warmup().noise_multiplier)
     return {"embedding": (sums + noise).float().numpy()}
 
 
-def _train(
-    site: Site, request: Request, dataset: Dataset, proposal: Proposal, agreed: Plan, pair: Pair, rng: torch.Generator
-) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Scalar]]:
-    d_steps = int(request.settings["d_steps_per_g_step"])
-    secret = site.secrets(f"train-{request.round}")
-    trained = train_round(dataset, pair, proposal, agreed, d_steps, secret, rng)
-    return get_weights(trained.pair), {"fake_accuracy": trained.fake_accuracy, "d_steps_per_g_step": d_steps}
+def _secret_of_charge(site: Site, request: Request, digest: str) -> KeyStream:
+    """Return the stream of a charge, kept on disk until its outcome is stored."""
+    path = _reply_path(site, request.run_id, request.kind, request.round).with_suffix(".secret")
+    if not path.exists():
+        write_atomic(path, site.secrets(digest).read(SECRET_BYTES), 0o600)
+    return KeyStream(path.read_bytes())
 
 
 def reproducible(seed: int, site: str, round_: int) -> torch.Generator:
@@ -196,7 +223,7 @@ def reproducible(seed: int, site: str, round_: int) -> torch.Generator:
 
 
 def _digest(request: Request) -> str:
-    parts = [request.kind.value, request.run_id, str(request.round), request.proposal]
+    parts = [request.kind.value, str(request.round), request.proposal]
     parts += [json.dumps(dict(request.settings), sort_keys=True)]
     sha = hashlib.sha256("\0".join(parts).encode())
     for name in sorted(request.arrays):
@@ -228,8 +255,9 @@ def _stored_reply(site: Site, request: Request, digest: str) -> Reply | None:
 def _store_reply(site: Site, reply: Reply, digest: str) -> None:
     path = _reply_path(site, reply.run_id, reply.kind, reply.round)
     write_atomic(path, digest.encode() + b"\n" + pack_reply(reply), 0o600)
-    stored = sorted(site.home.replies.glob(f"{reply.run_id}-{reply.kind}-{'[0-9]' * 6}.reply"))
-    for old in stored[:-KEPT_REPLIES]:
+    path.with_suffix(".secret").unlink(missing_ok=True)
+    others = [p for p in site.home.replies.glob(f"{reply.run_id}-{reply.kind}-{'[0-9]' * 6}.reply") if p != path]
+    for old in sorted(others, key=lambda p: p.stat().st_mtime_ns)[: 1 - KEPT_REPLIES]:
         old.unlink(missing_ok=True)
 
 

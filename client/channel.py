@@ -61,7 +61,7 @@ def unpack_reply(frame: bytes) -> Reply:
     """
     header, arrays = _unpack(frame, {"kind", "run", "round", "refusal", "fields"})
     code = header["refusal"]
-    if code is not None and code not in set(RefusalCode):
+    if code is not None and not (isinstance(code, str) and code in set(RefusalCode)):
         raise WireError("Expected a known refusal code.")
     refusal = RefusalCode(code) if code is not None else None
     return Reply(_kind(header), str(header["run"]), int(header["round"]), refusal, header["fields"], arrays)
@@ -113,15 +113,15 @@ def _unpack(frame: bytes, keys: set[str]) -> tuple[dict[str, Any], dict[str, npt
     try:
         header = json.loads(text)
         arrays = load_tensors(body)
-    except (ValueError, SafetensorError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:
         raise WireError("Expected a JSON header and a safetensors body; one does not decode.") from error
     if not isinstance(header, dict) or set(cast("dict[str, Any]", header)) != keys:
         raise WireError(f"Expected the header keys {sorted(keys)}.")
     for part in ("settings", "fields"):
         if part in keys and not isinstance(header[part], dict):
             raise WireError(f"Expected {part} as a table of scalars.")
-    if not isinstance(header["round"], int):
-        raise WireError("Expected round as a whole number.")
+    if not isinstance(header["round"], int) or not all(isinstance(header[k], str) for k in keys & {"run", "proposal"}):
+        raise WireError("Expected round as a whole number, run and proposal as texts.")
     return cast("dict[str, Any]", header), arrays
 
 
@@ -147,6 +147,6 @@ def _read_exactly(connection: socket.socket, size_bytes: int) -> bytes:
 
 
 def _kind(header: dict[str, Any]) -> Kind:
-    if header["kind"] not in set(Kind):
+    if not isinstance(header["kind"], str) or header["kind"] not in set(Kind):
         raise WireError("Expected a known kind of request.")
     return Kind(header["kind"])

@@ -15,7 +15,7 @@ from client import journal, policy
 from client.agent import open_site
 from client.home import Home, SiteConfig, create_home, import_images
 from client.intake.refusals import describe
-from client.ledger import open_ledger
+from client.ledger import read_ledger
 from client.policy import Policy
 from client.serve import serve
 from common.command import run_command
@@ -78,7 +78,7 @@ def serve_(
 def show_ledger(home: HomeArgument) -> None:
     """Verify the ledger and show what was charged and what is left."""
     opened, rules = Home(home), policy.load(Home(home).policy)
-    ledger = open_ledger(opened.ledger, load_key(opened.key))
+    ledger = read_ledger(opened.ledger, load_key(opened.key).verify_key)
     table = Table("time", "run", "round", "kind", "sigma", "q", "steps", title=f"ledger of {rules.site}")
     for entry in ledger.entries:
         asked, charge = entry.request, entry.charge

@@ -150,7 +150,10 @@ def _clipped_sum(
         gradients = _image_gradients(private, images[chunk], labels[chunk], real)
         first, last = int(owners[start]), int(owners[chunk][-1])
         rows = owners[chunk] - first
-        sums = [g.new_zeros((last - first + 1, *g.shape[1:])).index_add_(0, rows, g) for g in gradients]
+        if last - first + 1 == len(rows):  # one image each, nothing to add up
+            sums = gradients
+        else:
+            sums = [g.new_zeros((last - first + 1, *g.shape[1:])).index_add_(0, rows, g) for g in gradients]
         if carried is not None:
             for part, before in zip(sums, carried, strict=True):
                 part[0] += before

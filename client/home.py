@@ -90,24 +90,24 @@ class Home:
 def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
     """Make a site's home: folders, configuration, policy and a new identity key.
 
-    Key, ledger and journal that are already there are kept.
+    The policy is written last: a home without one was never used, and is taken up where it was left.
 
     Raises:
-        StorageError: The folder cannot be written, or a key stands there and its ledger is gone.
+        StorageError: The folder cannot be written, or a home stands there already.
     """
+    if Home(folder).policy.exists():
+        raise StorageError(f"A home stands in {folder} already. Choose another folder; its policy is mended by hand.")
     home = Home(make_folder(folder, 0o700))
     for part in (home.key.parent, home.ledger, home.journal, home.replies):
         make_folder(part, 0o700)
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in site.model_dump().items()]
     write_atomic(folder / "site.toml", ("\n".join(lines) + "\n").encode(), 0o600)
-    policies.save(home.policy, policy)
-    if home.key.exists():
-        require_ledger(home)
-    else:
+    if not home.key.exists():
         save_key(home.key, SigningKey.generate())
     key = load_key(home.key)
     open_ledger(home.ledger, key)
     journal.start(home.journal, key)
+    policies.save(home.policy, policy)
     return home
 
 

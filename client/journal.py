@@ -131,7 +131,7 @@ def content_digest(reply: Reply) -> str:
 def append(folder: Path, key: SigningKey, reply: Reply, epsilon_after: float, time: datetime) -> None:
     """Write a release to the journal, before it leaves; the same release again writes nothing.
 
-    A refusal releases nothing and is not written.
+    A refusal after a charge is its outcome and is written too; one before any charge is not handed to this function.
 
     Raises:
         PolicyRefusal: Something else was released for the same run, round and kind.
@@ -141,8 +141,6 @@ def append(folder: Path, key: SigningKey, reply: Reply, epsilon_after: float, ti
         - once: One line for each release, however often it is sent.
         - one_release_per_charge: A warm-up or a round has one output; another one is refused.
     """
-    if reply.refusal is not None:
-        return
     entry = Entry(
         time.isoformat(timespec="seconds"),
         reply.run_id,

@@ -135,13 +135,13 @@ def open_ledger(folder: Path, key: SigningKey) -> Ledger:
     return Ledger(Chain(folder, NAME, key.verify_key, key))
 
 
-def verify(folder: Path, verify_key: VerifyKey) -> int:
-    """Verify a ledger without the private key and return the number of its entries.
+def read_ledger(folder: Path, verify_key: VerifyKey) -> Ledger:
+    """Open a ledger for reading; a missing one is an error and is not started.
 
     Raises:
         StorageError: It cannot be read, or it was truncated, edited, reordered or signed by another key.
     """
-    return len(Ledger(Chain(folder, NAME, verify_key)).entries)
+    return Ledger(Chain(folder, NAME, verify_key))
 
 
 def _affordable(charges: list[Charge], max_epsilon: float, delta: float) -> float:

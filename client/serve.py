@@ -46,17 +46,16 @@ def serve(site: Site, path: Path, stop: Event) -> None:
 
 def _answer_one(site: Site, connection: socket.socket) -> None:
     connection.settimeout(REQUEST_TIMEOUT_S)
+    reply = Reply(Kind.HELLO, "", 0, RefusalCode.INTERNAL)
     try:
         request = unpack_request(read_frame(connection))
+        reply = Reply(request.kind, request.run_id, request.round, RefusalCode.INTERNAL)
+        reply = answer(site, request)
     except (WireError, OSError) as error:
         LOG.warning("a request does not decode: %s", error)
-        _send(connection, Reply(Kind.HELLO, "", 0, RefusalCode.BAD_REQUEST))
-        return
-    try:
-        reply = answer(site, request)
+        reply = Reply(Kind.HELLO, "", 0, RefusalCode.BAD_REQUEST)
     except Exception:  # the process edge: nothing of an exception may travel, and the agent goes on
         LOG.exception("a request failed")
-        reply = Reply(request.kind, request.run_id, request.round, RefusalCode.INTERNAL)
     _send(connection, reply)
 
 

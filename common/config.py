@@ -22,6 +22,7 @@ MAX_PROPOSAL_BYTES = 65_536
 MAX_BATCH = 16_384
 """Bounds what one message can make a site allocate."""
 
+LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -64,7 +65,7 @@ class WarmupConfig(Section):
     """Part of epsilon that the warm-up release alone may cost; 0 switches it off."""
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     batch_size: Annotated[int, Field(ge=8, le=MAX_BATCH)] = 128
-    learning_rate: Positive = 2e-3
+    learning_rate: LearningRate = 2e-3
 
 
 @final
@@ -85,8 +86,8 @@ class TrainConfig(Section):
     """Private discriminator steps in one round."""
     d_steps_per_g_step: Annotated[int, Field(ge=1, le=5000)] | Literal["adaptive"] = 4
     """Private steps for each generator step, or the ladder that reads the accuracy on fakes."""
-    learning_rate_d: Positive = 5e-4
-    learning_rate_g: Positive = 1e-4
+    learning_rate_d: LearningRate = 5e-4
+    learning_rate_g: LearningRate = 1e-4
     generator_batch: Annotated[int, Field(ge=2, le=MAX_BATCH)] = 64
     """Fakes in one generator step."""
     ema_decay: Fraction = 0.9
@@ -294,6 +295,10 @@ def _sections() -> dict[str, type[Section]]:
     return {name: cast("type[Section]", info.annotation) for name, info in Config.model_fields.items()}
 
 
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text[:100])
+
+
 def _explain(error: ValidationError) -> str:
     return "\n".join(_explain_one([str(part) for part in item["loc"]], dict(item)) for item in error.errors())
 
@@ -303,7 +308,7 @@ def _explain_one(location: list[str], item: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         choices = known_keys() if len(location) > 1 else tuple(_sections())
         near = difflib.get_close_matches(key, choices, n=1, cutoff=0.0)
-        return f"Unknown key {key}. The nearest known key is {near[0]}; `--print-config` lists all."
+        return f"Unknown key {_printable(key)}. The nearest known key is {near[0]}; `--print-config` lists all."
     message = item["msg"].removeprefix("Value error, ")
     given = "" if isinstance(item.get("input"), dict | BaseModel) else f"={item.get('input')!r}"
     return f"Expected another value for {key}{given}: {message[:1].lower()}{message[1:]}."

@@ -5,6 +5,7 @@ an array is allocated: protocol version, the exact set of keys, sizes, dtypes, b
 """
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ MAX_ARRAYS = 512
 MAX_NAME_CHARACTERS = 128
 MAX_TOTAL_BYTES = 1 << 30
 MAX_SCALARS = 64
+MAX_DIMENSIONS = 8
 MAX_TEXT_CHARACTERS = 256
 
 MESSAGE_TYPES = {Kind.HELLO: "query.hello", Kind.WARMUP: "train.warmup", Kind.TRAIN: "train.round"}
@@ -113,17 +115,15 @@ def _arrays(record: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
 
 
 def _array(array: Array) -> npt.NDArray[Any]:
-    buffer = io.BytesIO(array.data)
-    try:
-        if npy.read_magic(buffer) != (1, 0):
-            raise WireError("Expected arrays in npy format version 1.0.")
-        shape, fortran, dtype = npy.read_array_header_1_0(buffer)
-    except ValueError as error:
-        raise WireError("Expected arrays in npy format; a header does not decode.") from error
-    if dtype != np.float32 or fortran or tuple(array.shape) != shape:
-        raise WireError(f"Expected float32 in C order with the declared shape, got {dtype} {shape}.")
-    body = array.data[buffer.tell() :]
-    if len(body) != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+    shape = tuple(array.shape)
+    if len(shape) > MAX_DIMENSIONS or any(not 0 <= side <= MAX_TOTAL_BYTES for side in shape):
+        raise WireError(f"Expected at most {MAX_DIMENSIONS} dimensions of whole sides that are not negative.")
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    if not array.data.startswith(header.getvalue()):  # compared, not parsed: nothing of a message is evaluated
+        raise WireError("Expected float32 arrays in C order with the declared shape, in npy format version 1.0.")
+    body = array.data[len(header.getvalue()) :]
+    if len(body) != math.prod(shape) * 4:
         raise WireError(f"Expected the bytes of shape {shape} and none left over, got {len(body)} bytes.")
     return np.frombuffer(body, dtype=np.float32).reshape(shape)
 

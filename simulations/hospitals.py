@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import final
 
 import torch
-from client.policy import Policy
 
 from client.agent import Secrets, answer, open_site
 from client.channel import Transport
 from client.home import Home, SiteConfig, create_home, import_images, load_images
 from client.intake import Dataset, Record, Scan, scan
 from client.intake.refusals import describe
+from client.policy import Policy
 from common.config import Config, build_config
 from common.crypto import KeyStream
 from common.errors import IntakeError
@@ -155,11 +155,11 @@ def connect(out: Path, config: Config, partition: int) -> Transport:
 
 
 def simulated_secrets(seed: int, partition: int) -> Secrets:
-    """Return reproducible secrets: the same for the same seed, hospital and purpose."""
+    """Return reproducible secrets: the same for the same seed, hospital and request."""
     key = hashlib.sha256(f"fedmedgan simulator/{seed}/{partition}".encode()).digest()
 
-    def derive(purpose: str) -> KeyStream:
-        return KeyStream(key).derive(purpose)
+    def derive(request_digest: str) -> KeyStream:
+        return KeyStream(key).derive(request_digest)
 
     return derive
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from client import journal
 from client.agent import answer, open_site
 from client.channel import pack_reply
 from client.journal import check_egress, content_digest, release_schema
-from client.ledger import verify
-from common.config import Proposal
+from client.ledger import read_ledger
+from common.config import Proposal, parse_proposal
 from common.crypto import KeyStream
 from common.errors import RefusalCode, StorageError
 from common.features import feature_dim, feature_map
@@ -53,7 +54,7 @@ def train(tiny_proposal, weights):
 
 
 def charged(site):
-    return verify(site.home.ledger, site.key.verify_key)
+    return len(read_ledger(site.home.ledger, site.key.verify_key).entries)
 
 
 def released(site):
@@ -126,7 +127,7 @@ def test_charged_first_even_if_the_data_do_not_read(site, warmup, train, tiny_pr
     for number, request in enumerate((warmup, train), start=1):
         assert answer(site, request).refusal in (RefusalCode.NO_DATA, RefusalCode.INTERNAL)
         assert charged(site) == number
-    assert released(site) == ()
+    assert [entry.size_bytes for entry in released(site)] == [0, 0]  # outcomes, and nothing in them
 
 
 def test_charged_first_before_secrets_are_drawn(tiny_home, train):
@@ -137,7 +138,7 @@ def test_charged_first_before_secrets_are_drawn(tiny_home, train):
         return KeyStream.from_os()
 
     answer(open_site(tiny_home, secrets), train)
-    assert seen == [("train-1", 1)]
+    assert [count for _, count in seen] == [1]
 
 
 def test_repeat_is_free_after_a_crash_in_training(tiny_home, train):
@@ -150,6 +151,48 @@ def test_repeat_is_free_after_a_crash_in_training(tiny_home, train):
     assert (charged(site), released(site)) == (1, ())
     assert answer(site, train).refusal is None
     assert (charged(site), len(released(site))) == (1, 1)
+
+
+def test_one_outcome_per_charge(tiny_home, train):
+    """An error in training and then the same request: the same patients are drawn, the same noise is added."""
+    keys = []
+
+    def secrets(digest):
+        keys.append(digest)
+        return KeyStream.from_os()
+
+    site = open_site(tiny_home, secrets)
+    path = dataset_of(site, parse_proposal(train.proposal))
+    whole = path.read_bytes()
+    path.write_bytes(b"damaged")
+    first = answer(site, train)
+    assert first.refusal is not None
+    path.write_bytes(whole)
+    assert answer(open_site(tiny_home, secrets), train).refusal == first.refusal  # stored: its one outcome
+    assert len(keys) == 1
+    assert charged(site) == 1
+
+
+def test_one_outcome_per_charge_after_kill(tiny_home, train):
+    """What a kill leaves is the charge and its secret; asked again, the answer is what it would have been."""
+
+    def fixed(digest):
+        return KeyStream(bytes(range(32))).derive(digest)
+
+    def other(digest):
+        raise AssertionError("a second secret was drawn for one charge")
+
+    site = open_site(tiny_home, fixed)
+    expected = content_digest(answer(site, train))
+    reply = next(site.home.replies.glob("*.reply"))
+    secret = fixed(reply.read_bytes().partition(b"\n")[0].decode()).read(32)
+    reply.with_suffix(".secret").write_bytes(secret)
+    reply.unlink()
+    shutil.rmtree(site.home.journal)
+    site.home.journal.mkdir()
+    journal.start(site.home.journal, site.key)
+    assert content_digest(answer(open_site(tiny_home, other), train)) == expected
+    assert list(site.home.replies.glob("*.secret")) == []
 
 
 def test_journal_before_reply(site, warmup, train):
@@ -396,7 +439,8 @@ def test_weights_made_to_overflow_are_harmless(site, train, weights):
     reply = answer(site, dataclasses.replace(train, arrays=loud))
     assert reply.refusal in (None, RefusalCode.INTERNAL)
     assert charged(site) == 1
-    assert len(released(site)) == (reply.refusal is None)
+    assert [entry.size_bytes > 0 for entry in released(site)] == [reply.refusal is None]
+    assert answer(site, dataclasses.replace(train, arrays=loud)).refusal == reply.refusal  # no second try
 
 
 @pytest.mark.slow

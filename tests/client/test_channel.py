@@ -1,3 +1,4 @@
+import json
 import socket
 import threading
 
@@ -59,6 +60,34 @@ def test_mutated_frames_never_crash(data: st.DataObject) -> None:
             unpack_request(candidate)
         except WireError:
             pass
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"kind": [], "run": "r", "round": 1, "proposal": "", "settings": {}},
+        {"kind": "train", "run": [], "round": 1, "proposal": "", "settings": {}},
+        {"kind": "train", "run": "r", "round": "1", "proposal": "", "settings": {}},
+        {"kind": "train", "run": "r", "round": 1, "proposal": {}, "settings": {}},
+        {"kind": "train", "run": "r", "round": 1, "proposal": "", "settings": []},
+        {"kind": "train"},
+        [],
+    ],
+)
+def test_header_of_another_form_is_refused(header: object) -> None:
+    text, body = json.dumps(header).encode(), b"\x02\0\0\0\0\0\0\0{}"
+    frame = MAGIC + len(text).to_bytes(4, "little") + len(body).to_bytes(8, "little") + text + body
+    with pytest.raises(WireError):
+        unpack_request(frame)
+
+
+def test_tensor_of_an_unknown_type_is_refused() -> None:
+    tensors = b'{"w":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
+    body = len(tensors).to_bytes(8, "little") + tensors + b"\0\0"
+    text = json.dumps({"kind": "train", "run": "r", "round": 1, "proposal": "", "settings": {}}).encode()
+    frame = MAGIC + len(text).to_bytes(4, "little") + len(body).to_bytes(8, "little") + text + body
+    with pytest.raises(WireError):
+        unpack_request(frame)
 
 
 def test_huge_sizes_are_refused_before_they_are_read() -> None:

@@ -152,10 +152,10 @@ def test_one_release_per_charge(tmp_path):
     assert len(entries(tmp_path, KEY.verify_key)) == 3
 
 
-def test_a_refusal_is_not_a_release(tmp_path):
+def test_a_refusal_after_a_charge_is_an_outcome_of_no_bytes(tmp_path):
     append(tmp_path, KEY, train_reply(), 1.5, NOW)
-    append(tmp_path, KEY, Reply(Kind.TRAIN, "run", 2, RefusalCode.OVER_BUDGET), 1.5, NOW)
-    assert len(entries(tmp_path, KEY.verify_key)) == 1
+    append(tmp_path, KEY, Reply(Kind.TRAIN, "run", 2, RefusalCode.INTERNAL), 1.5, NOW)
+    assert [entry.size_bytes > 0 for entry in entries(tmp_path, KEY.verify_key)] == [True, False]
 
 
 def test_tampering_is_seen(tmp_path):

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.warmup import embedding_sum
+from common.crypto import KeyStream
 from common.errors import IntakeError
 from common.features import CONSTANT, feature_dim, feature_map, features
+from common.noise import gaussian
 
 FM = feature_map(28)
 CLASSES = 3
@@ -79,3 +81,21 @@ def test_labels_out_of_range_are_refused(label: int) -> None:
     images = np.zeros((2, 1, 28, 28), dtype=np.uint8)
     with pytest.raises(IntakeError, match="labels from 0 to 2"):
         embedding_sum(images, np.array([0, label]), np.array(["anna", "anna"]), CLASSES, FM)
+
+
+def test_rounded_last_hides_the_exact_sum():
+    """The attack on low bits: with the true sum, could a float32 noise have given what was released? See Mironov 2012.
+
+    Noise that was rounded before it was added would make every coordinate reachable from the true sum and leave some
+    unreachable from a neighbour's.
+    """
+    exact = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 40
+    noise = gaussian(KeyStream(bytes(range(32))), (20_000,), 1.1)
+
+    def unreachable(released):
+        near = (released.double() - exact).float()
+        steps = [near, torch.nextafter(near, near + 1), torch.nextafter(near, near - 1)]
+        return int((~torch.stack([(exact + n.double()).float() == released for n in steps]).any(dim=0)).sum())
+
+    assert unreachable((exact + noise.float().double()).float()) == 0  # what a wrong order looks like
+    assert unreachable((exact + noise).float()) > 200

@@ -97,6 +97,10 @@ _ONES = np.ones((2, 3), np.float32)
         _array(_ONES, data=Array(_ONES).data[:-1]),
         _array(_ONES, data=b"not an array"),
         _array(_ONES, data=Array(np.asfortranarray(_ONES)).data),
+        _array(_ONES, shape=(-1, -6)),
+        _array(_ONES, shape=(2**32, 2**32), data=Array(_ONES).data[:128]),
+        _array(_ONES, shape=(1,) * 65),
+        _array(_ONES, data=b"\x93NUMPY\x01\x00\x20\x00{'descr':'<f4','shape':(1" + b" " * 40),
         _array(_ONES, data=b"\x80\x04\x95" + b"pickle" * 10),
         # a header that claims far more than the bytes that came
         _array(_ONES, data=Array(_ONES).data.replace(b"(2, 3)", b"(2, 9)")),
