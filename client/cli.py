@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,7 @@ from client.policy import Policy
 from client.serve import serve
 from common.command import run_command
 from common.crypto import load_key
+from common.errors import ConfigError
 from common.privacy import delta_warning
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -40,7 +42,11 @@ def init(
     label: Annotated[str, typer.Option(help="auto, none, tag:KEYWORD or column:NAME.")] = "auto",
 ) -> None:
     """Make a site's home: keys, policy, an empty ledger and journal."""
-    rules = Policy(site=name, declared_patients=patients, max_epsilon=max_epsilon, delta=delta)
+    try:
+        rules = Policy(site=name, declared_patients=patients, max_epsilon=max_epsilon, delta=delta)
+    except ValidationError as error:
+        wrong = "; ".join(f"{item['loc'][0]}={item['input']!r}: {item['msg']}" for item in error.errors())
+        raise ConfigError(f"Expected other values for the policy: {wrong}. Mend the flags.") from error
     if warning := delta_warning(delta, patients):
         print(f"warning: {warning}", file=sys.stderr)
     made = create_home(home, SiteConfig(data=str(data.absolute()), label=label), rules)

@@ -8,7 +8,7 @@ from threading import Event
 
 from client.agent import Site, answer
 from client.channel import pack_reply, read_frame, unpack_request
-from common.errors import RefusalCode, WireError
+from common.errors import RefusalCode, StorageError, WireError
 from common.messages import Kind, Reply
 
 LOG = logging.getLogger("fedmedgan.agent")
@@ -26,7 +26,10 @@ def serve(site: Site, path: Path, stop: Event) -> None:
     """
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(path))
+        try:
+            listener.bind(str(path))
+        except OSError as error:
+            raise StorageError(f"Could not make the socket {path}: {error.strerror}. Choose another path.") from error
         path.chmod(0o660)
         listener.listen(16)
         try:

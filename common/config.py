@@ -22,6 +22,9 @@ MAX_PROPOSAL_BYTES = 65_536
 MAX_BATCH = 16_384
 """Bounds what one message can make a site allocate."""
 
+ROBUST_MINIMUM = {"median": 3, "trimmed-mean": 5, "krum": 5}
+"""Updates that a robust rule needs to outvote one of them."""
+
 LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -211,6 +214,12 @@ class Config(Proposal):
     def _pairs_that_cannot_both_hold(self) -> "Config":
         if self.federation.rounds == 0 and self.warmup.share == 0:
             raise ValueError("federation.rounds = 0 and warmup.share = 0 leave nothing to learn; raise one of them")
+        needed = ROBUST_MINIMUM.get(self.server.aggregation, 1)
+        if self.federation.min_sites < needed:
+            raise ValueError(
+                f"server.aggregation = {self.server.aggregation} outvotes nobody among fewer than {needed} sites; set "
+                f"federation.min_sites to at least {needed} (it is {self.federation.min_sites}), or use mean"
+            )
         if self.federation.min_sites > self.simulation.sites:
             raise ValueError(
                 f"federation.min_sites = {self.federation.min_sites} exceeds simulation.sites = "
@@ -253,7 +262,9 @@ def build_config(tree: dict[str, Any], changes: dict[str, Any] | None = None) ->
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
     for key, value in (changes or {}).items():
         section, _, name = key.partition(".")
-        merged.setdefault(section, {})[name] = value
+        if not isinstance(merged.setdefault(section, {}), dict):
+            raise ConfigError(f"Expected {section} as a table of keys, got {merged[section]!r}. Write [{section}].")
+        merged[section][name] = value
     try:
         return Config.model_validate(merged)
     except ValidationError as error:

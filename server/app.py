@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config, build_config, read_config
-from common.errors import ConfigError, FederationError
+from common.errors import ConfigError, FederationError, PolicyRefusal, RefusalCode
 from common.flower_run import run_path
 from common.sheets import save_sheet
 from server import checkpoint, display
@@ -52,6 +52,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
 
     Raises:
         FederationError: Too few sites connected, or none was heard in three attempts at a round.
+        PolicyRefusal: Every site refuses the run for good before anything was learned.
         StorageError: A checkpoint could not be written; the one before stands.
     """
     config, folder = job.config, job.folder
@@ -73,7 +74,9 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
                 continue
             after, record = event
             if after is None:  # 3 too few sites: nothing changed, no site is charged twice for the same round
-                if state is not None and _nobody_can_go_on(record):
+                if _nobody_can_go_on(record):
+                    if state is None:  # nothing was learned yet, so there is nothing to end well with
+                        raise PolicyRefusal(RefusalCode.POLICY, _all_refuse(record))
                     return
                 attempts += 1
                 if attempts == ATTEMPTS_A_ROUND:
@@ -136,6 +139,11 @@ def job_from(context: Context) -> Job:
 
 def _nobody_can_go_on(record: RoundRecord) -> bool:
     return bool(record.refused) and not record.sites and set(record.refused.values()) <= PERMANENT
+
+
+def _all_refuse(record: RoundRecord) -> str:
+    codes = ", ".join(f"{site}: {code}" for site, code in record.refused.items())
+    return f"Every site refuses this run for good ({codes}); their own logs say why. Propose another configuration."
 
 
 def _too_few(config: Config, record: RoundRecord) -> str:

@@ -108,8 +108,8 @@ def _drawing(config: Config, seen: Seen) -> Group:
 
 def _header(config: Config, seen: Seen) -> Text:
     facts = Text("fedmedgan", style="bold")
-    heard = len(seen.progress.sites if seen.progress else seen.records[-1].sites if seen.records else ())
-    sites = heard or config.simulation.sites
+    known = max((len(record.sites) + len(record.refused) for record in seen.records), default=0)
+    sites = known or config.simulation.sites
     return facts.append(
         f"  {_count(sites, 'site')}, {_count(config.federation.rounds, 'round')}, epsilon {config.privacy.epsilon:g} "
         f"(delta {config.privacy.delta:g}) per patient, {config.performance.engine} engine",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from flwr.server.strategy.aggregate import aggregate_krum, aggregate_median, aggregate_trimmed_avg
 
+from common.config import ROBUST_MINIMUM
 from common.errors import FederationError
 from common.messages import Arrays
 from server.aggregation import NamedArrays
@@ -28,10 +29,9 @@ def combine(rule: str, updates: Sequence[Arrays]) -> NamedArrays:
     Raises:
         FederationError: Too few updates for the rule to outvote anybody.
     """
-    if len(updates) < 3:
-        raise FederationError(
-            f"Expected at least 3 updates for {rule}, got {len(updates)}. Use server.aggregation = mean."
-        )
+    needed = ROBUST_MINIMUM[rule]
+    if len(updates) < needed:
+        raise FederationError(f"Expected at least {needed} updates for {rule}, got {len(updates)}. Use mean instead.")
     names = sorted(updates[0])
     results = [([update[name] for name in names], 1) for update in updates]
     if rule == "median":

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from client.intake.refusals import describe
 from common.artefact import load_generator
 from common.command import run_command
 from common.config import Config, build_config, read_config, to_toml
@@ -22,7 +23,7 @@ from common.weights import get_weights
 from server.app import Job
 from server.report import write_report
 from server.rounds import initial_pair
-from server.run_folder import latest_folder, next_folder, open_run, stored_tree
+from server.run_folder import RunFolder, latest_folder, next_folder, open_run, stored_tree
 from simulations.engines import check_engine, run_job
 from simulations.evaluate import evaluate, save_evaluation
 from simulations.hospitals import (
@@ -134,6 +135,9 @@ def effective_config(path: Path | None, changes: dict[str, Any]) -> Config:
     """
     tree = read_config(path) if path is not None else {}
     wished = build_config(tree, changes)
+    if wished.simulation.data:  # absolute, so that a run can be resumed from anywhere
+        changes = changes | {"simulation.data": os.fspath(Path(wished.simulation.data).absolute())}
+        wished = build_config(tree, changes)
     if not wished.run.resume:
         return wished
     folder = Path(wished.run.out) if wished.run.out else latest_folder(RUNS)
@@ -153,6 +157,17 @@ def _run(federation: Federation) -> None:
     path = Path(config.run.out) if config.run.out else next_folder(RUNS)
     folder = open_run(path, config, config.run.resume)
     print(f"run folder: {path}", flush=True)
+    try:
+        _carry_out(federation, folder)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: fedmedgan-simulate --resume --out {path}", file=sys.stderr)
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+def _carry_out(federation: Federation, folder: RunFolder) -> None:
+    config, path = federation.config, folder.path
+    if federation.refused:
+        print(f"not usable in the data: {describe(federation.refused)}", flush=True)
     for line in build_hospitals(federation, path):
         print(line, flush=True)
     job = Job(config, folder)
@@ -218,6 +233,8 @@ def _print_plan(federation: Federation) -> None:
             for sigma in (agreed.warmup_noise_multiplier, agreed.train_noise_multiplier)
         ]
         table.add_row(*cells, f"{agreed.sample_rate:.4f}", *noise, str(agreed.steps), f"{agreed.epsilon:g}")
+    if federation.refused:
+        print(f"not usable in the data: {describe(federation.refused)}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     weights_bytes = size_bytes(get_weights(initial_pair(config)))

@@ -17,6 +17,7 @@ from typing import final
 
 import torch
 
+from client import policy as policies
 from client.agent import Secrets, answer, open_site
 from client.channel import Transport
 from client.home import Home, SiteConfig, create_home, import_images, load_images
@@ -33,6 +34,8 @@ from simulations.phantoms.cohort import CLASSES, PhantomPatient, draw_patients, 
 from simulations.phantoms.dicom import write_hospital
 
 HOLDOUT = "held-out"
+MIN_NOISE_MULTIPLIER = 0.05
+"""A researcher may ask for any epsilon that can be calibrated; real sites ask for more noise by default."""
 _READY = "ready.json"
 
 
@@ -52,6 +55,8 @@ class Federation:
     sites: tuple[Scan, ...]
     held_out: Scan
     phantoms: Mapping[tuple[str, str], PhantomPatient]
+    refused: Mapping[str, int]
+    """What the source holds and nobody can use, by reason."""
 
 
 def site_name(index: int) -> str:
@@ -65,8 +70,8 @@ def patients_in(found: Scan) -> int:
 
 
 def declared_patients(patients: int) -> int:
-    """Round a hospital's patients to the public number that its policy declares: to tens, at least 10."""
-    return max(10, round(patients / 10) * 10)
+    """Round a hospital's patients down to the public number that its policy declares: to tens where there are ten."""
+    return patients // 10 * 10 if patients >= 10 else max(2, patients)
 
 
 def draw_federation(config: Config) -> Federation:
@@ -100,7 +105,9 @@ def draw_federation(config: Config) -> Federation:
     tree = config.model_dump()
     config = build_config(tree, {"image.classes": classes if simulation.data else config.image.classes or CLASSES})
     rest, held_out = hold_out(everything, simulation.holdout, seed)
-    return Federation(config, assign(rest, simulation.sites, simulation.partition, seed), held_out, phantoms)
+    return Federation(
+        config, assign(rest, simulation.sites, simulation.partition, seed), held_out, phantoms, everything.refused
+    )
 
 
 def build_hospitals(federation: Federation, out: Path) -> Iterator[str]:
@@ -129,11 +136,19 @@ def build_hospitals(federation: Federation, out: Path) -> Iterator[str]:
         if federation.held_out.records:
             data = make_folder(folder / HOLDOUT / "data")
             _write_images(federation, federation.held_out, data, len(federation.sites))
+        sizes: list[int] = []
         for index, part in enumerate(federation.sites):
-            refused = _build_hospital(federation, index, part, folder / site_name(index))
+            usable, refused = _build_hospital(federation, index, part, folder / site_name(index))
+            sizes.append(usable.number_of_patients)
             skipped = f", skipped {describe(refused)}" if refused else ""
-            yield f"{site_name(index)}: {patients_in(part)} patients, {len(part.records)} images{skipped}"
-        _check_sizes(federation)
+            few = "; too few to take part" if _too_few(federation, sizes[-1]) else ""
+            yield f"{site_name(index)}: {sizes[-1]} patients, {len(usable.images)} images{skipped}{few}"
+        if all(_too_few(federation, size) for size in sizes):
+            raise IntakeError(
+                f"Expected a hospital with at least privacy.min_patients={federation.config.privacy.min_patients} "
+                f"patients, the largest declares {declared_patients(max(sizes))}. Give more patients or "
+                "fewer --sites, or lower privacy.min_patients in the TOML."
+            )
         write_atomic(folder / _READY, json.dumps({"version": 1, "sites": len(federation.sites)}).encode())
 
 
@@ -175,8 +190,9 @@ def held_out_images(config: Config, out: Path) -> Dataset | None:
     return load_images(home, config.image.classes, config.image.size)
 
 
-def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path) -> Mapping[str, int]:
+def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path) -> tuple[Dataset, Mapping[str, int]]:
     config = federation.config
+    classes, size = config.image.classes, config.image.size
     data = make_folder(folder / "data")
     _write_images(federation, part, data, index)
     policy = Policy(
@@ -184,11 +200,20 @@ def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path
         declared_patients=declared_patients(patients_in(part)),
         max_epsilon=config.privacy.epsilon,
         delta=config.privacy.delta,
+        min_noise_multiplier=MIN_NOISE_MULTIPLIER,
         min_patients=config.privacy.min_patients,
         max_rounds=max(1, config.federation.rounds),
     )
     home = create_home(folder, SiteConfig(data="data"), policy)
-    return import_images(home, config.image.classes, config.image.size, min_patients=1)
+    refused = import_images(home, classes, size, min_patients=1)
+    usable = load_images(home, classes, size)
+    declared = declared_patients(usable.number_of_patients)
+    policies.save(home.policy, policy.model_copy(update={"declared_patients": declared}))
+    return usable, refused
+
+
+def _too_few(federation: Federation, patients: int) -> bool:
+    return declared_patients(patients) < federation.config.privacy.min_patients
 
 
 def _write_images(federation: Federation, part: Scan, data: Path, scanner: int) -> None:
@@ -199,16 +224,6 @@ def _write_images(federation: Federation, part: Scan, data: Path, scanner: int) 
     patients = [federation.phantoms[key] for key in keys]
     for _ in write_hospital(data, patients, draw_scanner(scanner, federation.config.federation.seed)):
         pass
-
-
-def _check_sizes(federation: Federation) -> None:
-    minimum = federation.config.privacy.min_patients
-    largest = max(declared_patients(patients_in(part)) for part in federation.sites)
-    if largest < minimum:
-        raise IntakeError(
-            f"Expected a hospital with at least privacy.min_patients={minimum} patients, the largest has {largest}. "
-            "Give more patients, fewer --sites, or lower privacy.min_patients in the TOML."
-        )
 
 
 def _log_to(home: Home) -> None:

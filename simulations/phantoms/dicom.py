@@ -78,7 +78,7 @@ def write_patient(folder: Path, patient: PhantomPatient, scanner: Scanner, size:
             dataset.save_as(below / f"{dataset.SOPInstanceUID}.dcm", enforce_file_format=True)
     except OSError as error:
         raise StorageError(
-            f"Could not write phantom images to {folder}: {error.strerror}. "
+            f"Could not write phantom images to {folder}: {error.strerror or type(error).__name__}. "
             "Free space, make the folder writable or choose another, then run the same command again."
         ) from error
     return patient.images

@@ -151,7 +151,7 @@ def test_robust_rules_outvote_a_poisoned_update(tmp_path: Path, rule: str) -> No
     def poison(request: Request) -> dict[str, np.ndarray]:
         return {name: np.full_like(array, 1e6) for name, array in request.arrays.items()}
 
-    changes = {"federation.rounds": 1, "server.aggregation": rule, "simulation.sites": 5}
+    changes = {"federation.rounds": 1, "server.aggregation": rule, "simulation.sites": 5, "federation.min_sites": 5}
     _run(tmp_path, _config(**changes), [_well, _well, _well, _well, poison])
     state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
     assert state is not None
