@@ -94,7 +94,7 @@ def simulate(
 ) -> None:
     """Let virtual hospitals train one image generator together under patient-level differential privacy.
 
-    Without flags: phantom radiographs as DICOM files, four hospitals, about three minutes. Every flag is also a key of
+    Without flags: phantom radiographs as DICOM files, four hospitals, about two minutes. Every flag is also a key of
     the TOML that --print-config writes.
     """
     if context.invoked_subcommand is not None:
