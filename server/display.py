@@ -19,6 +19,7 @@ from server.report import round_up
 
 SHOWN_ROUNDS = 15
 SITE_COLUMNS = 4
+SITE_CHARACTERS = 9
 """With more sites than this their epsilons share one column, from the smallest to the largest."""
 _PACE_ROUNDS = 5
 
@@ -126,7 +127,8 @@ def _table(config: Config, seen: Seen) -> Table:
     for title in ("round", "sites\nin/out"):
         table.add_column(title, justify="right", no_wrap=True)
     for name in names:
-        table.add_column(Text(f"{name}\neps of {limits[name]:g}"), justify="right", overflow="ellipsis", max_width=24)
+        short = name if len(name) <= SITE_CHARACTERS else "…" + name[1 - SITE_CHARACTERS :]  # the end tells sites apart
+        table.add_column(Text(f"{short}\neps of {limits[name]:g}"), justify="right", no_wrap=True)
     if not names:
         table.add_column("epsilon\nspent / allowed", justify="right", no_wrap=True)
     for title in ("fakes\ntold", "seconds"):
