@@ -19,8 +19,9 @@ from server.report import round_up
 
 SHOWN_ROUNDS = 15
 SITE_COLUMNS = 4
-SITE_CHARACTERS = 9
 """With more sites than this their epsilons share one column, from the smallest to the largest."""
+SITE_CHARACTERS = 9
+"""Longer names are cut from the left, so that four columns fit in 80 characters."""
 _PACE_ROUNDS = 5
 
 Event = Progress | RoundRecord
