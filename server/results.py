@@ -35,7 +35,7 @@ _MECHANISM = {
     "the weights that are sent are post-processing",
 }
 _NOISE = (
-    "Drawn in float64, rounded once to float32; each number is the sum of four normal numbers over two, against "
+    "Drawn and added in float64, the noisy sum rounded once to float32; each number is the sum of four normal numbers over two, against "
     "attacks on the low bits of floating-point noise (Holohan and Braghin 2021, arXiv 2107.10138); there is no exact "
     "argument as for noise on integers"
 )
