@@ -21,20 +21,20 @@ import torch
 
 from client import journal, policy
 from client.channel import pack_reply, unpack_reply
-from client.home import Home, load_images, one_at_a_time, require_images, require_ledger
+from client.home import Home, head_copy, load_images, one_at_a_time, read_site_config, require_images, require_ledger
 from client.intake import Dataset
 from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.policy import Policy
 from client.train import train_round
 from client.warmup import embedding_sum
-from common.config import Proposal, parse_proposal
+from common.config import GradientEngine, Proposal, parse_proposal
 from common.crypto import KeyStream, SigningKey, load_key
 from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.features import feature_map
 from common.files import write_atomic
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
 from common.models import Pair, build
-from common.noise import gaussian
+from common.noise import gaussian, to_public_grid
 from common.privacy import Plan, plan
 from common.weights import check_arrays, get_weights, set_weights
 
@@ -63,6 +63,7 @@ class Site:
     key: SigningKey
     ledger: Ledger
     secrets: Secrets = os_secrets
+    gradients: GradientEngine = "fast"
 
 
 def open_site(home: Home, secrets: Secrets = os_secrets) -> Site:
@@ -73,12 +74,13 @@ def open_site(home: Home, secrets: Secrets = os_secrets) -> Site:
         secrets: Where secret randomness comes from. Only the simulator passes anything but the operating system's.
 
     Raises:
-        ConfigError: The policy does not read.
+        ConfigError: The policy or site.toml does not read.
         StorageError: The key or the ledger is damaged.
     """
     key = load_key(home.key)
     require_ledger(home)
-    return Site(home, policy.load(home.policy), key, open_ledger(home.ledger, key), secrets)
+    ledger = open_ledger(home.ledger, key, head_copy(home))
+    return Site(home, policy.load(home.policy), key, ledger, secrets, read_site_config(home).gradients)
 
 
 def answer(site: Site, request: Request) -> Reply:
@@ -110,6 +112,7 @@ def answer(site: Site, request: Request) -> Reply:
 
 
 def _hello(site: Site, request: Request) -> Reply:
+    policy.check_hello(site.policy)
     declared = site.policy.declared_patients
     fields = {"site": site.policy.site, "declared_patients": declared, "protocol": PROTOCOL_VERSION}
     reply = Reply(request.kind, request.run_id, request.round, None, fields)
@@ -119,18 +122,22 @@ def _hello(site: Site, request: Request) -> Reply:
 
 def _private(site: Site, request: Request) -> Reply:
     proposal, digest = _check_request(request), _digest(request)
+    policy.check_proposal(site.policy, proposal)
     agreed = plan(proposal, site.policy.declared_patients)
-    policy.check(site.policy, proposal, agreed)
+    policy.check_plan(site.policy, agreed)
     reply = _stored_reply(site, request, digest)
     if reply is None:
         require_images(site.home, proposal.image.classes, proposal.image.size)
         pair, rng = _weights_of(site, request, proposal)  # what does not decode is refused before it costs anything
+        allowed = journal.release_schema(request.kind, journal.reply_shapes(proposal, pair))
+        policy.check_reply(site.policy, allowed.size_bytes)
         cost = agreed.charge_of_warmup() if pair is None else agreed.charge_of_round(proposal.train.steps_per_round)
         charge = ChargeRequest(request.run_id, request.round, request.kind, digest)
         spent = site.ledger.charge(charge, cost, site.policy.max_epsilon, site.policy.delta)
         secret = _secret_of_charge(site, request, digest)
         try:
             reply = _release(site, request, proposal, agreed, pair, rng, secret, spent)
+            journal.check_egress(reply, allowed, site.policy.max_reply_bytes)
         except FedmedganError as error:  # the charge stands, so this is its one outcome: stored and journaled too
             reply = _refusal(request, error)
         _store_reply(site, reply, digest)
@@ -155,12 +162,10 @@ def _release(
         arrays = _warmup(dataset, proposal, agreed, secret)
     else:
         d_steps = int(request.settings["d_steps_per_g_step"])
-        trained = train_round(dataset, pair, proposal, agreed, d_steps, secret, rng)
+        trained = train_round(dataset, pair, proposal, agreed, d_steps, secret, rng, site.gradients)
         arrays = get_weights(trained.pair)
         fields |= {"fake_accuracy": trained.fake_accuracy, "d_steps_per_g_step": d_steps}
-    reply = Reply(request.kind, request.run_id, request.round, None, fields, arrays)
-    journal.check_egress(reply, journal.release_schema(request.kind, {name: a.shape for name, a in arrays.items()}))
-    return reply
+    return Reply(request.kind, request.run_id, request.round, None, fields, arrays)
 
 
 def _refusal(request: Request, error: FedmedganError) -> Reply:
@@ -204,8 +209,9 @@ def _weights_of(site: Site, request: Request, proposal: Proposal) -> tuple[Pair 
 def _warmup(dataset: Dataset, proposal: Proposal, agreed: Plan, secret: KeyStream) -> dict[str, npt.NDArray[Any]]:
     features = feature_map(proposal.image.size)
     sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), features)
-    noise = gaussian(secret, tuple(sums.shape), agreed.charge_of_warmup().noise_multiplier)
-    return {"embedding": (sums + noise).float().numpy()}
+    std = agreed.charge_of_warmup().noise_multiplier
+    noisy = to_public_grid(sums + gaussian(secret, tuple(sums.shape), std), std)
+    return {"embedding": noisy.float().numpy()}
 
 
 def _secret_of_charge(site: Site, request: Request, digest: str) -> KeyStream:
@@ -242,6 +248,7 @@ def _stored_reply(site: Site, request: Request, digest: str) -> Reply | None:
     if path.exists():
         stored_digest, _, frame = path.read_bytes().partition(b"\n")
         if stored_digest == digest.encode():
+            path.with_suffix(".secret").unlink(missing_ok=True)  # a kill may have left it beside its outcome
             return unpack_reply(frame)
         raise PolicyRefusal(RefusalCode.REPLAYED, f"Round {request.round} was already answered to another request.")
     released = {

@@ -3,10 +3,10 @@
 Three files in one folder: `NAME.jsonl` (the lines), `NAME.head.json` (a signed count of them, so that a shortened tail
 is seen) and `NAME.lock`. Only `client/ledger` and `client/journal` use it. Out of scope: what a line says.
 
-Order of writes: line, fsync, head. A crash between the two leaves the file one line ahead of the head: accepted, and
-the head is mended. Bytes after the last newline were never acknowledged and are cut off. Everything else that does not
-fit is refused. Removing all files at once, or putting older ones back together, cannot be seen from inside the folder:
-keep a copy of the head elsewhere.
+Order of writes: line, fsync, copy of the head, head. A crash in between leaves the file one line ahead of one or both:
+accepted, and they are mended. Bytes after the last newline were never acknowledged and are cut off. Everything else
+that does not fit is refused. Removing all files at once, or putting older ones back together, cannot be seen from
+inside the folder: for that the copy of the head stands elsewhere, and no copy ever says more lines than were written.
 """
 
 import fcntl
@@ -38,18 +38,30 @@ class Chain:
 
     Guarantees:
         - tampering_is_seen: Truncation, edits, reordering and lines of another key are refused at open.
+        - roll_back_is_seen: With a copy of the head, older files put back together are refused at open.
+        - no_crash_blocks: Whatever is killed and when, the next open mends what was left, with a copy or without.
         - torn_line: A last line that was cut by a crash is dropped: nobody was told that it stands.
         - one_writer: Between `locked` and its end no other process appends.
         - incremental: Lines once verified are not read again.
     """
 
-    def __init__(self, folder: Path, name: str, verify_key: VerifyKey, key: SigningKey | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str, verify_key: VerifyKey, key: SigningKey | None = None, copy: Path | None = None
+    ) -> None:
         """Open and verify a chain; a writer starts an empty one where there is none.
+
+        Args:
+            folder: Where the three files stand.
+            name: What they are called, and what their signatures are for.
+            verify_key: The site's public key.
+            key: The site's private key, for a writer.
+            copy: A second head outside the folder; a missing one is made with a new chain only.
 
         Raises:
             StorageError: The files cannot be read, or were changed.
         """
         self._lines, self._head, self._lock = (folder / f"{name}{end}" for end in (".jsonl", ".head.json", ".lock"))
+        self._copy = copy
         self._name, self._verify_key, self._key = name, verify_key, key
         self._hashes = [hashlib.sha256(f"fedmedgan {name} v{VERSION}".encode()).hexdigest()]
         self._bodies: list[Body] = []
@@ -100,23 +112,40 @@ class Chain:
             raise StorageError(f"Expected a {self._name} line of at most {MAX_LINE_BYTES} bytes, got {len(line)}.")
         append_durably(self._lines, line)
         self._accept(dict(body), digest, len(line))
-        self._write_head()
+        self._write_heads()
+
+    def snapshot(self) -> tuple[bytes, bytes]:
+        """Return the verified lines and the head as they stand in the files.
+
+        Raises:
+            StorageError: The files cannot be read, or were changed.
+        """
+        with self.locked():
+            try:
+                lines = self._lines.read_bytes()[: self._size_bytes] if self._bodies else b""
+                return lines, self._head.read_bytes()
+            except OSError as error:
+                raise StorageError(f"Could not read {self._lines.parent}: {error.strerror}. Try again.") from error
 
     def _refresh(self) -> None:
         """Read what was appended since the last time; mend what a crash leaves behind."""
-        head = self._read_head()
+        heads = {path: self._read_head(path) for path in self._heads}
         tail = self._read_tail()
         end = tail.rfind(b"\n") + 1
         for line in tail[:end].splitlines(keepends=True):
             body, digest = self._checked(line)
             self._accept(body, digest, len(line))
-        self._compare(head)
+        self._compare(heads)
         if self._key is None:
             return
         if end < len(tail):
             self._cut()
-        if head != (len(self._bodies), self._hashes[-1]):
-            self._write_head()
+        if set(heads.values()) != {(len(self._bodies), self._hashes[-1])}:
+            self._write_heads()
+
+    @property
+    def _heads(self) -> tuple[Path, ...]:
+        return (self._head,) if self._copy is None else (self._copy, self._head)  # the order of writing
 
     def _read_tail(self) -> bytes:
         try:
@@ -157,38 +186,52 @@ class Chain:
         self._hashes.append(digest)
         self._size_bytes += size_bytes
 
-    def _compare(self, head: tuple[int, str] | None) -> None:
+    def _compare(self, heads: Mapping[Path, tuple[int, str] | None]) -> None:
         count = len(self._bodies)
-        if head is None:
-            if count or self._key is None:
-                raise self._broken("the head file is missing")
-            return
-        number, digest = head
-        if number > count:
-            raise self._broken(f"the head says {number} lines and the file has {count}: its tail is missing")
-        if number < count - 1 or digest != self._hashes[number]:
-            raise self._broken(f"the head of {number} lines does not fit the file of {count}: one of them was replaced")
+        if heads[self._head] is None and (count or self._key is None):
+            raise self._broken("the head file is missing")
+        for path, head in heads.items():
+            if head is not None:
+                self._compare_one(path, *head)
+            elif heads[self._head] is not None:
+                raise StorageError(
+                    f"The copy {path} of the head of the {self._name} is missing. Mount its disk or restore it from a "
+                    f"backup. Only if it is lost, or new in site.toml, and the {self._name} is known to be whole: copy "
+                    f"{self._head} there."
+                )
 
-    def _read_head(self) -> tuple[int, str] | None:
+    def _compare_one(self, path: Path, number: int, digest: str) -> None:
+        count = len(self._bodies)
+        name = "head" if path == self._head else f"copy {path} of the head"
+        if number > count:
+            raise self._broken(
+                f"the {name} says {number} lines and the file has {count}: its tail is missing, or an older state was "
+                "put back; where there is no newer one, nobody knows what the missing lines said"
+            )
+        if number < count - 1 or digest != self._hashes[number]:
+            raise self._broken(f"the {name}, of {number} lines, does not fit the file of {count}: one was replaced")
+
+    def _read_head(self, path: Path) -> tuple[int, str] | None:
         try:
-            with self._head.open("rb") as handle:
+            with path.open("rb") as handle:
                 tree = json.loads(handle.read(MAX_LINE_BYTES))
             head = {"version": VERSION, "number": int(tree["number"]), "hash": str(tree["hash"])}
             self._verify_key.verify(_canonical(head), bytes.fromhex(tree["signature"]), f"{self._name} head")
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StorageError(f"Could not read {self._head}: {error.strerror}. Mend its permissions.") from error
+            raise StorageError(f"Could not read {path}: {error.strerror}. Mend its permissions.") from error
         except (WireError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self._broken("the head file is not this site's") from error
+            raise self._broken(f"the head file {path} is not this site's") from error
         return int(tree["number"]), str(tree["hash"])
 
-    def _write_head(self) -> None:
+    def _write_heads(self) -> None:
         if self._key is None:
             return
         head = {"version": VERSION, "number": len(self._bodies), "hash": self._hashes[-1]}
         signature = self._key.sign(_canonical(head), f"{self._name} head").hex()
-        write_atomic(self._head, _canonical({**head, "signature": signature}) + b"\n", mode=0o600)
+        for path in self._heads:
+            write_atomic(path, _canonical({**head, "signature": signature}) + b"\n", mode=0o600)
 
     def _cut(self) -> None:
         try:

@@ -120,7 +120,7 @@ def _unpack(frame: bytes, keys: set[str]) -> tuple[dict[str, Any], dict[str, npt
     for part in ("settings", "fields"):
         if part in keys and not isinstance(header[part], dict):
             raise WireError(f"Expected {part} as a table of scalars.")
-    if not isinstance(header["round"], int) or not all(isinstance(header[k], str) for k in keys & {"run", "proposal"}):
+    if type(header["round"]) is not int or not all(isinstance(header[k], str) for k in keys & {"run", "proposal"}):
         raise WireError("Expected round as a whole number, run and proposal as texts.")
     return cast("dict[str, Any]", header), arrays
 

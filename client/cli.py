@@ -1,5 +1,6 @@
 """`fedmedgan-site`: what a hospital does with its agent's home. Enrolment and the relay come later."""
 
+import json
 import logging
 import signal
 import sys
@@ -12,19 +13,25 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from client import journal, policy
+from client import budget, journal, policy
 from client.agent import open_site
-from client.home import Home, SiteConfig, create_home, import_images
+from client.home import Home, SiteConfig, create_home, head_copy, import_images
 from client.intake.refusals import describe
-from client.ledger import read_ledger
+from client.ledger import Ledger, read_ledger
 from client.policy import Policy
 from client.serve import serve
+from client.verify import export_journal, read_export, verify_home
 from common.command import run_command
+from common.config import Proposal, build_config, read_config
 from common.crypto import load_key
-from common.errors import ConfigError
+from common.errors import ConfigError, StorageError
+from common.files import write_atomic
 from common.privacy import delta_warning
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+records = typer.Typer(no_args_is_help=True, help="Show, verify or export the record of every release.")
+app.add_typer(records, name="journal")
 
 HomeArgument = Annotated[Path, typer.Argument(help="The site's home folder.")]
 
@@ -40,6 +47,9 @@ def init(
     max_epsilon: Annotated[float, typer.Option(help="What may ever be spent on this data set.")] = 10.0,
     delta: Annotated[float, typer.Option(help="The delta of the guarantee.")] = 1e-5,
     label: Annotated[str, typer.Option(help="auto, none, tag:KEYWORD or column:NAME.")] = "auto",
+    head_copy: Annotated[
+        Path | None, typer.Option(help="File outside the home for a copy of the ledger's head: shows a roll-back.")
+    ] = None,
 ) -> None:
     """Make a site's home: keys, policy, an empty ledger and journal."""
     try:
@@ -49,7 +59,8 @@ def init(
         raise ConfigError(f"Expected other values for the policy: {wrong}. Mend the flags.") from error
     if warning := delta_warning(delta, patients):
         print(f"warning: {warning}", file=sys.stderr)
-    made = create_home(home, SiteConfig(data=str(data.absolute()), label=label), rules)
+    copy = str(head_copy.absolute()) if head_copy is not None else None
+    made = create_home(home, SiteConfig(data=str(data.absolute()), label=label, head_copy=copy), rules)
     print(f"home: {made.folder}; read and mend {made.policy} before the first run")
 
 
@@ -73,7 +84,14 @@ def serve_(
 ) -> None:
     """Answer the relay's requests on a Unix socket until SIGTERM or Ctrl-C."""
     opened = Home(home)
-    logging.basicConfig(filename=opened.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        filename=opened.log,
+        encoding="utf-8",
+        errors="backslashreplace",
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        force=True,  # Opacus configures logging as it is imported; without force the site's own log stays empty
+    )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
@@ -83,8 +101,7 @@ def serve_(
 @app.command("ledger")
 def show_ledger(home: HomeArgument) -> None:
     """Verify the ledger and show what was charged and what is left."""
-    opened, rules = Home(home), policy.load(Home(home).policy)
-    ledger = read_ledger(opened.ledger, load_key(opened.key).verify_key)
+    ledger, rules = _ledger(home), policy.load(Home(home).policy)
     table = Table("time", "run", "round", "kind", "sigma", "q", "steps", title=f"ledger of {rules.site}")
     for entry in ledger.entries:
         asked, charge = entry.request, entry.charge
@@ -95,11 +112,31 @@ def show_ledger(home: HomeArgument) -> None:
     print(f"verified; epsilon {spent:.3f} of {rules.max_epsilon:g} spent at delta {rules.delta:g}")
 
 
-@app.command("journal")
+@app.command("budget")
+def show_budget(
+    home: HomeArgument,
+    config: Annotated[Path | None, typer.Option(help="A planned run, as --print-config writes it.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the same as JSON to this file.")] = None,
+) -> None:
+    """Show what is spent, left and by run; with --config, what a planned run would cost and how far the budget goes."""
+    proposal = _planned(config) if config is not None else None
+    found = budget.look_up(policy.load(Home(home).policy), _ledger(home).entries, proposal)
+    table = Table("run", "releases", "epsilon alone", title=f"budget of {found.site}")
+    for run in found.runs:
+        table.add_row(run.run_id, str(run.releases), f"{run.epsilon:.3f}")
+    Console().print(table)
+    total = f"of {found.max_epsilon:g} at delta {found.delta:g}"
+    print(f"spent: epsilon {found.spent:.3f} {total}; left: {found.left:.3f}")
+    if found.forecast is not None:
+        _print_forecast(found.forecast)
+    if json_file is not None:
+        write_atomic(json_file, (json.dumps(found.as_json(), indent=1) + "\n").encode())
+
+
+@records.command("show")
 def show_journal(home: HomeArgument) -> None:
     """Verify the journal and show every release."""
-    opened = Home(home)
-    entries = journal.entries(opened.journal, load_key(opened.key).verify_key)
+    entries = journal.entries(Home(home).journal, load_key(Home(home).key).verify_key)
     table = Table("time", "run", "round", "kind", "bytes", "sha256", "epsilon after", title="releases")
     for entry in entries:
         digest, after = entry.sha256[:16], f"{entry.epsilon_after:.3f}"
@@ -108,6 +145,67 @@ def show_journal(home: HomeArgument) -> None:
         )
     Console().print(table)
     print(f"verified; {len(entries)} releases")
+
+
+@records.command("verify")
+def verify_journal(
+    path: Annotated[Path, typer.Argument(help="A site's home folder, or a file that `journal export` wrote.")],
+    key: Annotated[str | None, typer.Option(help="For a file: the public key that must have signed it.")] = None,
+) -> None:
+    """Verify chain and signatures; of a home also that ledger, journal and stored replies agree. Exit code 0 or 7."""
+    if path.is_file():
+        signer, entries = read_export(path)
+        if key is not None and key != signer.to_bytes().hex():
+            raise StorageError(f"The journal in {path} is signed by {signer.to_bytes().hex()}, not by --key {key}.")
+        print(f"verified; {len(entries)} releases, signed by {signer.to_bytes().hex()}")
+        return
+    found = verify_home(Home(path), load_key(Home(path).key).verify_key)
+    if found.findings:
+        raise StorageError(f"The records of {path} do not agree: {'; '.join(found.findings)}.")
+    print(f"verified; {found.releases} releases, {found.charges} charges, {found.replies} stored replies")
+    if found.unreleased:
+        print(f"{found.unreleased} charges without a release: an interrupted round leaves one, a cut journal more")
+
+
+@records.command("export")
+def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The file to write.")]) -> None:
+    """Write the signed journal and the public key to a file that `journal verify FILE` checks anywhere."""
+    verify_key = load_key(Home(home).key).verify_key
+    write_atomic(file, export_journal(Home(home).journal, verify_key))
+    print(f"{file}; tell the auditor the public key by another way: {verify_key.to_bytes().hex()}")
+
+
+def _ledger(home: Path) -> Ledger:
+    opened = Home(home)
+    return read_ledger(opened.ledger, load_key(opened.key).verify_key, head_copy(opened))
+
+
+def _planned(path: Path) -> Proposal:
+    planned = build_config(read_config(path))
+    if planned.image.classes:
+        return planned
+    return build_config(planned.model_dump(), {"image.classes": ("all",)})  # they count in the bytes of a reply only
+
+
+def _print_forecast(planned: budget.Forecast) -> None:
+    agreed = planned.plan
+    noises = (("warm-up", agreed.warmup_noise_multiplier), ("training", agreed.train_noise_multiplier))
+    noise = ", ".join(f"noise of the {name} {sigma:.3f}" for name, sigma in noises if sigma is not None)
+    print(f"planned run: sample rate {agreed.sample_rate:.4f}, {noise}, {agreed.steps} steps")
+    print(f"planned run alone: epsilon {agreed.epsilon:.3f}")
+    print(f"policy: {'allows it' if planned.refusal is None else 'refuses it: ' + planned.refusal}")
+    print(f"this site can join: {_extent(planned)}; then spent: epsilon {planned.epsilon_after:.3f}")
+
+
+def _extent(planned: budget.Forecast) -> str:
+    if planned.whole:
+        return "the whole run"
+    rounds = f"{planned.rounds} of {planned.rounds_planned} rounds"
+    if planned.warmup:
+        return f"the warm-up and {rounds}"
+    if planned.rounds == 0:
+        return "nothing of it"
+    return rounds if planned.warmup is None else f"{rounds}, not the warm-up"
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

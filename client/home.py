@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from client import journal
 from client import policy as policies
 from client.intake import Dataset, load, read, save, scan
 from client.ledger import open_ledger
 from client.policy import Policy
+from common.config import GradientEngine
 from common.crypto import SigningKey, load_key, save_key
 from common.errors import ConfigError, IntakeError, StorageError
 from common.files import make_folder, write_atomic
@@ -42,6 +43,18 @@ class SiteConfig(BaseModel):
     data: str
     """Folder or NPZ; relative paths start at the home folder."""
     label: str = "auto"
+    gradients: GradientEngine = "fast"
+    """How gradients of single patients are computed: `fast`, or `opacus`, the slower reference."""
+    head_copy: str | None = None
+    """File outside the home, better on another disk, that holds a copy of the ledger's signed head: with it an older
+    ledger that is put back whole, with the whole home, is seen. Absolute."""
+
+    @field_validator("head_copy")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_absolute():
+            raise ValueError("expected an absolute path for head_copy")
+        return value
 
 
 @final
@@ -94,18 +107,21 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
 
     Raises:
         StorageError: The folder cannot be written, or a home stands there already.
+        ConfigError: The copy of the ledger's head would stand inside the home.
     """
     if Home(folder).policy.exists():
         raise StorageError(f"A home stands in {folder} already. Choose another folder; its policy is mended by hand.")
+    _require_outside(folder, site)
     home = Home(make_folder(folder, 0o700))
     for part in (home.key.parent, home.ledger, home.journal, home.replies):
         make_folder(part, 0o700)
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in site.model_dump().items()]
+    values = site.model_dump(exclude_none=True)
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     write_atomic(folder / "site.toml", ("\n".join(lines) + "\n").encode(), 0o600)
     if not home.key.exists():
         save_key(home.key, SigningKey.generate())
     key = load_key(home.key)
-    open_ledger(home.ledger, key)
+    open_ledger(home.ledger, key, head_copy(home))
     journal.start(home.journal, key)
     policies.save(home.policy, policy)
     return home
@@ -138,6 +154,17 @@ def require_ledger(home: Home) -> None:
             "The ledger of this home is gone, and with it what was spent. Restore the folder ledger/ from a backup; "
             "only a home that was never used may be deleted and made anew."
         )
+
+
+def head_copy(home: Home) -> Path | None:
+    """Return where the copy of the ledger's head is kept, or None where site.toml names none.
+
+    Raises:
+        ConfigError: site.toml is missing or wrong, or the copy would stand inside the home.
+    """
+    site = read_site_config(home)
+    _require_outside(home.folder, site)
+    return Path(site.head_copy) if site.head_copy is not None else None
 
 
 def require_images(home: Home, classes: Sequence[str], size: int) -> None:
@@ -197,7 +224,18 @@ def read_site_config(home: Home) -> SiteConfig:
     """
     try:
         return SiteConfig.model_validate(tomllib.loads((home.folder / "site.toml").read_text(encoding="utf-8")))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ConfigError(f"Expected other values in site.toml of the home folder: {wrong}.") from error
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"Could not read site.toml in the home folder: {type(error).__name__}. Write it anew: data = PATH"
         ) from error
+
+
+def _require_outside(folder: Path, site: SiteConfig) -> None:
+    if site.head_copy is not None and Path(site.head_copy).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"Expected head_copy={site.head_copy} outside the home {folder}: whoever puts an older home back would put "
+            "the copy back with it. Name a file on another disk."
+        )

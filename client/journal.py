@@ -7,6 +7,7 @@ what a privacy officer reads. Out of scope: what it cost (client/ledger).
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +18,14 @@ from typing import Any, NoReturn, final
 import numpy as np
 
 from client.chain import Body, Chain
-from client.policy import SITE_NAME
+from client.policy import MAX_REPLY_BYTES, SITE_NAME
+from common.config import Proposal
 from common.crypto import SigningKey, VerifyKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
+from common.features import feature_dim, feature_map
 from common.messages import Kind, Reply, size_bytes
+from common.models import Pair
+from common.weights import weight_shapes
 
 NAME = "journal"
 
@@ -45,6 +50,11 @@ class Release:
 
     arrays: Mapping[str, tuple[tuple[int, ...], str]]
     fields: Mapping[str, type]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the arrays together."""
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.arrays.values())
 
 
 @final
@@ -71,26 +81,43 @@ class Entry:
     epsilon_after: float
 
 
+def reply_shapes(proposal: Proposal, pair: Pair | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what leaves in one reply, from public values alone.
+
+    Args:
+        proposal: The shared sections of the configuration.
+        pair: The networks of a training round; None for the warm-up.
+    """
+    if pair is not None:
+        return weight_shapes(pair)
+    return {"embedding": (len(proposal.image.classes), feature_dim(feature_map(proposal.image.size)))}
+
+
 def release_schema(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> Release:
     """Return what a reply of one kind may carry.
 
     Args:
         kind: The request's kind.
-        shapes: Of the arrays by name, all float32: none for hello, {"embedding": (classes, dim)} for the warm-up, those
-            of the request's weights for training.
+        shapes: Of the arrays by name, all float32: none for hello, else `reply_shapes`.
     """
     return Release({name: (tuple(shape), "float32") for name, shape in shapes.items()}, _FIELDS[kind])
 
 
-def check_egress(reply: Reply, allowed: Release) -> None:
+def check_egress(reply: Reply, allowed: Release, max_reply_bytes: int = MAX_REPLY_BYTES) -> None:
     """Let a reply pass only if it carries exactly what is allowed; a refusal carries nothing but its code.
 
+    Args:
+        reply: What is about to leave.
+        allowed: The closed list for it, made from public values and never from the reply.
+        max_reply_bytes: The policy's bound on the bytes of the arrays.
+
     Raises:
-        PolicyRefusal: Anything is missing, extra, of another dtype, shape or type, or not finite.
+        PolicyRefusal: Anything is missing, extra, of another dtype, shape or type, not finite, or too large.
 
     Guarantees:
         - closed_list: What is not on the list does not leave: loss or accuracy on patients, cohort or batch sizes,
           label counts, timing, exception text, file names, tags.
+        - bounded: No reply carries more bytes of arrays than the policy allows.
     """
     if reply.refusal is not None:
         allowed = Release({}, {})
@@ -102,6 +129,8 @@ def check_egress(reply: Reply, allowed: Release) -> None:
             _refuse(f"array {name} is not {dtype} of shape {shape}")
         if not np.isfinite(array).all():
             _refuse(f"array {name} is not finite")
+    if size_bytes(reply.arrays) > max_reply_bytes:
+        _refuse(f"{size_bytes(reply.arrays)} bytes are more than max_reply_bytes={max_reply_bytes} of policy.toml")
     for name, expected in allowed.fields.items():
         value = reply.fields[name]
         if type(value) is not expected:

@@ -61,6 +61,7 @@ class Ledger:
         - never_over_budget: Two processes cannot both charge the last of it.
         - charged_once: The same request is charged once; a different request for the same round is refused.
         - refused_before_written: A charge over budget leaves the file as it was.
+        - roll_back_is_seen: With a copy of the head outside the folder, an older ledger put back whole is refused.
     """
 
     def __init__(self, chain: Chain) -> None:
@@ -126,22 +127,28 @@ class Ledger:
         return next(same, None)
 
 
-def open_ledger(folder: Path, key: SigningKey) -> Ledger:
+def open_ledger(folder: Path, key: SigningKey, head_copy: Path | None = None) -> Ledger:
     """Open a data set's ledger and verify all of it; start one where there is none.
 
+    Args:
+        folder: Of the ledger.
+        key: The site's private key.
+        head_copy: A second head, outside the home; every charge is written to it as well before `charge` returns.
+
     Raises:
-        StorageError: It cannot be read, or it was truncated, edited, reordered or signed by another key.
+        StorageError: It cannot be read, or it was truncated, edited, reordered, rolled back behind the copy of its head
+            or signed by another key; or that copy is missing.
     """
-    return Ledger(Chain(folder, NAME, key.verify_key, key))
+    return Ledger(Chain(folder, NAME, key.verify_key, key, head_copy))
 
 
-def read_ledger(folder: Path, verify_key: VerifyKey) -> Ledger:
+def read_ledger(folder: Path, verify_key: VerifyKey, head_copy: Path | None = None) -> Ledger:
     """Open a ledger for reading; a missing one is an error and is not started.
 
     Raises:
-        StorageError: It cannot be read, or it was truncated, edited, reordered or signed by another key.
+        StorageError: As for `open_ledger`.
     """
-    return Ledger(Chain(folder, NAME, verify_key))
+    return Ledger(Chain(folder, NAME, verify_key, copy=head_copy))
 
 
 def _affordable(charges: list[Charge], max_epsilon: float, delta: float) -> float:

@@ -5,11 +5,13 @@ Out of scope: what is spent already (client/ledger).
 
 import difflib
 import json
+import textwrap
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal, final
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from common.config import Positive, Proposal, Section
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
@@ -18,32 +20,62 @@ from common.privacy import Plan
 
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_POLICY_BYTES = 65_536
+MAX_REPLY_BYTES = 33_554_432
+_WIDTH = 118
+_HEADING = (
+    "What this site allows. Every request is held against this file before anything is charged or read, and no message "
+    "can change it. A key that does not stand here has the default of the release, which is strict."
+)
 
 
 @final
 class Policy(Section):
-    """The bounds of one site for one data set."""
+    """The bounds of one site for one data set; the text below a key is also its comment in the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     version: Literal[1] = 1
+    """The form of this file."""
     site: Annotated[str, StringConstraints(pattern=SITE_NAME)]
-    """The public name of the site."""
+    """The site's name in every run. Public, if may_declare says so."""
     declared_patients: Annotated[int, Field(ge=2)]
-    """The cohort size that the site makes public: rounded, never the exact count."""
+    """The cohort size that sample rate, noise and divisor are computed from: rounded, never the exact count, since the
+    exact count would tell whether one patient is in it. Public, if may_declare says so."""
+    may_declare: tuple[Literal["name", "patients"], ...] = ("name", "patients")
+    """What the site says of itself without noise and without a charge: its name and declared_patients, and there is
+    nothing else that could be listed. No run can be planned without both: without one of them the site takes part in
+    nothing."""
     max_epsilon: Positive
-    """Bound on everything ever charged to this data set."""
+    """Bound on everything ever charged to this data set, over all runs together: the patients' guarantee. Raising it
+    weakens what they were told."""
     delta: Annotated[float, Field(gt=0, lt=1)]
-    """Should be well below one over the declared patients (`fedmedgan-site init` warns)."""
+    """The delta of the guarantee; a request with another is refused, since all charges must add up at one. Should be
+    well below one over the declared patients (`fedmedgan-site init` warns)."""
     min_noise_multiplier: Positive = 0.3
-    """Least noise of a private step or of the warm-up, in clip norms."""
+    """Least noise of a private step or of the warm-up, in clip norms. Below, one release alone tells much of a patient,
+    whatever the account says."""
+    max_sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Highest probability of a patient in a private step of training. Near 1 everybody is in nearly every step: the
+    account knows that and asks for more noise, but nothing is left of the doubt who was drawn. 1 allows it. The warm-up
+    takes every patient, once, and is not bounded by this."""
     min_patients: Annotated[int, Field(ge=2)] = 20
-    """Fewer declared patients than this take no part."""
+    """With fewer declared patients the site takes no part: few patients drown in the noise and gain nothing."""
     max_rounds: Annotated[int, Field(ge=0)] = 1000
+    """Most rounds of one run, so that no run goes on without end."""
     max_steps_per_round: Annotated[int, Field(ge=1)] = 1000
-    """Bounds the time that one request takes."""
+    """Most private steps in one request, which is one round: bounds the time that a request takes."""
+    max_reply_bytes: Annotated[int, Field(ge=0)] = MAX_REPLY_BYTES
+    """Most bytes of arrays in one reply, 32 MiB by default: bounds what one release can carry out. Checked from the
+    shapes before anything is charged, and again on the reply itself."""
     min_grad_norm: Positive = 1e-3
+    """Least clip norm: no matter of privacy, but nonsense below it."""
     max_grad_norm: Positive = 100.0
-    """Range of the clip norm: no matter of privacy, but nonsense outside it."""
+    """Largest clip norm: no matter of privacy, for the noise grows with it, but nonsense above it."""
     allowed_models: tuple[Literal["mlp", "dcgan"], ...] = ("mlp", "dcgan")
+    """The architectures that this site trains; no other code than this release's is ever run."""
+    allowed_image_sizes: tuple[Literal[28, 32, 64], ...] = (28, 32, 64)
+    """Sides of an image in pixels; larger images show more of a patient. The images must be imported at that size too.
+    """
 
     @model_validator(mode="after")
     def _pairs_that_cannot_both_hold(self) -> "Policy":
@@ -75,45 +107,83 @@ def load(path: Path) -> Policy:
 
 
 def save(path: Path, policy: Policy) -> None:
-    """Write a policy as TOML that `load` reads back.
+    """Write a policy as TOML that `load` reads back, with a comment above every key.
 
     Raises:
         StorageError: The file cannot be written.
+
+    Guarantees:
+        - explained: What a key bounds, and why, stands above it.
     """
-    values = policy.model_dump(mode="json")
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    lines = _comment(_HEADING)
+    for name, value in policy.model_dump(mode="json").items():
+        lines += ["", *_comment(Policy.model_fields[name].description or ""), f"{name} = {json.dumps(value)}"]
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-def check(policy: Policy, proposal: Proposal, plan: Plan) -> None:
-    """Refuse a proposal that the policy does not allow.
+def check_hello(policy: Policy) -> None:
+    """Refuse to say anything where the policy does not let the site declare what every run needs.
+
+    Raises:
+        PolicyRefusal: The name or the number of patients may not be declared.
+    """
+    for what in ("name", "patients"):
+        if what not in policy.may_declare:
+            raise _refusal("may_declare", ", ".join(policy.may_declare) or "nothing", f'to hold "{what}"')
+
+
+def check_proposal(policy: Policy, proposal: Proposal) -> None:
+    """Refuse a proposal that the policy does not allow, before anything is computed from it.
 
     Args:
         policy: The site's bounds.
         proposal: What the coordinator asks for.
-        plan: What the site computed from the proposal and its own declared patients.
 
     Raises:
         PolicyRefusal: A bound is crossed; the reason names field, value and bound and stays in the site's log.
     """
+    check_hello(policy)
     privacy, train = proposal.privacy, proposal.train
     least = max(policy.min_patients, privacy.min_patients)
     _at_most("privacy.epsilon", privacy.epsilon, "max_epsilon", policy.max_epsilon)
     if privacy.delta != policy.delta:  # what was spent before, and what is released now, must add up at one delta
         raise _refusal("privacy.delta", privacy.delta, f"== {policy.delta} (delta)")
-    _at_most("epsilon of the plan", plan.epsilon, "max_epsilon", policy.max_epsilon)
     _at_most("federation.rounds", proposal.federation.rounds, "max_rounds", policy.max_rounds)
     _at_most("train.steps_per_round", train.steps_per_round, "max_steps_per_round", policy.max_steps_per_round)
     _at_most("privacy.max_grad_norm", privacy.max_grad_norm, "max_grad_norm", policy.max_grad_norm)
     _at_least("privacy.max_grad_norm", privacy.max_grad_norm, "min_grad_norm", policy.min_grad_norm)
     _at_least("declared_patients", policy.declared_patients, "min_patients", least)
+    _one_of("model.name", proposal.model.name, "allowed_models", policy.allowed_models)
+    _one_of("image.size", proposal.image.size, "allowed_image_sizes", policy.allowed_image_sizes)
+
+
+def check_plan(policy: Policy, plan: Plan) -> None:
+    """Refuse what a proposal comes to at this site, before anything is charged.
+
+    Args:
+        policy: The site's bounds.
+        plan: What the site computed from the proposal and its own declared patients.
+
+    Raises:
+        PolicyRefusal: A bound is crossed; the reason names field, value and bound and stays in the site's log.
+    """
+    _at_most("epsilon of the plan", plan.epsilon, "max_epsilon", policy.max_epsilon)
     for name, noise in (("warm-up", plan.warmup_noise_multiplier), ("training", plan.train_noise_multiplier)):
         if noise is not None:
             _at_least(f"noise multiplier of the {name}", noise, "min_noise_multiplier", policy.min_noise_multiplier)
+    if plan.train_noise_multiplier is not None:
+        _at_most("sample rate", plan.sample_rate, "max_sample_rate", policy.max_sample_rate)
     if plan.declared_patients != policy.declared_patients:
         raise _refusal("declared_patients of the plan", plan.declared_patients, f"== {policy.declared_patients}")
-    if proposal.model.name not in policy.allowed_models:
-        raise _refusal("model.name", proposal.model.name, f"in {', '.join(policy.allowed_models)} (allowed_models)")
+
+
+def check_reply(policy: Policy, size_bytes: int) -> None:
+    """Refuse a request whose reply would be too large; the size follows from public shapes.
+
+    Raises:
+        PolicyRefusal: The arrays of the reply hold more bytes than the policy lets out at once.
+    """
+    _at_most("bytes of the reply", size_bytes, "max_reply_bytes", policy.max_reply_bytes)
 
 
 def _at_most(field: str, value: float, name: str, bound: float) -> None:
@@ -126,12 +196,21 @@ def _at_least(field: str, value: float, name: str, bound: float) -> None:
         raise _refusal(field, value, f">= {bound} ({name})")
 
 
+def _one_of(field: str, value: int | str, name: str, allowed: Collection[int | str]) -> None:
+    if value not in allowed:
+        raise _refusal(field, value, f"in {', '.join(map(str, allowed)) or 'nothing'} ({name})")
+
+
 def _refusal(field: str, value: float | str, expected: str) -> PolicyRefusal:
     return PolicyRefusal(
         RefusalCode.POLICY,
         f"Expected {field}={value} {expected} of policy.toml. Ask the coordinator for another proposal; "
         "only the privacy officer can change the policy.",
     )
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(" ".join(text.split()), _WIDTH)]
 
 
 def _first(item: dict[str, object]) -> tuple[str, str, str]:

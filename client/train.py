@@ -4,21 +4,22 @@ The only line that sees real images is `private_step`. Out of scope: budget (cli
 """
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import final
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from client.dp import Batch, private_optimizer, private_step
+from client.dp import private_optimizer, private_step
+from client.draw import draw_patients
 from client.intake import Dataset
-from common.config import Proposal
+from common.config import GradientEngine, Proposal
 from common.crypto import KeyStream
 from common.models import Pair
-from common.noise import bernoulli, uniform
+from common.noise import gaussian
 from common.privacy import Plan
 
 
@@ -44,6 +45,7 @@ def train_round(
     d_steps_per_g_step: int,
     secret: KeyStream,
     rng: torch.Generator,
+    gradients: GradientEngine = "fast",
 ) -> Round:
     """Train a site's pair for one round.
 
@@ -55,6 +57,7 @@ def train_round(
         d_steps_per_g_step: Private steps for each generator step.
         secret: The source of the patient draw and of the noise.
         rng: Reproducible: latents and classes of fakes.
+        gradients: How gradients of single patients are computed (client/dp).
 
     Returns:
         The trained pair and D's accuracy on fakes.
@@ -62,50 +65,22 @@ def train_round(
     generator, discriminator = pair.generator.train(), pair.discriminator.train()
     averaged = copy.deepcopy(generator)
     noise_multiplier = plan.charge_of_round(proposal.train.steps_per_round).noise_multiplier
-    private = private_optimizer(discriminator, proposal.privacy, proposal.train, noise_multiplier, plan.divisor)
+    private = private_optimizer(
+        discriminator, proposal.privacy, proposal.train, noise_multiplier, plan.divisor, gradients
+    )
+    noise = functools.partial(gaussian, secret)
     adam = torch.optim.Adam(generator.parameters(), lr=proposal.train.learning_rate_g, betas=(0.5, 0.999))
     fakes_per_step, told = max(1, round(plan.divisor)), 0
     for step in range(1, proposal.train.steps_per_round + 1):
-        batch = draw_patients(dataset, plan.sample_rate, proposal.privacy.images_per_patient, secret)
+        batch = draw_patients(dataset, plan.sample_rate, proposal.privacy, secret)
         with torch.no_grad():
             fakes, labels = _fakes(generator, fakes_per_step, proposal, rng)
             told += int((discriminator(fakes, labels) < 0).sum())
-        private_step(private, batch, fakes, labels, secret)
+        private_step(private, batch, fakes, labels, noise)
         if step % d_steps_per_g_step == 0:
             generator_step(generator, discriminator, adam, proposal, rng)
             _average(averaged, generator, proposal.train.ema_decay)
-    private.hooks.remove_hooks()
     return Round(Pair(averaged, discriminator), told / (fakes_per_step * proposal.train.steps_per_round))
-
-
-def draw_patients(dataset: Dataset, sample_rate: float, images_per_patient: int, secret: KeyStream) -> Batch:
-    """Draw each patient independently with probability `sample_rate`, and some images of each.
-
-    Args:
-        dataset: The site's patients.
-        sample_rate: In (0, 1]; public.
-        images_per_patient: At most this many images of a drawn patient, chosen at random without replacement.
-        secret: The source of both draws.
-
-    Returns:
-        The batch; empty when nobody was drawn.
-
-    Guarantees:
-        - poisson: Every patient is in the batch with the same probability, independently of every other.
-        - all_images_of_one_row: All images of a patient share one row number.
-    """
-    drawn = np.flatnonzero(bernoulli(secret, dataset.number_of_patients, sample_rate))
-    starts = np.searchsorted(dataset.patients, drawn, side="left")
-    ends = np.searchsorted(dataset.patients, drawn, side="right")
-    chosen = [_some(range(start, end), images_per_patient, secret) for start, end in zip(starts, ends, strict=True)]
-    rows = np.concatenate([np.empty(0, np.int64), *chosen])
-    patients = np.repeat(np.arange(len(drawn)), [len(images) for images in chosen])
-    return Batch(
-        torch.from_numpy(dataset.images[rows]).float() / 127.5 - 1,
-        torch.from_numpy(dataset.labels[rows]),
-        torch.from_numpy(patients.astype(np.int64)),
-        len(drawn),
-    )
 
 
 def generator_step(
@@ -125,13 +100,6 @@ def generator_step(
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
     optimizer.step()
-
-
-def _some(rows: range, at_most: int, secret: KeyStream) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    candidates = np.arange(rows.start, rows.stop, dtype=np.int64)
-    if len(candidates) <= at_most:
-        return candidates
-    return candidates[np.argsort(uniform(secret, len(candidates)))[:at_most]]
 
 
 def _fakes(

@@ -22,9 +22,16 @@ MAX_PROPOSAL_BYTES = 65_536
 MAX_BATCH = 16_384
 """Bounds what one message can make a site allocate."""
 
+MAX_STEP_IMAGES = 131_072
+"""The same for the images of one private step, views and all."""
+
+MAX_ERRORS = 20
+"""Faults of a configuration that are named: a message with thousands must not keep a site busy, nor fill its log."""
+
 ROBUST_MINIMUM = {"median": 3, "trimmed-mean": 5, "krum": 5}
 """Updates that a robust rule needs to outvote one of them."""
 
+GradientEngine = Literal["fast", "opacus"]
 LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -56,8 +63,19 @@ class PrivacyConfig(Section):
     """Expected patients in one private step; the sample rate is this over the declared cohort, at most 1."""
     images_per_patient: Annotated[int, Field(ge=1, le=50)] = 1
     """Images averaged into one patient's contribution of one step."""
+    views: Annotated[int, Field(ge=1, le=8)] = 1
+    """Copies of each image, moved by a few pixels, averaged into the same contribution: they cost no budget."""
     min_patients: Annotated[int, Field(ge=2, le=1_000_000)] = 20
     """A site that declares fewer patients takes no part."""
+
+    @model_validator(mode="after")
+    def _one_step_fits_in_memory(self) -> "PrivacyConfig":
+        if self.batch_patients * self.images_per_patient * self.views > MAX_STEP_IMAGES:
+            raise ValueError(
+                f"batch_patients * images_per_patient * views = {self.batch_patients} * {self.images_per_patient} * "
+                f"{self.views} exceeds {MAX_STEP_IMAGES} images in one step; lower one of them"
+            )
+        return self
 
 
 @final
@@ -188,6 +206,8 @@ class PerformanceConfig(Section):
     engine: Literal["local", "flower"] = "local"
     threads: Annotated[int, Field(ge=1, le=256)] = 2
     """Threads of one tensor operation; a part of bit-for-bit reproduction, so the same for both engines."""
+    gradients: GradientEngine = "fast"
+    """How a site gets the gradients of single patients: its own engine, or the slower reference it is held against."""
     parallel_sites: Annotated[int, Field(ge=1, le=256)] = 1
     """Sites that train at a time with the flower engine; the local engine trains one after the other."""
 
@@ -311,7 +331,8 @@ def _printable(text: str) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    return "\n".join(_explain_one([str(part) for part in item["loc"]], dict(item)) for item in error.errors())
+    told = error.errors()[:MAX_ERRORS]
+    return "\n".join(_explain_one([str(part) for part in item["loc"]], dict(item)) for item in told)
 
 
 def _explain_one(location: list[str], item: dict[str, Any]) -> str:

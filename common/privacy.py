@@ -163,6 +163,41 @@ def noise_for(
     return _noise_for(epsilon_target, _checked(delta), sample_rate, steps, _merged(before))
 
 
+def affordable_rounds(
+    before: Iterable[Charge], one_round: Charge, rounds: int, max_epsilon: float, delta: float
+) -> int:
+    """Count how many of a run's equal rounds fit into a budget, after what is charged already.
+
+    Args:
+        before: What is charged already.
+        one_round: What each round costs.
+        rounds: How many are planned.
+        max_epsilon: Bound on the whole composition.
+        delta: In (0, 1).
+
+    Returns:
+        A number in [0, rounds]; 0 when the budget is gone before the first.
+
+    Raises:
+        ConfigError: delta is outside (0, 1), or more is charged already than can be accounted for.
+
+    Guarantees:
+        - that_many_fit: `epsilon` of `before` and the counted rounds is at most the bound, as this module computes it,
+          if any fits.
+        - one_more_does_not: With one round more it exceeds the bound, unless all were counted or `MAX_STEPS` is
+          reached.
+    """
+    spent = _merged(before)
+    room = (MAX_STEPS - sum(piece.steps for piece in spent)) // max(1, one_round.steps)
+
+    def exceeds(count: int) -> bool:
+        charge = Charge(one_round.noise_multiplier, one_round.sample_rate, one_round.steps * count)
+        return not epsilon((*spent, charge), delta) <= max_epsilon
+
+    # whatever the rounding of the PLD does, bisection ends beside a count that exceeds the bound and at one that fits
+    return bisect_left(range(min(rounds, room) + 1), True, lo=1, key=exceeds) - 1
+
+
 def plan(proposal: Proposal, declared_patients: int) -> Plan:
     """Split the proposed epsilon between warm-up and rounds, and calibrate both.
 

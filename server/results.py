@@ -35,9 +35,9 @@ _MECHANISM = {
     "the weights that are sent are post-processing",
 }
 _NOISE = (
-    "Drawn and added in float64, the noisy sum rounded once to float32; each number is the sum of four normal numbers "
-    "over two, against attacks on the low bits of floating-point noise (Holohan and Braghin 2021, arXiv "
-    "2107.10138); there is no exact argument as for noise on integers"
+    "Drawn and added in float64, the noisy sum rounded to a public grid of 2^-16 of its deviation, then to float32; "
+    "each number is the sum of four normal numbers over two, against attacks on the low bits of floating-point noise "
+    "(Holohan and Braghin 2021, arXiv 2107.10138); there is no exact argument as for noise on integers"
 )
 _NOT_COVERED = (
     "What is true of the population as a whole, with or without any one patient: that is what the generator learns.",

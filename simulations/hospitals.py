@@ -19,7 +19,7 @@ import torch
 
 from client import policy as policies
 from client.agent import Secrets, answer, open_site
-from client.channel import Transport
+from client.channel import MAX_BODY_BYTES, Transport
 from client.home import Home, SiteConfig, create_home, import_images, load_images
 from client.intake import Dataset, Record, Scan, scan
 from client.intake.refusals import describe
@@ -35,7 +35,8 @@ from simulations.phantoms.dicom import write_hospital
 
 HOLDOUT = "held-out"
 MIN_NOISE_MULTIPLIER = 0.05
-"""A researcher may ask for any epsilon that can be calibrated; real sites ask for more noise by default."""
+"""A researcher may ask for any epsilon that can be calibrated; real sites ask for more noise by default, and bound
+sample rate, steps and size of a reply."""
 _READY = "ready.json"
 
 
@@ -201,10 +202,13 @@ def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path
         max_epsilon=config.privacy.epsilon,
         delta=config.privacy.delta,
         min_noise_multiplier=MIN_NOISE_MULTIPLIER,
+        max_sample_rate=1.0,
+        max_reply_bytes=MAX_BODY_BYTES,
+        max_steps_per_round=config.train.steps_per_round,
         min_patients=config.privacy.min_patients,
         max_rounds=max(1, config.federation.rounds),
     )
-    home = create_home(folder, SiteConfig(data="data"), policy)
+    home = create_home(folder, SiteConfig(data="data", gradients=config.performance.gradients), policy)
     refused = import_images(home, classes, size, min_patients=1)
     usable = load_images(home, classes, size)
     declared = declared_patients(usable.number_of_patients)

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from simulations.benchmark import federation
+from simulations.benchmark import dp_step, federation
 from simulations.benchmark.report import print_result, write_result
 
-BENCHMARKS = {"federation": federation.measure}
+BENCHMARKS = {"dp-step": dp_step.measure, "federation": federation.measure}
 
 
 def run(

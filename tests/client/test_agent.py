@@ -1,18 +1,8 @@
-"""The agent: its order of work, its refusals, its memory. Every request here may come from a hostile coordinator."""
+"""The agent: its order of work, its refusals, its memory. Hostile requests: test_hostile_coordinator."""
 
 import dataclasses
-import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,15 +11,15 @@ from client.agent import answer, open_site
 from client.channel import pack_reply
 from client.journal import check_egress, content_digest, release_schema
 from client.ledger import read_ledger
-from common.config import Proposal, parse_proposal
+from common.config import parse_proposal
 from common.crypto import KeyStream
 from common.errors import RefusalCode, StorageError
 from common.features import feature_dim, feature_map
-from common.messages import PROTOCOL_VERSION, Kind, Request
+from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from common.models import build
 from common.weights import get_weights
+from tests.hostile_requests import changed
 
-ROOT = Path(__file__).resolve().parents[2]
 BUDGET = {"epsilon_spent", "epsilon_allowed"}
 
 
@@ -257,32 +247,26 @@ def test_repeat_with_a_damaged_reply_releases_nothing_else(site, train):
         assert (charged(site), len(released(site))) == (1, 1)
 
 
-def test_another_request_for_the_same_round_is_a_replay(site, train, weights):
-    answer(site, train)
-    others = {name: array + np.float32(1e-3) for name, array in weights.items()}
-    changes = (
-        {"arrays": others},
-        {"settings": {"d_steps_per_g_step": 2}},
-        {"proposal": Proposal.model_validate_json(train.proposal).model_dump_json(indent=1)},
-    )
-    for gone in (False, True):
-        for path in site.home.replies.iterdir() if gone else ():
-            path.unlink()
-        for change in changes:
-            assert_refused(answer(site, dataclasses.replace(train, **change)), RefusalCode.REPLAYED)
-    assert (charged(site), len(released(site))) == (1, 1)
+def test_another_request_is_a_replay_after_a_restart_too(site, warmup, train):
+    for number, request in enumerate((warmup, train), start=1):
+        first = pack_reply(answer(site, request))
+        other = changed(request, "privacy", epsilon=7.9)  # allowed by the policy, and another request
+        for again in (site, open_site(site.home)):
+            assert_refused(answer(again, other), RefusalCode.REPLAYED)
+            assert pack_reply(answer(again, request)) == first
+        assert (charged(site), len(released(site))) == (number, number)
 
 
-def test_a_round_charged_and_not_answered_is_a_replay_for_other_weights(tiny_home, train, weights):
-    def crash(purpose):
-        raise ZeroDivisionError(purpose)
-
-    with pytest.raises(ZeroDivisionError):
-        answer(open_site(tiny_home, crash), train)
-    others = {name: array + np.float32(1e-3) for name, array in weights.items()}
-    site = open_site(tiny_home)
-    assert_refused(answer(site, dataclasses.replace(train, arrays=others)), RefusalCode.REPLAYED)
-    assert (charged(site), released(site)) == (1, ())
+def test_codes_only_when_the_reason_names_files_and_patients(site, warmup, train, tiny_proposal):
+    """What went wrong stands in the site's log; nothing of it is in the bytes of the reply."""
+    dataset_of(site, tiny_proposal).write_bytes(b"PatientID 4711 in /export/doe.dcm")
+    for request in (warmup, train):
+        reply = answer(site, request)
+        frame = pack_reply(reply)
+        assert frame == pack_reply(Reply(request.kind, request.run_id, request.round, reply.refusal))
+        assert reply.refusal in (RefusalCode.NO_DATA, RefusalCode.INTERNAL)
+        for secret in (b"4711", b"doe", b"dataset", str(site.home.folder).encode()):
+            assert secret not in frame
 
 
 def test_replies_of_a_run_whose_name_begins_like_another_are_kept_apart(site, train):
@@ -303,154 +287,37 @@ def test_over_budget_is_refused_before_data_is_loaded(site, warmup, train, tiny_
     assert (charged(site), len(released(site))) == (4, 4)
 
 
-def test_two_runs_in_parallel_share_one_budget(tiny_home, warmup, train):
-    replies = {"run-1": [], "run-2": []}
-
-    def run(name):
-        own = open_site(tiny_home)
-        replies[name].append(answer(own, dataclasses.replace(warmup, run_id=name)))
-        for number in (1, 2, 3):
-            replies[name].append(answer(own, dataclasses.replace(train, run_id=name, round=number)))
-
-    threads = [threading.Thread(target=run, args=(name,)) for name in replies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    everything = [reply for part in replies.values() for reply in part]
-    assert len(everything) == 8
-    granted = [reply for reply in everything if reply.refusal is None]
-    assert {reply.refusal for reply in everything} == {None, RefusalCode.OVER_BUDGET}
-    site = open_site(tiny_home)
-    assert charged(site) == len(released(site)) == len(granted)
-    assert max(reply.fields["epsilon_spent"] for reply in granted) == site.ledger.spent(1e-5) <= 8.0
+def with_policy(site, **bounds):
+    return dataclasses.replace(site, policy=site.policy.model_copy(update=bounds))
 
 
-def changed(request, section, **values):
-    tree = json.loads(request.proposal)
-    tree.setdefault(section, {}).update(values)
-    return dataclasses.replace(request, proposal=json.dumps(tree))
+@pytest.mark.parametrize("may_declare", [(), ("name",), ("patients",)])
+def test_a_site_that_may_not_declare_says_nothing(site, warmup, train, may_declare):
+    silent = with_policy(site, may_declare=may_declare)
+    for request in (Request(Kind.HELLO, "run-1", 0, ""), warmup, train):
+        assert_refused(answer(silent, request), RefusalCode.POLICY)
+    assert (charged(site), released(site)) == (0, ())
 
 
-def with_arrays(request, change):
-    arrays = dict(request.arrays)
-    change(arrays)
-    return dataclasses.replace(request, arrays=arrays)
+@pytest.mark.parametrize("kind", [Kind.WARMUP, Kind.TRAIN])
+def test_a_reply_over_the_byte_bound_is_refused_before_it_is_charged(site, warmup, train, weights, kind):
+    request, arrays = (train, weights) if kind is Kind.TRAIN else (warmup, {})
+    bound = sum(array.nbytes for array in arrays.values()) or 2 * feature_dim(feature_map(28)) * 4
+    assert_refused(answer(with_policy(site, max_reply_bytes=bound - 1), request), RefusalCode.POLICY)
+    assert (charged(site), released(site)) == (0, ())
+    assert answer(with_policy(site, max_reply_bytes=bound), request).refusal is None
 
 
-def poisoned(arrays, value):
-    name = "discriminator.last.bias"
-    arrays[name] = np.full_like(arrays[name], value)
-
-
-BIAS = "discriminator.last.bias"
-HOSTILE_TRAIN = {
-    "epsilon above the policy": lambda r: changed(r, "privacy", epsilon=8.1),
-    "epsilon without end": lambda r: changed(r, "privacy", epsilon=1e300),
-    "another delta": lambda r: changed(r, "privacy", delta=2e-5),
-    "delta of nearly one": lambda r: changed(r, "privacy", delta=0.999),
-    "delta of nearly nothing": lambda r: changed(r, "privacy", delta=1e-300),
-    "a noise multiplier of its own": lambda r: changed(r, "privacy", noise_multiplier=0.0),
-    "clip norm of 1e9": lambda r: changed(r, "privacy", max_grad_norm=1e9),
-    "clip norm of nearly nothing": lambda r: changed(r, "privacy", max_grad_norm=1e-30),
-    "51 images per patient": lambda r: changed(r, "privacy", images_per_patient=51),
-    "more patients than declared": lambda r: changed(r, "privacy", min_patients=41),
-    "a batch that no float holds": lambda r: changed(r, "privacy", batch_patients=10**400),
-    "1e9 steps": lambda r: changed(r, "train", steps_per_round=10**9),
-    "more steps than the policy": lambda r: changed(r, "train", steps_per_round=1001),
-    "a generator batch that fits no memory": lambda r: changed(r, "train", generator_batch=10**12),
-    "too many rounds": lambda r: changed(r, "federation", rounds=501),
-    "1e9 rounds": lambda r: changed(r, "federation", rounds=10**9),
-    "no rounds": lambda r: changed(r, "federation", rounds=0),
-    "unknown model": lambda r: changed(r, "model", name="diffusion"),
-    "a model's path": lambda r: changed(r, "model", name="../../etc"),
-    "huge model": lambda r: changed(r, "model", generator_width=10**6),
-    "other model": lambda r: changed(r, "model", name="dcgan"),
-    "no classes": lambda r: changed(r, "image", classes=[]),
-    "one class more": lambda r: changed(r, "image", classes=["clear", "opacity", "nodule"]),
-    "unknown section": lambda r: changed(r, "secrets", key="x"),
-    "simulation": lambda r: changed(r, "simulation", data="/"),
-    "proposal of 1 MB": lambda r: dataclasses.replace(r, proposal=r.proposal + " " * 10**6),
-    "no proposal": lambda r: dataclasses.replace(r, proposal=""),
-    "proposal is no JSON": lambda r: dataclasses.replace(r, proposal=r.proposal[:-1]),
-    "proposal is a list": lambda r: dataclasses.replace(r, proposal="[]"),
-    "proposal is deep": lambda r: dataclasses.replace(r, proposal="[" * 60_000),
-    "proposal is no text": lambda r: dataclasses.replace(r, proposal="\ud800"),
-    "round 0": lambda r: dataclasses.replace(r, round=0),
-    "round 4 of 3": lambda r: dataclasses.replace(r, round=4),
-    "round -1": lambda r: dataclasses.replace(r, round=-1),
-    "round 10^100": lambda r: dataclasses.replace(r, round=10**100),
-    "NaN weights": lambda r: with_arrays(r, lambda arrays: poisoned(arrays, np.nan)),
-    "infinite weights": lambda r: with_arrays(r, lambda arrays: poisoned(arrays, -np.inf)),
-    "no weights": lambda r: dataclasses.replace(r, arrays={}),
-    "a missing array": lambda r: with_arrays(r, lambda arrays: arrays.pop(BIAS)),
-    "an extra array": lambda r: with_arrays(r, lambda arrays: arrays.update(extra=np.zeros(1, np.float32))),
-    "a huge array": lambda r: with_arrays(r, lambda arrays: arrays.update({BIAS: np.zeros(10**7, np.float32)})),
-    "an array of another shape": lambda r: with_arrays(r, lambda arrays: arrays.update({BIAS: arrays[BIAS][None]})),
-    "an array of doubles": lambda r: with_arrays(r, lambda arrays: arrays.update({BIAS: np.zeros(1)})),
-    "an array of texts": lambda r: with_arrays(r, lambda arrays: arrays.update({BIAS: np.array(["x"])})),
-    "another setting": lambda r: dataclasses.replace(r, settings={**r.settings, "seed": 1}),
-}
-HOSTILE_WARMUP = {
-    "share of 0": lambda r: changed(r, "warmup", share=0.0),
-    "share of 1": lambda r: changed(r, "warmup", share=1.0),
-    "warm-up in round 1": lambda r: dataclasses.replace(r, round=1),
-    "warm-up with weights": lambda r: dataclasses.replace(r, arrays={"w": np.zeros(1, np.float32)}),
-    "warm-up with settings": lambda r: dataclasses.replace(r, settings={"d_steps_per_g_step": 1}),
-    "warm-up above the policy": lambda r: changed(r, "privacy", epsilon=9.0),
-}
-RUN_IDS = ["", "a/b", "../../x", "a.b", "A", "a b", "a\n", "ü", "a" * 65, "*", "\0", "\ud800"]
-D_STEPS = [None, 0, -1, 5001, 10**9, 1.0, 2.5, True, "1", float("nan"), [1], {}]
-
-
-def assert_costs_nothing(site, request):
-    reply = answer(site, request)
-    assert reply.refusal in (RefusalCode.POLICY, RefusalCode.BAD_REQUEST, RefusalCode.NO_DATA)
-    assert_refused(reply, reply.refusal)
-    assert (reply.kind, reply.run_id, reply.round) == (request.kind, request.run_id, request.round)
-    assert (charged(site), released(site), list(site.home.replies.iterdir())) == (0, (), [])
-
-
-@pytest.mark.parametrize("how", HOSTILE_TRAIN)
-def test_codes_only_and_no_charge_for_a_hostile_round(site, train, how):
-    assert_costs_nothing(site, HOSTILE_TRAIN[how](train))
-
-
-@pytest.mark.parametrize("how", HOSTILE_WARMUP)
-def test_codes_only_and_no_charge_for_a_hostile_warmup(site, warmup, how):
-    assert_costs_nothing(site, HOSTILE_WARMUP[how](warmup))
-
-
-@pytest.mark.parametrize("run_id", RUN_IDS)
-def test_codes_only_and_no_charge_for_a_hostile_run_id(site, train, warmup, run_id):
-    for request in (train, warmup):
-        assert_costs_nothing(site, dataclasses.replace(request, run_id=run_id))
-
-
-@pytest.mark.parametrize("d_steps", D_STEPS, ids=repr)
-def test_codes_only_and_no_charge_for_hostile_d_steps(site, train, d_steps):
-    settings = {} if d_steps is None else {"d_steps_per_g_step": d_steps}
-    assert_costs_nothing(site, dataclasses.replace(train, settings=settings))
-
-
-def test_weights_made_to_overflow_are_harmless(site, train, weights):
-    """They are finite, so they are taken; the answer is released or refused, and charged in both cases."""
-    loud = {name: np.full_like(array, 3e38) for name, array in weights.items()}
-    reply = answer(site, dataclasses.replace(train, arrays=loud))
-    assert reply.refusal in (None, RefusalCode.INTERNAL)
-    assert charged(site) == 1
-    assert [entry.size_bytes > 0 for entry in released(site)] == [reply.refusal is None]
-    assert answer(site, dataclasses.replace(train, arrays=loud)).refusal == reply.refusal  # no second try
-
-
-@pytest.mark.slow
-def test_sample_rate_of_one_is_paid_for(site, warmup, train):
-    everybody = changed(train, "privacy", batch_patients=4000)
-    assert answer(site, changed(warmup, "privacy", batch_patients=4000)).refusal is None
-    for number in (1, 2, 3):
-        assert answer(site, dataclasses.replace(everybody, round=number)).refusal is None
-    assert {charge.sample_rate for charge in site.ledger.charges} == {1.0}
-    assert site.ledger.spent(1e-5) <= 8.0
+def test_the_policy_is_asked_before_anything_is_computed_or_read(site, warmup, train, tiny_proposal):
+    """What the policy refuses is refused for that reason, whatever else is wrong: no data, no weights, a plan that
+    would take minutes or could not be made."""
+    dataset_of(site, tiny_proposal).unlink()
+    for request in (warmup, dataclasses.replace(train, arrays={})):
+        endless = changed(changed(request, "train", steps_per_round=100_000), "federation", rounds=100_000)
+        for refused in (endless, changed(request, "privacy", epsilon=8.1), changed(request, "model", name="dcgan")):
+            narrow = with_policy(site, allowed_models=("mlp",))
+            assert_refused(answer(narrow, refused), RefusalCode.POLICY)
+    assert (charged(site), released(site)) == (0, ())
 
 
 @pytest.mark.parametrize("left", [[], ["ledger.lock"], ["ledger.jsonl"], ["ledger.lock", "ledger.jsonl"]])
@@ -464,81 +331,3 @@ def test_a_deleted_ledger_stops_the_agent(tiny_home, warmup, left, used):
     with pytest.raises(StorageError, match="backup"):
         open_site(tiny_home)
     assert "ledger.head.json" not in {path.name for path in tiny_home.ledger.iterdir()}
-
-
-# forks one agent for each line it reads, so that imports are paid for once; each answers rounds until it is killed
-NURSERY = """
-import os, sys
-from pathlib import Path
-import numpy as np
-import torch
-torch.set_num_threads(1)
-from client.agent import answer, open_site
-from client.home import Home
-from client.journal import content_digest
-from common.config import parse_proposal
-from common.messages import Kind, Request
-from common.privacy import plan
-home, text = Home(Path(sys.argv[1])), sys.argv[2]
-with np.load(sys.argv[3], allow_pickle=False) as arrays:
-    weights = dict(arrays)
-plan(parse_proposal(text), 40)  # remembered, so that a victim has time for rounds
-for line in sys.stdin:
-    receive, send = os.pipe()
-    victim = os.fork()
-    if victim:
-        os.write(1, f"born {victim}\\n".encode())
-        os.write(send, b"!")
-        os.waitpid(victim, 0)
-        os.write(1, b"dead\\n")
-        os.close(receive)
-        os.close(send)
-        continue
-    os.read(receive, 1)
-    site = open_site(home)
-    for number in range(int(line), 400):
-        reply = answer(site, Request(Kind.TRAIN, "run-1", number, text, {"d_steps_per_g_step": 1}, weights))
-        os.write(1, f"{number} {reply.refusal or content_digest(reply)}\\n".encode())
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_loses_no_charge_and_no_release(tiny_home, train, tiny_proposal, weights, tmp_path):
-    long = changed(changed(train, "federation", rounds=400), "train", steps_per_round=1)
-    long = changed(long, "warmup", share=0.0)
-    np.savez(tmp_path / "weights.npz", **weights)
-    nursery = subprocess.Popen(
-        [sys.executable, "-c", NURSERY, str(tiny_home.folder), long.proposal, str(tmp_path / "weights.npz")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    moment, printed = random.Random(11), {}
-    for attempt in range(60):
-        if attempt >= 15 and len(printed) >= 8:  # enough kills and enough rounds
-            break
-        nursery.stdin.write(f"{max(printed, default=0) + 1}\n")
-        nursery.stdin.flush()
-        victim = int(nursery.stdout.readline().removeprefix("born "))
-        time.sleep(moment.uniform(0.0, 0.8 + 0.1 * attempt))  # longer and longer, for a slow machine gets there too
-        os.kill(victim, signal.SIGKILL)
-        for line in nursery.stdout:
-            if "dead" in line:
-                break
-            number, digest = line.split()
-            printed[int(number)] = digest
-        site = open_site(tiny_home)
-        in_journal = {entry.round: entry.sha256 for entry in released(site)}
-        in_ledger = [entry.request.round for entry in site.ledger.entries]
-        assert printed.items() <= in_journal.items()
-        assert set(in_journal) <= set(in_ledger)
-        assert len(in_ledger) == len(set(in_ledger)) <= len(in_journal) + 1
-        if printed:
-            last = max(printed)
-            again = answer(site, dataclasses.replace(long, round=last))
-            assert content_digest(again) == printed[last]
-            assert len(open_site(tiny_home).ledger.entries) == len(in_ledger)
-    nursery.communicate(timeout=30)
-    assert len(printed) >= 8

@@ -4,11 +4,16 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+import torch
 
-from client.journal import Release, append, check_egress, content_digest, entries, release_schema
+from client.journal import Release, append, check_egress, content_digest, entries, release_schema, reply_shapes
+from common.config import Proposal
 from common.crypto import SigningKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
+from common.features import feature_dim, feature_map
 from common.messages import Kind, Reply
+from common.models import build
+from common.weights import get_weights
 
 KEY = SigningKey.from_bytes(bytes(range(32)))
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -99,6 +104,47 @@ def test_a_refusal_carries_nothing_but_its_code():
     refused(train_reply(refusal=RefusalCode.NO_DATA))
     refused(Reply(Kind.TRAIN, "run", 1, RefusalCode.NO_DATA, {"reason": "KeyError"}), Release({}, {"reason": str}))
     refused(train_reply(refusal=RefusalCode.NO_DATA, fields={}))
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+@pytest.mark.parametrize("kind", Kind)
+def test_closed_list_keeps_out_of_an_error_reply(kind, what):
+    name, value = FORBIDDEN[what]
+    for fields, arrays in (({name: value}, {}), ({}, {name: np.ones(3, np.float32)})):
+        reply = Reply(kind, "run", 0, RefusalCode.INTERNAL, fields, arrays)
+        assert str(value) not in refused(reply, release_schema(kind, {}))
+        assert str(value) not in refused(reply, Release({name: ((3,), "float32")}, {name: type(value)}))
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+@pytest.mark.parametrize("kind", Kind)
+def test_closed_list_holds_nothing_forbidden_for_any_kind(kind, what):
+    name, value = FORBIDDEN[what]
+    schema = release_schema(kind, {"embedding": (2, 3)})
+    assert name not in schema.fields
+    values = {int: 1, float: 1.0, str: "st-mary"}
+    fields = {known: values[expected] for known, expected in schema.fields.items()}
+    arrays = {"embedding": np.ones((2, 3), np.float32)}
+    check_egress(Reply(kind, "run", 0, None, fields, arrays), schema)
+    refused(Reply(kind, "run", 0, None, {**fields, name: value}, arrays), schema)
+    refused(Reply(kind, "run", 0, None, fields, {**arrays, name: np.ones(1, np.float32)}), schema)
+
+
+def test_bounded_to_the_byte():
+    assert ALLOWED.size_bytes == 36
+    check_egress(train_reply(), ALLOWED, 36)
+    with pytest.raises(PolicyRefusal, match=r"36 bytes are more than max_reply_bytes=35") as caught:
+        check_egress(train_reply(), ALLOWED, 35)
+    assert caught.value.code is RefusalCode.INTERNAL
+
+
+def test_shapes_of_a_reply_follow_from_public_values_alone():
+    proposal = Proposal.model_validate({"image": {"size": 28, "classes": ("a", "b", "c")}})
+    pair = build(proposal.model, proposal.image, 3, torch.Generator().manual_seed(0))
+    shapes = reply_shapes(proposal, pair)
+    assert {name: array.shape for name, array in get_weights(pair).items()} == shapes
+    ((name, (classes, dim)),) = reply_shapes(proposal, None).items()
+    assert (name, classes, dim) == ("embedding", 3, feature_dim(feature_map(28)))
 
 
 def test_digest_sees_every_part_and_no_order():

@@ -66,7 +66,7 @@ for line in sys.stdin:
         os.close(send)
         continue
     os.read(receive, 1)
-    ledger = open_ledger(Path(sys.argv[1]), SigningKey.from_bytes(bytes(range(32))))
+    ledger = open_ledger(Path(sys.argv[1]), SigningKey.from_bytes(bytes(range(32))), Path(sys.argv[2]))
     for number in range(int(line), int(line) + 10_000):
         request = ChargeRequest("run", number, Kind.TRAIN, f"{number:064x}")
         ledger.charge(request, Charge(50.0, 1.0, 1), 1e9, 1e-5)
@@ -205,7 +205,7 @@ def test_tampering_is_seen_with_a_recomputed_chain(three, tmp_path_factory):
     with pytest.raises(StorageError, match="not signed by this site's key"):
         open_ledger(three, KEY)
     (three / "ledger.head.json").write_bytes((forged / "ledger.head.json").read_bytes())
-    with pytest.raises(StorageError, match="head file is not this site's"):
+    with pytest.raises(StorageError, match=r"head file .* is not this site's"):
         open_ledger(three, KEY)
 
 
@@ -259,6 +259,130 @@ def test_torn_line_beyond_the_head_is_dropped(three, keep):
     assert len(lines_of(three)) == 3
     ledger.charge(request(4), ROUND, 10.0, DELTA)
     assert len(read_ledger(three, KEY.verify_key).entries) == 4
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Return the folder of a ledger of three charges, and the copy of its head."""
+    folder, copy = tmp_path / "ledger", tmp_path / "elsewhere.json"
+    folder.mkdir()
+    ledger = open_ledger(folder, KEY, copy)
+    for number in (1, 2, 3):
+        ledger.charge(request(number), ROUND, 10.0, DELTA)
+    return folder, copy
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def put_back(files):
+    for path, content in files.items():
+        path.write_bytes(content)
+
+
+def test_the_copy_of_the_head_moves_with_every_charge(copied):
+    folder, copy = copied
+    assert copy.read_bytes() == (folder / "ledger.head.json").read_bytes()
+    assert json.loads(copy.read_bytes())["number"] == 3
+    assert copy.stat().st_mode & 0o077 == 0
+    assert open_ledger(folder, KEY, copy).entries == read_ledger(folder, KEY.verify_key, copy).entries
+
+
+@pytest.mark.parametrize("newer", [1, 2])
+def test_roll_back_is_seen(copied, newer):
+    """All files of the ledger put back together: without the copy it cannot be seen, with it it is."""
+    folder, copy = copied
+    older = files_of(folder)
+    ledger = open_ledger(folder, KEY, copy)
+    for number in range(4, 4 + newer):
+        ledger.charge(request(number), ROUND, 10.0, DELTA)
+    put_back(older)
+    assert len(open_ledger(folder, KEY).entries) == 3
+    before = copy.read_bytes()
+    for look in (lambda: open_ledger(folder, KEY, copy), lambda: read_ledger(folder, KEY.verify_key, copy)):
+        with pytest.raises(StorageError, match=rf"copy .* says {3 + newer} lines and the file has 3.*an older state"):
+            look()
+    assert copy.read_bytes() == before
+    with pytest.raises(StorageError, match="cut or replaced"):
+        ledger.charge(request(9), ROUND, 10.0, DELTA)
+
+
+def test_roll_back_is_seen_to_the_empty_ledger(copied):
+    folder, copy = copied
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(StorageError, match=r"copy .* says 3 lines and the file has 0"):
+        open_ledger(folder, KEY, copy)
+
+
+def test_roll_back_is_seen_when_another_branch_was_charged(copied):
+    folder, copy = copied
+    older = files_of(folder)
+    open_ledger(folder, KEY, copy).charge(request(4), ROUND, 10.0, DELTA)
+    put_back(older)
+    open_ledger(folder, KEY).charge(request(5), ROUND, 10.0, DELTA)  # by an agent that was told of no copy
+    with pytest.raises(StorageError, match="does not fit"):
+        open_ledger(folder, KEY, copy)
+
+
+def test_a_missing_old_or_foreign_copy_is_refused_and_says_what_to_do(copied):
+    folder, copy = copied
+    newest = copy.read_bytes()
+    copy.unlink()
+    for look in (lambda: open_ledger(folder, KEY, copy), lambda: read_ledger(folder, KEY.verify_key, copy)):
+        with pytest.raises(StorageError, match=r"is missing\. Mount its disk.*ledger\.head\.json there"):
+            look()
+    assert not copy.exists()
+    copy.write_bytes((folder / "ledger.head.json").read_bytes())  # what the message says
+    ledger = open_ledger(folder, KEY, copy)
+    for number in (4, 5):
+        ledger.charge(request(number), ROUND, 10.0, DELTA)
+    copy.write_bytes(newest)  # two behind: no crash leaves that
+    with pytest.raises(StorageError, match=r"copy .* does not fit"):
+        open_ledger(folder, KEY, copy)
+    for content in (b"", b"{}", b"[" * 9000, newest.replace(b'"number":3', b'"number":5')):
+        copy.write_bytes(content)
+        with pytest.raises(StorageError, match="is not this site's"):
+            open_ledger(folder, KEY, copy)
+
+
+@pytest.mark.parametrize("written", [(), ("line",), ("line", "copy"), ("line", "copy", "head")])
+def test_no_crash_blocks_at_any_point_of_a_charge(copied, written):
+    folder, copy = copied
+    paths = {"line": folder / "ledger.jsonl", "copy": copy, "head": folder / "ledger.head.json"}
+    before = {name: path.read_bytes() for name, path in paths.items()}
+    open_ledger(folder, KEY, copy).charge(request(4), ROUND, 10.0, DELTA)
+    after = paths["head"].read_bytes()
+    for name in set(paths) - set(written):
+        paths[name].write_bytes(before[name])
+    expected = 4 if written else 3
+    assert len(read_ledger(folder, KEY.verify_key, copy).entries) == expected
+    assert len(open_ledger(folder, KEY, copy).entries) == expected
+    assert paths["head"].read_bytes() == copy.read_bytes() == (after if written else before["head"])
+
+
+def test_no_crash_blocks_between_the_first_copy_and_the_first_head(tmp_path):
+    copy = tmp_path / "copy.json"
+    (tmp_path / "ledger").mkdir()
+    open_ledger(tmp_path / "ledger", KEY, copy)
+    (tmp_path / "ledger" / "ledger.head.json").unlink()
+    open_ledger(tmp_path / "ledger", KEY, copy).charge(request(1), ROUND, 10.0, DELTA)
+    assert len(read_ledger(tmp_path / "ledger", KEY.verify_key, copy).entries) == 1
+
+
+def test_nothing_is_told_while_the_copy_cannot_be_written(copied):
+    folder, copy = copied
+    ledger = open_ledger(folder, KEY, copy)
+    content = copy.read_bytes()
+    copy.unlink()
+    for number in (4, 5):
+        with pytest.raises(StorageError, match="is missing"):
+            ledger.charge(request(number), ROUND, 10.0, DELTA)
+    assert len(lines_of(folder)) == 3
+    copy.write_bytes(content)
+    ledger.charge(request(4), ROUND, 10.0, DELTA)
+    assert json.loads(copy.read_bytes())["number"] == 4
 
 
 def test_verify_without_a_ledger(tmp_path):
@@ -319,11 +443,13 @@ def test_after_a_failed_append_the_same_ledger_goes_on(three):
 
 
 @pytest.mark.slow
-def test_never_undercounts_under_kill_9(tmp_path):
+def test_never_undercounts_under_kill_9(tmp_path, tmp_path_factory):
+    """And `no_crash_blocks`: with a copy of the head, the next open always goes through."""
+    copy = tmp_path_factory.mktemp("elsewhere") / "head.json"
     moment = random.Random(7)
     acknowledged: set[int] = set()
     nursery = subprocess.Popen(
-        [sys.executable, "-c", NURSERY, str(tmp_path)],
+        [sys.executable, "-c", NURSERY, str(tmp_path), str(copy)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -341,7 +467,8 @@ def test_never_undercounts_under_kill_9(tmp_path):
             if "dead" in line:  # what the victim said of its last charge may be torn
                 break
             acknowledged.add(int(line))
-        entries = open_ledger(tmp_path, KEY).entries
+        entries = open_ledger(tmp_path, KEY, copy).entries
+        assert json.loads(copy.read_bytes())["number"] == len(entries)
         assert acknowledged <= {entry.request.round for entry in entries}
         assert len(entries) <= len(acknowledged) + attempt + 1  # at most one untold charge for each kill
     nursery.communicate(timeout=30)

@@ -1,8 +1,9 @@
 import dataclasses
+import tomllib
 
 import pytest
 
-from client.policy import Policy, check, load, save
+from client.policy import Policy, check_hello, check_plan, check_proposal, check_reply, load, save
 from common.config import Proposal
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.privacy import Plan
@@ -18,8 +19,15 @@ def proposed(**sections):
     return Proposal.model_validate(tree)
 
 
+def policy(**changes):
+    return POLICY.model_copy(update=changes)
+
+
 def test_what_fits_passes():
-    check(POLICY, Proposal(), PLAN)
+    check_hello(POLICY)
+    check_proposal(POLICY, Proposal())
+    check_plan(POLICY, PLAN)
+    check_reply(POLICY, POLICY.max_reply_bytes)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +45,7 @@ def test_what_fits_passes():
 )
 def test_a_proposal_over_a_bound_is_refused(sections, words):
     with pytest.raises(PolicyRefusal) as caught:
-        check(POLICY, proposed(**sections), PLAN)
+        check_proposal(POLICY, proposed(**sections))
     assert caught.value.code is RefusalCode.POLICY
     for word in words:
         assert word in str(caught.value)
@@ -50,30 +58,79 @@ def test_a_proposal_over_a_bound_is_refused(sections, words):
         ({"train_noise_multiplier": 0.49}, "noise multiplier of the training=0.49"),
         ({"train_noise_multiplier": float("nan")}, "noise multiplier of the training"),
         ({"epsilon": 10.2}, "epsilon of the plan"),
+        ({"sample_rate": 0.51}, r"sample rate=0.51 <= 0.5 \(max_sample_rate\)"),
+        ({"sample_rate": float("nan")}, "sample rate"),
         ({"declared_patients": 400}, "declared_patients of the plan=400"),
     ],
 )
 def test_a_plan_over_a_bound_is_refused(change, word):
     with pytest.raises(PolicyRefusal, match=word):
-        check(POLICY, Proposal(), dataclasses.replace(PLAN, **change))
+        check_plan(POLICY, dataclasses.replace(PLAN, **change))
 
 
 def test_plans_without_warmup_or_rounds_pass():
-    check(POLICY, Proposal(), dataclasses.replace(PLAN, warmup_noise_multiplier=None))
-    check(POLICY, Proposal(), dataclasses.replace(PLAN, train_noise_multiplier=None))
+    check_plan(POLICY, dataclasses.replace(PLAN, warmup_noise_multiplier=None))
+    check_plan(POLICY, dataclasses.replace(PLAN, train_noise_multiplier=None))
 
 
-def test_min_patients_of_the_site_and_its_models_bind():
-    strict = POLICY.model_copy(update={"min_patients": 300, "allowed_models": ("mlp",)})
-    with pytest.raises(PolicyRefusal, match="min_patients"):
-        check(strict, Proposal(), PLAN)
-    with pytest.raises(PolicyRefusal, match=r"model\.name=dcgan in mlp"):
-        check(strict.model_copy(update={"min_patients": 20}), Proposal(), PLAN)
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ({"min_patients": 300}, "min_patients"),
+        ({"allowed_models": ("mlp",)}, r"model\.name=dcgan in mlp \(allowed_models\)"),
+        ({"allowed_models": ()}, r"model\.name=dcgan in nothing"),
+        ({"allowed_image_sizes": (28, 64)}, r"image\.size=32 in 28, 64 \(allowed_image_sizes\)"),
+        ({"max_rounds": 7}, "max_rounds"),
+        ({"max_steps_per_round": 11}, "max_steps_per_round"),
+    ],
+)
+def test_what_the_site_narrows_binds(bounds, words):
+    with pytest.raises(PolicyRefusal, match=words):
+        check_proposal(policy(**bounds), Proposal())
+
+
+def test_everybody_in_every_step_only_where_the_policy_says_so():
+    everybody = dataclasses.replace(PLAN, sample_rate=1.0)
+    with pytest.raises(PolicyRefusal, match="max_sample_rate"):
+        check_plan(POLICY, everybody)
+    check_plan(policy(max_sample_rate=1.0), everybody)
+    check_plan(POLICY, dataclasses.replace(everybody, train_noise_multiplier=None, steps=0))  # the warm-up alone
+
+
+@pytest.mark.parametrize("may_declare", [(), ("name",), ("patients",)])
+def test_without_leave_to_declare_the_site_says_nothing_and_takes_part_in_nothing(may_declare):
+    silent = policy(may_declare=may_declare)
+    for call in (lambda: check_hello(silent), lambda: check_proposal(silent, Proposal())):
+        with pytest.raises(PolicyRefusal, match="may_declare") as caught:
+            call()
+        assert caught.value.code is RefusalCode.POLICY
+
+
+def test_a_reply_may_not_be_larger_than_the_bound():
+    with pytest.raises(PolicyRefusal, match=r"bytes of the reply=1001 <= 1000 \(max_reply_bytes\)"):
+        check_reply(policy(max_reply_bytes=1000), 1001)
 
 
 def test_round_trip(tmp_path):
+    narrowed = policy(may_declare=(), allowed_image_sizes=(64,), max_sample_rate=0.25)
+    for given in (POLICY, narrowed):
+        save(tmp_path / "policy.toml", given)
+        assert load(tmp_path / "policy.toml") == given
+
+
+def test_every_key_is_explained_in_the_file_itself(tmp_path):
     save(tmp_path / "policy.toml", POLICY)
-    assert load(tmp_path / "policy.toml") == POLICY
+    text = (tmp_path / "policy.toml").read_text()
+    assert list(tomllib.loads(text)) == list(Policy.model_fields)
+    assert max(map(len, text.splitlines())) <= 120
+    paragraphs = [part.splitlines() for part in text.split("\n\n")[1:]]
+    for name, (*comment, key) in zip(Policy.model_fields, paragraphs, strict=True):
+        assert key.startswith(f"{name} = ")
+        assert comment
+        said = " ".join(line.removeprefix("# ") for line in comment)
+        assert all(line.startswith("# ") for line in comment)
+        assert said == " ".join((Policy.model_fields[name].description or "").split())
+        assert len(said) > 20
 
 
 def written(tmp_path, text):
@@ -97,6 +154,12 @@ BASE = 'site = "a"\ndeclared_patients = 100\nmax_epsilon = 3.0\ndelta = 1e-5\n'
         ("site = ", "not TOML"),
         ('site = "a"\n', "max_epsilon"),
         (BASE + 'allowed_models = ["resnet"]\n', "allowed_models"),
+        (BASE + "allowed_image_sizes = [48]\n", "allowed_image_sizes"),
+        (BASE + 'may_declare = ["labels"]\n', "may_declare"),
+        (BASE + "max_sample_rate = 0.0\n", "max_sample_rate"),
+        (BASE + "max_sample_rate = 1.5\n", "max_sample_rate"),
+        (BASE + "max_sample_rate = nan\n", "max_sample_rate"),
+        (BASE + "max_reply_bytes = -1\n", "max_reply_bytes"),
         ("#" * 70_000, "at most"),
     ],
 )

@@ -2,9 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections import Counter
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,11 +12,13 @@ import torch
 from scipy import stats
 
 from client.dp import private_gradient, private_optimizer
+from client.draw import draw_patients
 from client.intake import Dataset
-from client.train import draw_patients, generator_step, train_round
-from common.config import Proposal
+from client.train import generator_step, train_round
+from common.config import PrivacyConfig, Proposal
 from common.crypto import KeyStream
 from common.models import build
+from common.noise import gaussian
 from common.privacy import Plan
 
 KEY = bytes(range(32))
@@ -49,11 +51,6 @@ def numbered(counts, size=2):
     return Dataset(images, patients % 2, patients)
 
 
-def drawn_from(batch):
-    grey = ((batch.images + 1) * 127.5).round().int()
-    return grey[:, 0, 0, 0].tolist(), grey[:, 0, 0, 1].tolist()
-
-
 def proposed(**train):
     return PROPOSAL.model_copy(update={"train": PROPOSAL.train.model_copy(update=train)})
 
@@ -67,54 +64,12 @@ def weights(network):
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-def test_all_images_of_one_row():
-    batch = draw_patients(numbered([3, 1, 5, 2]), 1.0, 50, KeyStream(KEY))
-    patients, numbers = drawn_from(batch)
-    assert batch.patients.tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3]
-    assert patients == batch.patients.tolist()
-    assert numbers == [0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1]
-    assert batch.labels.tolist() == [patient % 2 for patient in patients]
-
-
-def test_all_images_of_one_row_when_few_are_drawn():
-    stream, dataset = KeyStream(KEY), numbered([3, 1, 5, 2] * 5)
-    for _ in range(100):
-        batch = draw_patients(dataset, 0.3, 2, stream)
-        patients, _ = drawn_from(batch)
-        rows = batch.patients.tolist()
-        assert sorted(set(rows)) == list(range(batch.number_of_patients))
-        assert len(set(zip(rows, patients, strict=True))) == len(set(rows)) == len(set(patients))
-        assert max(Counter(rows).values(), default=0) <= 2
-
-
-def test_poisson_rate_of_one_takes_everybody_and_grey_levels_are_scaled():
-    batch = draw_patients(numbered([1] * 256), 1.0, 1, KeyStream(KEY))
-    assert batch.number_of_patients == 256
-    assert batch.images.min() == -1
-    assert batch.images.max() == 1
-
-
-def test_poisson_with_a_tiny_rate_is_empty():
-    batch = draw_patients(numbered([2] * 5), 1e-9, 1, KeyStream(KEY))
-    assert (batch.number_of_patients, tuple(batch.images.shape)) == (0, (0, 1, 2, 2))
-    assert (len(batch.labels), len(batch.patients)) == (0, 0)
-
-
 def test_training_goes_on_with_empty_batches():
     before = fresh_pair()
     trained = one_round(plan=dataclasses.replace(PLAN, sample_rate=1e-9))
     assert torch.isfinite(weights(trained.pair.discriminator)).all()
     assert not torch.equal(weights(trained.pair.discriminator), weights(before.discriminator))
     assert 0 <= trained.fake_accuracy <= 1
-
-
-def test_images_of_a_patient_are_chosen_uniformly_without_replacement():
-    stream, dataset, draws = KeyStream(KEY), numbered([5]), 3000
-    chosen = Counter(tuple(sorted(drawn_from(draw_patients(dataset, 1.0, 2, stream))[1])) for _ in range(draws))
-    assert set(chosen) == set(combinations(range(5), 2))
-    assert stats.chisquare(list(chosen.values())).pvalue > 0.01
-    skewed = [count + draws / 50 * (0 in pair) for pair, count in chosen.items()]
-    assert stats.chisquare(skewed).pvalue < 0.01
 
 
 def test_generator_step_has_no_parameter_for_a_patient():
@@ -181,7 +136,13 @@ def test_the_noise_of_the_plan_is_the_noise_of_the_round():
     labels = torch.randint(2, (PATIENTS,), generator=stream)
     fakes = pair.generator(torch.randn(PATIENTS, 4, generator=stream), labels).detach()
     silent = private_optimizer(copy.deepcopy(pair.discriminator), proposal.privacy, proposal.train, 0.0, 0.5)
-    private_gradient(silent, draw_patients(dataset, 1.0, 1, KeyStream(KEY)), fakes, labels, KeyStream(KEY))
+    private_gradient(
+        silent,
+        draw_patients(dataset, 1.0, PrivacyConfig(), KeyStream(KEY)),
+        fakes,
+        labels,
+        functools.partial(gaussian, KeyStream(KEY)),
+    )
     total = torch.cat([parameter.grad.flatten() for parameter in silent.discriminator.parameters()])
     trained = train_round(dataset, pair, proposal, everybody, 2, KeyStream(KEY), rng()).pair.discriminator
     turned = ((weights(trained) - start).sign() == total.sign()).double().sum().item()

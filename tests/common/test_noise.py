@@ -5,21 +5,24 @@ import pytest
 import torch
 
 from common.crypto import KeyStream
-from common.noise import bernoulli, gaussian, uniform
+from common.noise import bernoulli, gaussian, to_public_grid, uniform
 
 KEY = bytes(range(32))
 
 
+class Constant:
+    """A stream of one byte, over and over."""
+
+    def __init__(self, byte):
+        self.byte = byte
+
+    def fill(self, buffer):
+        buffer.view(np.uint8)[:] = self.byte
+
+
 def test_uniform_open_interval_at_the_extreme_words():
-    class Extreme:
-        def __init__(self, byte):
-            self.byte = byte
-
-        def fill(self, buffer):
-            buffer.view(np.uint8)[:] = self.byte
-
-    assert uniform(Extreme(0), 1)[0] == 2.0**-53
-    assert uniform(Extreme(255), 1)[0] == 1.0 - 2.0**-53
+    assert uniform(Constant(0), 1)[0] == 2.0**-53
+    assert uniform(Constant(255), 1)[0] == 1.0 - 2.0**-53
 
 
 def test_uniform_law_has_53_bits():
@@ -70,7 +73,9 @@ def test_gaussian_is_reproducible_from_a_passed_stream_and_scales():
 def test_gaussian_never_reused_between_calls():
     stream = KeyStream(KEY)
     draws = torch.cat([gaussian(stream, (1000,), 1.0), gaussian(stream, (1000,), 1.0)])
-    assert len(draws.unique()) > 1990  # a float32 meets another now and then
+    assert len(draws.unique()) == 2000
+    repeated = torch.cat([gaussian(KeyStream(KEY), (1000,), 1.0) for _ in range(2)])
+    assert len(repeated.unique()) == 1000
 
 
 @pytest.mark.parametrize("std", [-1.0, math.nan, math.inf])
@@ -79,10 +84,84 @@ def test_gaussian_refuses_what_is_no_deviation(std):
         gaussian(KeyStream(KEY), (3,), std)
 
 
-def test_each_number_is_a_sum_of_four_independent_normals_over_two():
-    size = 1000  # one chunk: the bytes are read as 2 x 4 x 500 uniforms, radii first
-    words = np.frombuffer(KeyStream(KEY).read(8 * 8 * (size // 2)), dtype="<u8") & np.uint64(2**52 - 1)
-    draws = (words.astype(np.float64) + 0.5).reshape(2, 4, size // 2) * 2.0**-52
+def sums_of_four(words, size):
+    """Compute the noise of one chunk by its definition; the radii are read first."""
+    draws = ((words & np.uint64(2**52 - 1)).astype(np.float64) + 0.5).reshape(2, 4, size // 2) * 2.0**-52
     radius, angle = np.sqrt(-2 * np.log(draws[0])), 2 * np.pi * draws[1]
-    expected = np.concatenate([(radius * np.cos(angle)).sum(axis=0), (radius * np.sin(angle)).sum(axis=0)]) / 2
-    assert np.allclose(gaussian(KeyStream(KEY), (size,), 3.0).numpy(), 3 * expected, rtol=1e-5, atol=1e-6)
+    return np.concatenate([(radius * np.cos(angle)).sum(axis=0), (radius * np.sin(angle)).sum(axis=0)]) / 2
+
+
+def test_each_number_is_a_sum_of_four_independent_normals_over_two():
+    size = 1000
+    words = np.frombuffer(KeyStream(KEY).read(8 * 8 * (size // 2)), dtype="<u8")
+    noise = gaussian(KeyStream(KEY), (size,), 3.0).numpy()
+    assert np.allclose(noise, 3 * sums_of_four(words, size), rtol=0, atol=1e-13)
+    assert not np.allclose(noise, 3 * sums_of_four(np.roll(words, 1), size), rtol=0, atol=1e-13)
+
+
+def test_gaussian_independent_bytes_of_a_pair_move_no_other_number():
+    """Sixty-four bytes belong to numbers 3 and 503 of a chunk of 1000, and to no other."""
+
+    class Changed:
+        def fill(self, buffer):
+            KeyStream(KEY).fill(buffer)
+            buffer.reshape(8, 500)[:, 3] ^= np.uint64(1 << 51)
+
+    moved = gaussian(Changed(), (1000,), 1.0) != gaussian(KeyStream(KEY), (1000,), 1.0)
+    assert moved.nonzero().flatten().tolist() == [3, 503]
+
+
+def test_gaussian_tails_end_at_17_standard_deviations():
+    farthest = gaussian(Constant(0), (1,), 1.0)  # the smallest uniforms: the longest radius, at angle nought
+    assert 17.1 < float(farthest) < 17.2
+    assert abs(float(gaussian(Constant(255), (1,), 1.0))) < 1e-7
+
+
+def test_gaussian_on_a_device_is_what_was_drawn_on_the_cpu():
+    drawn = gaussian(KeyStream(KEY), (1000,), 1.0)
+    assert torch.equal(gaussian(KeyStream(KEY), (1000,), 1.0, torch.device("cpu")), drawn)
+    # the device without storage stands for those that are not there
+    moved = gaussian(KeyStream(KEY), (10, 100), 1.0, torch.device("meta"))
+    assert (moved.device.type, moved.dtype, moved.shape) == ("meta", torch.float64, (10, 100))
+    if torch.cuda.is_available():
+        moved = gaussian(KeyStream(KEY), (1000,), 1.0, torch.device("cuda"))
+        assert moved.is_cuda
+        assert torch.equal(moved.cpu(), drawn)
+
+
+@pytest.mark.parametrize(("std", "step"), [(1.0, 2.0**-16), (1.9, 2.0**-16), (0.4, 2.0**-18), (3e5, 4.0)])
+def test_to_public_grid_on_grid_and_nearest(std, step):
+    noisy = gaussian(KeyStream(KEY), (10_000,), std) + 0.1 * std
+    rounded = to_public_grid(noisy, std)
+    assert torch.equal(rounded % step, torch.zeros(10_000, dtype=torch.float64))
+    assert float((rounded - noisy).abs().max()) <= step / 2
+    assert float((noisy % step).max()) > 0
+
+
+def test_to_public_grid_leaves_what_has_no_noise_and_what_is_not_finite():
+    noisy = torch.tensor([0.1, math.inf, -math.inf, 1e300], dtype=torch.float64)
+    assert torch.equal(to_public_grid(noisy, 0.0), noisy)
+    assert torch.equal(to_public_grid(noisy, 1.0)[1:], noisy[1:])
+
+
+@pytest.mark.parametrize("std", [-1.0, math.nan, math.inf, 1e-300])
+def test_to_public_grid_refuses_what_is_no_deviation(std):
+    with pytest.raises(ValueError, match="std"):
+        to_public_grid(torch.zeros(3, dtype=torch.float64), std)
+
+
+def test_to_public_grid_hides_the_data_where_the_noise_cancels_it():
+    """Haney et al. 2022: where the noise nearly cancels the data, float32 keeps bits that no noise has."""
+    noise = gaussian(KeyStream(KEY).derive("cancels"), (1_000_000,), 1.0)
+    noise = noise[noise.abs() < 2.0**-13]
+    data = -noise + 3 * 2.0**-66  # exact: so small a number has bits down there
+
+    def betrayed(released):
+        return float(((released * 2.0**60) % 1 != 0).double().mean())
+
+    with_data = (noise + data).float().double()
+    assert len(noise) > 50
+    assert betrayed(with_data) == 1
+    assert betrayed(noise.float().double()) < 0.1
+    assert torch.equal(to_public_grid(noise + data, 1.0), torch.zeros_like(noise))
+    assert (to_public_grid(noise, 1.0) == 0).sum() > 3  # what the data's release shows happens without the data too

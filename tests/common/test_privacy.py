@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from common.config import Proposal
 from common.errors import ConfigError
-from common.privacy import MAX_STEPS, Charge, delta_warning, epsilon, epsilon_rdp, noise_for, plan
+from common.privacy import MAX_STEPS, Charge, affordable_rounds, delta_warning, epsilon, epsilon_rdp, noise_for, plan
 
 DELTA = 1e-5
 FEW = settings(deadline=None, derandomize=True, max_examples=8)
@@ -68,6 +68,12 @@ def test_stated_figures_to_the_third_digit(rate, sigma, steps, by_rdp, by_pld):
     assert epsilon([piece], DELTA) == pytest.approx(by_pld, rel=2e-3)  # a finer grid than theirs: 9.307, 9.272, 0.911
 
 
+@pytest.mark.parametrize(("rate", "sigma", "steps", "by_rdp", "by_pld"), STATED)
+def test_stated_figures_by_dp_accounting_alone_to_the_third_digit(rate, sigma, steps, by_rdp, by_pld):
+    """With the library's own grid of 1e-4: what the design states, and what `epsilon` computes finer."""
+    assert fine_pld([Charge(sigma, rate, steps)], 1e-4) == pytest.approx(by_pld, abs=5e-4)
+
+
 @pytest.mark.parametrize(("images", "stated"), [(2, 22.6), (4, 59.9)])
 def test_image_level_accounting_is_wrong_for_patients(images, stated):
     # a patient with k images is drawn about k times as often as the accounting of images believes
@@ -114,6 +120,30 @@ def test_monotone_in_steps_and_rate_and_antitone_in_noise(sigma, rate, steps):
     assert epsilon([Charge(sigma, rate, steps + 5)], DELTA) >= here - small
     assert epsilon([Charge(sigma, rate * 1.3, steps)], DELTA) >= here - small
     assert epsilon([Charge(sigma * 1.1, rate, steps)], DELTA) <= here + small
+
+
+@pytest.mark.slow
+@FEW
+@given(st.lists(charges, min_size=1, max_size=3), charges)
+def test_monotone_after_what_other_runs_charged(before, piece):
+    def cost(sigma, rate, steps):
+        return epsilon([*before, Charge(sigma, rate, steps)], DELTA)
+
+    sigma, rate, steps = piece.noise_multiplier, piece.sample_rate, piece.steps
+    here = cost(sigma, rate, steps)
+    small = 1e-3 * here + 1e-9
+    assert epsilon(before, DELTA) <= here + small
+    assert cost(sigma, rate, steps * 2) >= here - small
+    assert cost(sigma, rate * 1.5, steps) >= here - small
+    assert cost(sigma * 1.5, rate, steps) <= here + small
+
+
+@pytest.mark.slow
+@FEW
+@given(st.lists(charges, min_size=1, max_size=3))
+def test_upper_bound_never_below_dp_accounting_beyond_its_error(pieces):
+    grid = 5e-4  # theirs is rounded upwards too, by up to a width where epsilon is next to nothing
+    assert epsilon(pieces, DELTA) >= fine_pld(pieces, grid) * (1 - 1e-3) - grid
 
 
 @FEW
@@ -207,6 +237,43 @@ def test_noise_for_holds_exactly_and_is_smallest(target, rate, steps, after_warm
 def test_noise_for_says_when_nothing_helps():
     with pytest.raises(ConfigError, match="No noise multiplier"):
         noise_for(1.0, DELTA, 0.3, 100, [Charge(1.0, 1.0, 1)])
+
+
+@pytest.mark.slow
+@settings(deadline=None, derandomize=True, max_examples=10)
+@given(st.lists(charges, max_size=2), charges, st.integers(0, 60), st.floats(0.3, 15.0))
+def test_affordable_rounds_that_many_fit_and_one_more_does_not(before, one_round, rounds, bound):
+    count = affordable_rounds(before, one_round, rounds, bound, DELTA)
+    assert 0 <= count <= rounds
+    if count > 0:
+        assert epsilon([*before, *[one_round] * count], DELTA) <= bound
+    if count < rounds:
+        assert epsilon([*before, *[one_round] * (count + 1)], DELTA) > bound
+
+
+@pytest.mark.parametrize(
+    ("before", "rounds", "bound", "expected"),
+    [
+        ([], 0, 10.0, 0),
+        ([], 8, 10.0, 8),
+        ([], 1000, 10.0, 18),
+        ([Charge(0.67, 1.0, 1)], 1000, 10.0, 8),
+        ([Charge(0.67, 1.0, 1)], 8, 7.0, 0),  # gone already
+        ([Charge(0.67, 1.0, 1)], 8, math.nan, 0),
+        ([], 8, 1e-9, 0),
+    ],
+)
+def test_affordable_rounds_part_of_a_plan(before, rounds, bound, expected):
+    assert affordable_rounds(before, Charge(2.5, 0.32, 12), rounds, bound, DELTA) == expected
+
+
+def test_affordable_rounds_end_where_the_account_ends():
+    faint = Charge(1e6, 1.0, 1000)
+    assert affordable_rounds([], faint, 10**5, 10.0, DELTA) == MAX_STEPS // 1000
+    assert affordable_rounds([Charge(1e6, 1.0, 1)], faint, 10**5, 10.0, DELTA) == MAX_STEPS // 1000 - 1
+    assert affordable_rounds([], Charge(1.0, 0.5, 0), 7, 10.0, DELTA) == 7
+    with pytest.raises(ConfigError, match="delta"):
+        affordable_rounds([], faint, 1, 10.0, 1.0)
 
 
 def test_plan_within_the_proposal_and_deterministic():

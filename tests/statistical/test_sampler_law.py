@@ -1,6 +1,7 @@
 """Law of the patient draw as training uses it: rate, independence between patients and between steps.
 
-A fixed key; tolerances are five standard errors: the right law is accepted and a wrong one rejected in every run.
+Each law is a function that the right draw passes and a broken one does not. A fixed key; tolerances are five standard
+errors: the right law is accepted and a wrong one rejected in every run.
 """
 
 import math
@@ -8,63 +9,94 @@ import math
 import numpy as np
 import pytest
 
+from client.draw import draw_patients
 from client.intake import Dataset
-from client.train import draw_patients
+from common.config import PrivacyConfig
 from common.crypto import KeyStream
 
 PATIENTS, STEPS, RATE = 60, 3000, 0.13
 
 
-@pytest.fixture(scope="module")
-def drawn():
+def draw(rate, steps=STEPS):
     """Return steps x patients: who was drawn when, read from the pixels of the batch; patients have 1 to 3 images."""
     patients = np.repeat(np.arange(PATIENTS), np.arange(PATIENTS) % 3 + 1)
     images = patients.astype(np.uint8).reshape(-1, 1, 1, 1)
     dataset, stream = Dataset(images, np.zeros_like(patients), patients), KeyStream(bytes(32)).derive("sampler")
-    indicators = np.zeros((STEPS, PATIENTS))
-    for step in range(STEPS):
-        batch = draw_patients(dataset, RATE, 1, stream)
+    indicators = np.zeros((steps, PATIENTS))
+    for step in range(steps):
+        batch = draw_patients(dataset, rate, PrivacyConfig(), stream)
         rows = ((batch.images + 1) * 127.5).round().long().flatten().numpy()
         assert len(rows) == len(set(rows.tolist())) == batch.number_of_patients
         indicators[step, rows] = 1
     return indicators
 
 
+@pytest.fixture(scope="module")
+def drawn():
+    return draw(RATE)
+
+
+def fixed_size_batches():
+    """Draw eight patients every time: the rate is nearly right, the law is not."""
+    rng, indicators = np.random.default_rng(0), np.zeros((STEPS, PATIENTS))
+    for step in range(STEPS):
+        indicators[step, rng.permutation(PATIENTS)[:8]] = 1
+    return indicators
+
+
+def includes_everyone_at_rate(indicators):
+    rates, error = indicators.mean(axis=0), math.sqrt(RATE * (1 - RATE) / len(indicators))
+    return np.abs(rates - RATE).max() < 5 * error and abs(rates.mean() - RATE) < 5 * error / math.sqrt(PATIENTS)
+
+
+def patients_are_independent(indicators):
+    largest = np.abs(np.corrcoef(indicators.T)[np.triu_indices(PATIENTS, 1)]).max()
+    return largest < 5 / math.sqrt(len(indicators))
+
+
+def sizes_vary_as_a_binomial(indicators):
+    variance, nobody = PATIENTS * RATE * (1 - RATE), (1 - RATE) ** PATIENTS
+    sizes, steps = indicators.sum(axis=1), len(indicators)
+    spread = abs(sizes.var() - variance) < 5 * variance * math.sqrt(2 / steps)
+    return spread and abs((sizes == 0).mean() - nobody) < 5 * math.sqrt(nobody / steps)
+
+
+def steps_are_independent(indicators):
+    centred, bound = indicators - indicators.mean(axis=0), 5 / math.sqrt(indicators.size)
+    correlations = [(centred[lag:] * centred[:-lag]).sum() / (centred**2).sum() for lag in (1, 2, 7)]
+    return max(map(abs, correlations)) < bound
+
+
 def test_poisson_inclusion_rate_of_every_patient(drawn):
-    rates, error = drawn.mean(axis=0), math.sqrt(RATE * (1 - RATE) / STEPS)
-    assert np.all(np.abs(rates - RATE) < 5 * error)
-    assert np.all(np.abs(rates - 1.5 * RATE) > 5 * error)
-    assert abs(drawn.mean() - RATE) < 5 * error / math.sqrt(PATIENTS)
-    assert abs(drawn.mean() - 1.05 * RATE) > 5 * error / math.sqrt(PATIENTS)
+    assert includes_everyone_at_rate(drawn)
+    assert not includes_everyone_at_rate(draw(1.05 * RATE))
+    favoured = drawn.copy()
+    favoured[:, 7] = np.maximum(favoured[:, 7], drawn[:, 8])
+    assert not includes_everyone_at_rate(favoured)
 
 
 def test_poisson_patients_are_independent(drawn):
-    def largest(indicators):
-        return np.abs(np.corrcoef(indicators.T)[np.triu_indices(PATIENTS, 1)]).max()
-
-    bound = 5 / math.sqrt(STEPS)
-    assert largest(drawn) < bound
+    assert patients_are_independent(drawn)
     tied = drawn.copy()
     tied[:, 1] = np.where(np.arange(STEPS) % 5 == 0, tied[:, 0], tied[:, 1])
-    assert largest(tied) > bound
+    assert not patients_are_independent(tied)
 
 
 def test_poisson_batch_size_varies_as_a_binomial(drawn):
     """Batches of a fixed size, or shuffled epochs, have the right rate and no variance."""
-    variance = PATIENTS * RATE * (1 - RATE)
-    sizes, error = drawn.sum(axis=1), variance * math.sqrt(2 / STEPS)
-    assert abs(sizes.var() - variance) < 5 * error
-    assert variance > 5 * error
-    assert abs((sizes == 0).mean() - (1 - RATE) ** PATIENTS) < 5 * math.sqrt((1 - RATE) ** PATIENTS / STEPS)
+    assert sizes_vary_as_a_binomial(drawn)
+    assert not sizes_vary_as_a_binomial(fixed_size_batches())
+    assert not sizes_vary_as_a_binomial(np.repeat(drawn[:, ::2], 2, axis=1))  # patients drawn two at a time
 
 
 def test_poisson_steps_are_independent(drawn):
-    def correlation(indicators, lag):
-        centred = indicators - indicators.mean(axis=0)
-        return (centred[lag:] * centred[:-lag]).sum() / (centred**2).sum()
+    assert steps_are_independent(drawn)
+    assert not steps_are_independent(np.where(np.arange(STEPS)[:, None] % 20 == 0, np.roll(drawn, 1, axis=0), drawn))
+    assert not steps_are_independent(np.roll(np.repeat(drawn[: STEPS // 2], 2, axis=0), 1, axis=0))
 
-    bound = 5 / math.sqrt(STEPS * PATIENTS)
-    for lag in (1, 2, 7):
-        assert abs(correlation(drawn, lag)) < bound
-    repeated = np.where(np.arange(STEPS)[:, None] % 20 == 0, np.roll(drawn, 1, axis=0), drawn)
-    assert abs(correlation(repeated, 1)) > bound
+
+def test_poisson_small_rate_gives_mostly_empty_batches_and_rate_one_everybody():
+    sizes = draw(0.001, steps=1000).sum(axis=1)
+    nobody = 0.999**PATIENTS
+    assert abs((sizes == 0).mean() - nobody) < 5 * math.sqrt(nobody * (1 - nobody) / 1000)
+    assert draw(1.0, steps=20).all()

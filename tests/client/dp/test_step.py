@@ -1,6 +1,7 @@
 """The private gradient against a plain loop over patients, its sensitivity, its noise and hostile weights."""
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -11,14 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from client.dp import ROWS, Batch, _image_gradients, private_gradient, private_optimizer, private_step
+from client.dp import Batch, private_gradient, private_optimizer, private_step
+from client.dp.contributions import Product
+from client.dp.packing import Chunk
+from client.dp.step import ROWS
 from common.config import ImageConfig, ModelConfig, PrivacyConfig, TrainConfig
 from common.crypto import KeyStream
 from common.models import build
 from common.noise import gaussian
+from simulations.benchmark.memory import peak_bytes
 
 KEY = bytes(range(32))
 CLASSES = 3
+ENGINES = ["fast", "opacus"]
 ARCHITECTURES = [("mlp", 28), ("mlp", 64), ("dcgan", 28), ("dcgan", 32), ("dcgan", 64)]
 
 
@@ -42,19 +48,23 @@ def batch_of(counts, size=28, seed=0):
     return Batch(drawn, labels, rows, len(counts))
 
 
-def prepared(model, clip=1.0, noise=0.0, divisor=4.0):
-    return private_optimizer(model, PrivacyConfig(max_grad_norm=clip), TrainConfig(), noise, divisor)
+def prepared(model, clip=1.0, noise=0.0, divisor=4.0, engine="fast"):
+    return private_optimizer(model, PrivacyConfig(max_grad_norm=clip), TrainConfig(), noise, divisor, engine)
 
 
-def gradient(model, batch, fakes, *, clip=1.0, noise=0.0, divisor=4.0, key=KEY):
+def secret(key=KEY):
+    return functools.partial(gaussian, KeyStream(key))
+
+
+def gradient(model, batch, fakes, *, clip=1.0, noise=0.0, divisor=4.0, key=KEY, engine="fast"):
     """Return the private gradient as one vector of double precision; the model is left as it was."""
     model = copy.deepcopy(model)
-    private_gradient(prepared(model, clip, noise, divisor), batch, *fakes, KeyStream(key))
+    private_gradient(prepared(model, clip, noise, divisor, engine), batch, *fakes, secret(key))
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
 
 
-def clipped_sum(model, batch, fakes, clip=1.0):
-    return gradient(model, batch, fakes, clip=clip, divisor=0.5)
+def clipped_sum(model, batch, fakes, clip=1.0, engine="fast"):
+    return gradient(model, batch, fakes, clip=clip, divisor=0.5, engine=engine)
 
 
 def plain_loop(model, batch, fakes, clip, divisor):
@@ -82,6 +92,7 @@ def patients_and_images(most):
     return st.lists(st.one_of(st.just(1), st.integers(1, most)), max_size=4)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("name", "size"), ARCHITECTURES)
 @settings(deadline=None, derandomize=True, max_examples=6)
 @given(
@@ -91,16 +102,17 @@ def patients_and_images(most):
     divisor=st.floats(0.5, 100),
     seed=st.integers(0, 1000),
 )
-def test_gradient_is_that_of_a_plain_loop_over_patients(name, size, counts, fakes, clip, divisor, seed):
+def test_gradient_is_that_of_a_plain_loop_over_patients(name, size, engine, counts, fakes, clip, divisor, seed):
     model, batch, generated = network(name, size), batch_of(counts, size, seed), images(fakes, size, seed + 5)
     expected = plain_loop(model, batch, generated, clip, divisor)
-    assert_near(gradient(model, batch, generated, clip=clip, divisor=divisor), expected)
+    assert_near(gradient(model, batch, generated, clip=clip, divisor=divisor, engine=engine), expected)
 
 
-@pytest.mark.parametrize("counts", [[], [1], [50], [1, 1, 1], [2, 1, 3]])
-def test_gradient_of_batches_at_the_edge(counts):
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("counts", [[], [1], [50], [1, 1, 1], [2, 1, 3], [1] * 70, [200, 1], [64, 65, 33]])
+def test_gradient_of_batches_at_the_edge(counts, engine):
     model, batch, fakes = network("dcgan", 28), batch_of(counts), images(2, seed=9)
-    assert_near(gradient(model, batch, fakes), plain_loop(model, batch, fakes, 1.0, 4.0))
+    assert_near(gradient(model, batch, fakes, engine=engine), plain_loop(model, batch, fakes, 1.0, 4.0))
 
 
 def test_clip_makes_a_difference_in_these_tests():
@@ -112,8 +124,8 @@ def test_step_is_adam_on_the_private_gradient_and_leaves_nothing_behind():
     model, other, fakes, batch = network(), network(), images(3, seed=9), batch_of([2, 1])
     private = prepared(model, noise=1.0)
     for _ in range(2):
-        private_step(private, batch, *fakes, KeyStream(KEY))
-    adam = torch.optim.Adam(other.parameters(), lr=TrainConfig().learning_rate_d, betas=(0.5, 0.999))
+        private_step(private, batch, *fakes, secret())
+    adam = torch.optim.Adam(other.parameters(), lr=TrainConfig().learning_rate_d, betas=(0.5, 0.999), fused=True)
     for _ in range(2):
         parts = gradient(other, batch, fakes, noise=1.0).float().split([p.numel() for p in other.parameters()])
         for parameter, part in zip(other.parameters(), parts, strict=True):
@@ -122,27 +134,39 @@ def test_step_is_adam_on_the_private_gradient_and_leaves_nothing_behind():
     for parameter, expected in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
         assert parameter.grad is None
-        assert parameter.grad_sample is None
 
 
 @pytest.mark.parametrize(("name", "size"), ARCHITECTURES)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_company_changes_nothing(name, size, scale):
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_company_changes_nothing(name, size, scale, slots, engine):
     """Bit for bit, at every place of a chunk and beside anybody: what hostile weights magnify must not be there."""
     model = network(name, size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
-    mine, others, private = images(1, size, seed=3), images(ROWS - 1, size, seed=4), prepared(model)
+    mine, private = images(slots, size, seed=3), prepared(model, engine=engine)
+    weights = torch.full((ROWS,), 1 / slots)
 
-    def of_mine(place, company):
-        around = torch.cat([others[0][:place], mine[0], others[0][place:company]])
-        labels = torch.cat([others[1][:place], mine[1], others[1][place:company]])
-        return torch.cat([g[place].flatten() for g in _image_gradients(private, around, labels, real=True)])
+    def of_mine(place, seed):
+        company = images(ROWS, size, seed)
+        around, labels = company[0].clone(), company[1].clone()
+        around[place * slots : (place + 1) * slots], labels[place * slots : (place + 1) * slots] = mine
+        chunk = Chunk(around, labels, weights, slots)
+        parts, last = private.engine.contributions(_softplus, chunk.images, chunk.labels, chunk.weights, slots)
+        formed = [part.formed() if isinstance(part, Product) else part for part in parts]
+        rows = [part.values[place].clone() for part in formed]
+        if last is not None:
+            few = ((place - some.start, part) for some, part in last.few() if some.start <= place < some.stop)
+            rows += [part.values[row].clone() for row, part in few]
+        norms = [part.squared_norms()[place] for part in parts]
+        return torch.cat(rows), torch.stack(norms)
 
-    alone = of_mine(0, 0)
-    for place, company in [(0, 1), (0, 31), (1, 31), (3, 7), (13, 14), (30, 31), (31, 31)]:
-        assert torch.equal(of_mine(place, company), alone), (place, company)
+    alone = of_mine(0, 4)
+    for place, seed in [(0, 5), (1, 5), (ROWS // slots // 2, 6), (ROWS // slots - 1, 7)]:
+        for one, other in zip(of_mine(place, seed), alone, strict=True):
+            assert torch.equal(one, other), (place, seed)
 
 
 @pytest.mark.parametrize(("name", "size"), [("mlp", 28), ("dcgan", 28)])
@@ -188,6 +212,10 @@ def test_one_clipped_contribution_when_a_sampled_patient_has_no_image():
     model, fakes, batch = network(), images(2, seed=9), batch_of([2])
     padded = Batch(batch.images, batch.labels, batch.patients, 2)  # as many images as patients, not one each
     assert_near(clipped_sum(model, padded, fakes), clipped_sum(model, batch, fakes))
+
+
+def _softplus(logits):
+    return F.softplus(-logits)
 
 
 class Wide(torch.nn.Module):
@@ -273,7 +301,7 @@ def test_empty_batch_is_noise_that_is_new_in_every_step_and_for_every_key():
     model, fakes, size = network(), images(2, seed=9), sum(p.numel() for p in network().parameters())
     private, stream, drawn = prepared(model, noise=1.0), KeyStream(KEY), []
     for _ in range(2):
-        private_gradient(private, batch_of([]), *fakes, stream)
+        private_gradient(private, batch_of([]), *fakes, functools.partial(gaussian, stream))
         drawn.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).numpy())
     drawn.append(gradient(network(), batch_of([]), fakes, noise=1.0, key=bytes(32)).numpy())
     correlations = np.corrcoef(drawn)[np.triu_indices(3, 1)]
@@ -320,10 +348,8 @@ def assert_noise_and_little_else(model, batch, fakes):
     """The sum without its noise stays within the clipped contributions, and nothing says that something overflowed."""
     total = gradient(model, batch, fakes, noise=1.0, divisor=0.5)
     assert torch.isfinite(total).all()
-    stream = KeyStream(KEY)
-    noise = torch.cat([gaussian(stream, tuple(p.shape), 1.0).flatten() for p in model.parameters()]).double()
-    contributions = batch.number_of_patients + len(fakes[0])
-    assert (total - noise).norm() <= contributions * (1 + 1e-4) + 1e-3
+    nobody = gradient(model, batch_of([]), fakes, noise=1.0, divisor=0.5)  # the same noise, and the fakes
+    assert (total - nobody).norm() <= batch.number_of_patients * (1 + 1e-4) + 1e-3
     assert stats.kstest(total.numpy(), stats.norm.cdf).pvalue > 0.01
 
 
@@ -334,3 +360,17 @@ def test_one_patients_overflow_leaves_the_others_alone():
     total = clipped_sum(model, Batch(loud, batch.labels, batch.patients, 2), fakes)
     without = Batch(batch.images[1:], batch.labels[1:], torch.tensor([0, 0]), 1)
     assert (total - clipped_sum(model, without, fakes)).norm() <= 1 + 1e-4
+
+
+@pytest.mark.slow
+def test_bounded_memory_however_many_patients_are_sampled():
+    model, fakes = network("dcgan"), images(8, seed=9)
+
+    def peak(patients):
+        private, batch = prepared(copy.deepcopy(model)), batch_of([1] * patients)
+        private_gradient(private, batch, *fakes, secret())
+        return peak_bytes(lambda: private_gradient(private, batch, *fakes, secret()))
+
+    small, large = peak(64), peak(640)
+    assert small > 100_000
+    assert large < 1.2 * small

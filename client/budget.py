@@ -1,0 +1,152 @@
+"""What is spent at a site, by run, and what a planned run would cost there. Reads; charges nothing.
+
+What `fedmedgan-site budget` shows. Out of scope: the account itself (common/privacy), charging (client/ledger).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+import torch
+
+from client import journal, policy
+from client.ledger import Entry
+from client.policy import Policy
+from common.config import Proposal
+from common.errors import PolicyRefusal
+from common.messages import Kind
+from common.models import build
+from common.privacy import Charge, Plan, affordable_rounds, epsilon, plan
+
+VERSION = 1
+
+
+@final
+@dataclass(frozen=True)
+class RunCost:
+    """What one run was charged.
+
+    Attributes:
+        run_id: The run.
+        releases: Charges; each pays for one release.
+        epsilon: Of this run alone; the runs together cost less than the sum.
+    """
+
+    run_id: str
+    releases: int
+    epsilon: float
+
+
+@final
+@dataclass(frozen=True)
+class Forecast:
+    """What a planned run comes to at this site, today.
+
+    Attributes:
+        plan: Sample rate, noise and steps, and the cost of the run alone.
+        refusal: Why the policy refuses the run; None where it allows it.
+        warmup: Whether the warm-up can be paid for; None where none is planned.
+        rounds: How many of the planned rounds the site can join.
+        rounds_planned: How many there are.
+        epsilon_after: Of everything charged, with all of the run that can be paid for.
+    """
+
+    plan: Plan
+    refusal: str | None
+    warmup: bool | None
+    rounds: int
+    rounds_planned: int
+    epsilon_after: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether the site can join all of the run."""
+        return self.refusal is None and self.warmup is not False and self.rounds == self.rounds_planned
+
+
+@final
+@dataclass(frozen=True)
+class Budget:
+    """The state of a data set's budget.
+
+    Attributes:
+        site: Its name.
+        max_epsilon: The policy's bound.
+        delta: The policy's delta.
+        spent: Epsilon of everything ever charged.
+        runs: By run, in the order of their first charges.
+        forecast: Of the planned run, where one was given.
+    """
+
+    site: str
+    max_epsilon: float
+    delta: float
+    spent: float
+    runs: tuple[RunCost, ...]
+    forecast: Forecast | None = None
+
+    @property
+    def left(self) -> float:
+        """What is left of the bound; a run may cost more alone and fit, since costs do not simply add up."""
+        return max(0.0, self.max_epsilon - self.spent)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        forecast = None if self.forecast is None else {**asdict(self.forecast), "whole": self.forecast.whole}
+        return {"version": VERSION, **asdict(self), "left": self.left, "forecast": forecast}
+
+
+def look_up(rules: Policy, entries: Sequence[Entry], proposal: Proposal | None = None) -> Budget:
+    """Add up a ledger, and forecast a planned run.
+
+    Args:
+        rules: The site's policy.
+        entries: The lines of its ledger.
+        proposal: A run that is planned, with its classes.
+
+    Raises:
+        ConfigError: The run cannot be planned: nothing to do, too many steps, or no noise keeps its bound.
+
+    Guarantees:
+        - spent_is_what_the_ledger_says: The same composition as the ledger's own.
+        - rounds_are_what_the_ledger_takes: So many rounds are charged by the ledger, and the next is refused.
+    """
+    by_run: defaultdict[str, list[Charge]] = defaultdict(list)
+    for entry in entries:
+        by_run[entry.request.run_id].append(entry.charge)
+    runs = tuple(RunCost(name, len(charges), epsilon(charges, rules.delta)) for name, charges in by_run.items())
+    everything = [entry.charge for entry in entries]
+    forecast = _forecast(rules, everything, proposal) if proposal is not None else None
+    return Budget(rules.site, rules.max_epsilon, rules.delta, epsilon(everything, rules.delta), runs, forecast)
+
+
+def _forecast(rules: Policy, charges: list[Charge], proposal: Proposal) -> Forecast:
+    agreed, rounds = plan(proposal, rules.declared_patients), proposal.federation.rounds
+    refusal, warmup, joined = _refusal(rules, proposal, agreed), None, 0
+    taken = list(charges)
+    if agreed.warmup_noise_multiplier is not None:
+        charge = agreed.charge_of_warmup()
+        warmup = refusal is None and affordable_rounds(taken, charge, 1, rules.max_epsilon, rules.delta) == 1
+        taken += [charge] * warmup
+    if agreed.train_noise_multiplier is not None and refusal is None:
+        charge = agreed.charge_of_round(proposal.train.steps_per_round)
+        joined = affordable_rounds(taken, charge, rounds, rules.max_epsilon, rules.delta)
+        taken += [charge] * joined
+    return Forecast(agreed, refusal, warmup, joined, rounds, epsilon(taken, rules.delta))
+
+
+def _refusal(rules: Policy, proposal: Proposal, agreed: Plan) -> str | None:
+    """Return why the policy refuses a run, by the checks that the agent makes."""
+    pair = build(proposal.model, proposal.image, len(proposal.image.classes), torch.Generator().manual_seed(0))
+    planned = [(Kind.WARMUP, None)] * (agreed.warmup_noise_multiplier is not None)
+    planned += [(Kind.TRAIN, pair)] * (agreed.train_noise_multiplier is not None)
+    try:
+        policy.check_proposal(rules, proposal)
+        policy.check_plan(rules, agreed)
+        for kind, networks in planned:
+            allowed = journal.release_schema(kind, journal.reply_shapes(proposal, networks))
+            policy.check_reply(rules, allowed.size_bytes)
+    except PolicyRefusal as error:
+        return str(error)
+    return None

@@ -1,0 +1,56 @@
+"""The reference engine: Opacus' per-sample gradients, added up by patient. Slow, and somebody else's code."""
+
+import warnings
+from typing import final
+
+import torch
+from jaxtyping import Float, Int64
+from opacus.grad_sample.grad_sample_module import GradSampleHooks
+from torch import Tensor, nn
+
+from client.dp.contributions import Contribution, Formed, Unformed
+from client.dp.engine import Engine, Loss
+
+# Opacus' hooks sit on the first layer too, whose input, an image, needs no gradient; torch says so at every step.
+warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+
+
+@final
+class ReferenceEngine(Engine):
+    """Gradients by Opacus' hooks, which are attached for one call at a time."""
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        self._discriminator = discriminator
+
+    @property
+    def discriminator(self) -> nn.Module:
+        """The network whose gradients are taken."""
+        return self._discriminator
+
+    def contributions(
+        self,
+        loss: Loss,
+        images: Float[Tensor, "rows 1 size size"],
+        labels: Int64[Tensor, " rows"],
+        weights: Float[Tensor, " rows"],
+        slots: int,
+    ) -> tuple[list[Contribution], Unformed | None]:
+        """Return one contribution for each parameter, in their order; arguments as in `Engine`."""
+        hooks = GradSampleHooks(self._discriminator, loss_reduction="sum")
+        torch.dot(weights, loss(self._discriminator(images, labels))).backward()
+        parts: list[Contribution] = []
+        start = 0
+        for parameter in self._discriminator.parameters():
+            samples: Tensor = getattr(parameter, "grad_sample")  # noqa: B009  # Opacus' own attribute
+            parts.append(Formed(samples.reshape(len(images) // slots, slots, -1).sum(1), start))
+            start += parameter.numel()
+            parameter.grad = None
+            del parameter.grad_sample  # type: ignore[attr-defined]
+        hooks.remove_hooks()
+        return parts, None
+
+    def by_parameter(self, gradient: Float[Tensor, " gradient"]) -> list[Tensor]:
+        """Cut the flat gradient into the shapes of the parameters, in their order."""
+        parameters = list(self._discriminator.parameters())
+        parts = gradient.split([parameter.numel() for parameter in parameters])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]

@@ -1,0 +1,173 @@
+"""One private discriminator step: where privacy is made.
+
+The mechanism is a Gaussian on a sum of clipped contributions, one for each sampled patient, over a public divisor.
+Out of scope: who is sampled and when (client/train), what it costs (common/privacy), gradients (the engines).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+
+from client.dp.contributions import Contribution, Unformed, add_clipped
+from client.dp.engine import Engine, Loss
+from client.dp.fast import FastEngine
+from client.dp.packing import Batch, Chunk, pack
+from client.dp.reference import ReferenceEngine
+from common.config import GradientEngine, PrivacyConfig, TrainConfig
+from common.noise import to_public_grid
+
+ROWS = 64
+"""Images that pass D at a time. A multiple of every kernel's width, so that no row is treated as a remainder."""
+
+_FORMED_BYTES = 1 << 26
+_ROUNDING = 2.0**-11
+
+Noise = Callable[[tuple[int, ...], float], Float64[Tensor, "..."]]
+"""Draws fresh normal noise of a shape and a standard deviation, in double precision."""
+
+
+@final
+@dataclass(frozen=True)
+class PrivateOptimizer:
+    """A discriminator with its engine and its Adam, and the public numbers of the mechanism."""
+
+    engine: Engine
+    adam: torch.optim.Adam
+    rows: int
+    max_grad_norm: float
+    noise_multiplier: float
+    divisor: float
+
+    @property
+    def discriminator(self) -> nn.Module:
+        """The network that is trained."""
+        return self.engine.discriminator
+
+
+def private_optimizer(
+    discriminator: nn.Module,
+    privacy: PrivacyConfig,
+    train: TrainConfig,
+    noise_multiplier: float,
+    divisor: float,
+    engine: GradientEngine = "fast",
+) -> PrivateOptimizer:
+    """Choose an engine for a discriminator and give it an Adam.
+
+    Args:
+        discriminator: Layers that the engine knows; nothing that mixes images of a batch.
+        privacy: The clipping norm.
+        train: Learning rate.
+        noise_multiplier: Standard deviation of the noise over the clipping norm.
+        divisor: Public: expected sampled patients. The sum of reals and as many fakes is divided by twice this.
+        engine: `fast`, or `opacus` for the reference; both give the same sums to the precision of a float.
+
+    Raises:
+        ConfigError: The fast engine does not know a layer; it is named.
+    """
+    numbers = sum(parameter.numel() for parameter in discriminator.parameters())
+    rows = ROWS
+    while rows > 1 and rows * numbers * 4 > _FORMED_BYTES:
+        rows //= 2
+    chosen: Engine = FastEngine(discriminator, rows) if engine == "fast" else ReferenceEngine(discriminator)
+    adam = torch.optim.Adam(discriminator.parameters(), lr=train.learning_rate_d, betas=(0.5, 0.999), fused=True)
+    return PrivateOptimizer(chosen, adam, rows, privacy.max_grad_norm, noise_multiplier, divisor)
+
+
+def private_step(
+    private: PrivateOptimizer,
+    batch: Batch,
+    fakes: Float[Tensor, "fakes 1 size size"],
+    fake_labels: Int64[Tensor, " fakes"],
+    noise: Noise,
+) -> None:
+    """Take one step of D on the sampled patients and on fakes: Adam on `private_gradient`.
+
+    Args:
+        private: From `private_optimizer`.
+        batch: The sampled patients' images; none is a legal batch.
+        fakes: Generated images.
+        fake_labels: Their classes.
+        noise: Where the noise comes from: secret in deployment.
+    """
+    private_gradient(private, batch, fakes, fake_labels, noise)
+    private.adam.step()
+    private.adam.zero_grad(set_to_none=True)
+
+
+def private_gradient(
+    private: PrivateOptimizer,
+    batch: Batch,
+    fakes: Float[Tensor, "fakes 1 size size"],
+    fake_labels: Int64[Tensor, " fakes"],
+    noise: Noise,
+) -> None:
+    """Set the gradient of D: the clipped contributions and noise, over the public divisor. Arguments as above.
+
+    Guarantees:
+        - one_clipped_contribution: A patient's images move the sum by at most `max_grad_norm`, however many they are,
+          and by rounding at most 1/2048 of it more; the noise is larger by that much.
+        - company_changes_nothing: The contribution of a patient is the same to the last bit whoever else was sampled,
+          and a fake's whoever was: reals and fakes pass D apart, in chunks of one fixed shape. Otherwise weights chosen
+          to magnify rounding would make one patient change the contributions of others.
+        - public_divisor: The sum is divided by a constant that does not depend on the batch.
+        - empty_batch_is_noise: With no patient sampled the step still adds the same noise.
+        - always_finite: A contribution that overflows counts as zero, so weights made to overflow on some patient's
+          images reveal nothing about who was sampled.
+        - bounded_memory: Gradients of one chunk are held at a time, however many patients were sampled.
+        - rounded_last: Chunks and noise are added in double precision and rounded once.
+
+    Source: Abadi et al. 2016, algorithm 1, with patients as the unit; fakes are clipped like patients, as in
+        Bie et al. 2023 (arXiv 2302.02936), which keeps the two halves of the loss in balance and costs nothing.
+    """
+    generated = Batch(fakes, fake_labels, torch.arange(len(fakes)), len(fakes))
+    parameters = list(private.discriminator.parameters())
+    numbers = sum(parameter.numel() for parameter in parameters)
+    total = torch.zeros(numbers, dtype=torch.float64, device=parameters[0].device)
+    _add_clipped_sum(total, private, batch, _loss_of_real)
+    _add_clipped_sum(total, private, generated, _loss_of_fake)
+    std = private.noise_multiplier * private.max_grad_norm * (1 + _ROUNDING)
+    noisy = to_public_grid(total.add_(noise((numbers,), std)), std)
+    gradient = noisy.div_(2 * private.divisor).float()
+    for parameter, part in zip(parameters, private.engine.by_parameter(gradient), strict=True):
+        parameter.grad = part
+
+
+def _add_clipped_sum(total: Float64[Tensor, " gradient"], private: PrivateOptimizer, batch: Batch, loss: Loss) -> None:
+    for chunks in pack(batch, private.rows):
+        if len(chunks) == 1:
+            add_clipped(total, *_contributions(private.engine, chunks[0], loss), private.max_grad_norm)
+        else:
+            _add_large_patient(total, private, chunks, loss)
+
+
+def _add_large_patient(
+    total: Float64[Tensor, " gradient"], private: PrivateOptimizer, chunks: list[Chunk], loss: Loss
+) -> None:
+    """Add up the chunks of one patient, then clip."""
+    mine = torch.zeros_like(total)
+    one = torch.ones(1, dtype=torch.float64, device=total.device)
+    for chunk in chunks:
+        parts, last = _contributions(private.engine, chunk, loss)
+        for part in [*parts, *(formed for _, formed in (last.few() if last else []))]:
+            part.add_clipped(mine, one)
+    norm = mine.norm()
+    total += torch.where(norm < math.inf, mine * (private.max_grad_norm / norm.clamp(min=private.max_grad_norm)), 0.0)
+
+
+def _contributions(engine: Engine, chunk: Chunk, loss: Loss) -> tuple[list[Contribution], Unformed | None]:
+    return engine.contributions(loss, chunk.images, chunk.labels, chunk.weights, chunk.slots)
+
+
+def _loss_of_real(logits: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    return F.softplus(-logits)
+
+
+def _loss_of_fake(logits: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    return F.softplus(logits)

@@ -1,0 +1,180 @@
+"""Lower bounds on epsilon from attacks: what an adversary managed to tell proves that a mechanism leaks that much.
+
+An audit cannot prove privacy. It can only refute a statement, and here with a stated error rate: if the mechanism is
+(epsilon, delta)-DP, each bound below is at most epsilon in all but `1 - confidence` of all audits, whatever the scores
+are. Out of scope: the attacks that produce the scores (tests/statistical), the accounting (common/privacy).
+"""
+
+import math
+from typing import cast
+
+import numpy as np
+from jaxtyping import Bool, Float64
+from scipy import optimize, stats
+
+_LARGEST = 100.0  # no number of runs proves more
+_SHARE_TO_CHOOSE = 0.25
+
+
+def correct_guesses(scores: Float64[np.ndarray, " canaries"], included: Bool[np.ndarray, " canaries"], r: int) -> int:
+    """Guess that the r/2 highest scores are canaries that were in, the r/2 lowest that were out; count what is right.
+
+    Args:
+        scores: High where a canary looks included.
+        included: The coins.
+        r: How many guesses; fixed before anybody looks at the scores.
+
+    Raises:
+        ValueError: r is odd or more than the canaries.
+    """
+    if r % 2 or not 0 <= r <= len(scores):
+        raise ValueError(f"Expected r={r} even and in [0, {len(scores)}].")
+    order = np.argsort(scores, kind="stable")
+    return int((~included[order[: r // 2]]).sum() + included[order[len(order) - r // 2 :]].sum())
+
+
+def one_run_p_value(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
+    """Bound the chance of at least `v` correct guesses, if the mechanism is (epsilon, delta)-DP.
+
+    Args:
+        m: Canaries, each included by a fair coin of its own.
+        r: Guesses; the auditor may abstain on the rest.
+        v: Correct guesses.
+        epsilon: Of the statement under test, with respect to adding or removing one canary.
+        delta: Of the same statement.
+
+    Raises:
+        ValueError: Not 0 <= v <= r <= m.
+
+    Source: Steinke, Nasr and Jagielski 2023 (arXiv:2305.08846), theorem 5.2 and appendix D.
+    """
+    if not 0 <= v <= r <= m:
+        raise ValueError(f"Expected 0 <= v <= r <= m, got v={v}, r={r}, m={m}.")
+    right = 1 / (1 + math.exp(-epsilon))
+    within = np.cumsum(stats.binom.pmf(np.arange(v - 1, -1, -1), r, right))  # P[v > W >= v - i] for i = 1 ... v
+    alpha = float(np.max(within / np.arange(1, v + 1), initial=0.0))
+    return min(1.0, float(stats.binom.sf(v - 1, r, right)) + 2 * m * delta * alpha)
+
+
+def one_run_epsilon(m: int, r: int, v: int, delta: float, confidence: float = 0.95) -> float:
+    """Return the largest epsilon (to 1e-6) that the guesses of a one-run audit refute.
+
+    One training run is enough, for its m canaries are independent experiments. The price: however little noise there
+    is, r guesses prove at most about log(r/3).
+
+    Args:
+        m: Canaries, each included by a fair coin of its own.
+        r: Guesses.
+        v: Correct guesses.
+        delta: Of the guarantee under test.
+        confidence: That the result is at most the true epsilon.
+
+    Raises:
+        ValueError: Not 0 <= v <= r <= m.
+
+    Guarantees:
+        - coverage: Under randomised response, whose epsilon is known, the bound exceeds the truth in at most
+          `1 - confidence` of the audits, and reaches most of it where guesses are many.
+
+    Source: As `one_run_p_value`.
+    """
+
+    def refuted(epsilon: float) -> bool:
+        return one_run_p_value(m, r, v, epsilon, delta) < 1 - confidence
+
+    low, high = 0.0, _LARGEST
+    if not refuted(low):
+        return 0.0
+    while high - low > 1e-6:  # both ends keep their meaning whether or not the p-value is monotone
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
+
+
+def neighbour_epsilon(
+    with_patient: Float64[np.ndarray, " runs"],
+    without: Float64[np.ndarray, " other_runs"],
+    delta: float,
+    confidence: float = 0.95,
+) -> float:
+    """Bound epsilon from the scores of many runs with a patient and many without. Assumes nothing of the mechanism.
+
+    The threshold is chosen on the first quarter of the runs; the rest are judged by it.
+
+    Args:
+        with_patient: Scores of independent runs on one data set; high where the patient looks included.
+        without: Scores of independent runs on the same data without the patient.
+        delta: Of the guarantee under test.
+        confidence: That the result is at most the true epsilon.
+
+    Returns:
+        At least 0. However little noise there is, n judged runs on each side prove at most about log(n/3.7).
+
+    Guarantees:
+        - coverage: As in `one_run_epsilon`.
+
+    Source: Jagielski et al. 2020 (arXiv:2006.07709) and Nasr et al. 2021 (arXiv:2101.04535): hypothesis tests with
+        Clopper-Pearson intervals; Kairouz et al. 2015 (arXiv:1311.0776) for the region of errors.
+    """
+    chosen, judged = _split(with_patient, without)
+    threshold = _best_threshold(*chosen, lambda fpr, fnr: _epsilon_of_rates(fpr, fnr, delta), confidence)
+    return max(0.0, float(_epsilon_of_rates(*_error_rates(*judged, np.array([threshold]), confidence), delta)[0]))
+
+
+def neighbour_mu(
+    with_patient: Float64[np.ndarray, " runs"], without: Float64[np.ndarray, " other_runs"], confidence: float = 0.95
+) -> float:
+    """Bound mu from the same scores, if the mechanism is mu-GDP: no easier to attack than one normal number shifted by
+    mu standard deviations.
+
+    Far fewer runs prove far more than with `neighbour_epsilon`. The assumption: the truth is known to be *some* mu-GDP.
+    It holds exactly for Gaussian steps on all patients (mu = sqrt(steps) / noise_multiplier). With Poisson sampling it
+    is only a limit for many steps; for a broken mechanism, a bound above the stated mu refutes the stated mu and no
+    more.
+
+    Arguments and the choice of the threshold as in `neighbour_epsilon`.
+
+    Returns:
+        At least 0.
+
+    Guarantees:
+        - coverage: Under normal scores a known mu apart, the bound exceeds mu in at most `1 - confidence` of the
+          audits, and comes near it.
+
+    Source: Nasr et al. 2023 (arXiv:2302.07956), section 4; Dong, Roth and Su 2022 (arXiv:1905.02383).
+    """
+    chosen, judged = _split(with_patient, without)
+    threshold = _best_threshold(*chosen, _mu_of_rates, confidence)
+    return max(0.0, float(_mu_of_rates(*_error_rates(*judged, np.array([threshold]), confidence))[0]))
+
+
+def epsilon_of_mu(mu: float, delta: float) -> float:
+    """Return the epsilon at which a mu-GDP mechanism is (epsilon, delta)-DP.
+
+    Source: Balle and Wang 2018 (arXiv:1805.06530), theorem 8; Dong, Roth and Su 2022, corollary 2.13.
+    """
+
+    def excess(epsilon: float) -> float:
+        first = stats.norm.cdf(mu / 2 - epsilon / mu)
+        return float(first - math.exp(epsilon + stats.norm.logcdf(-mu / 2 - epsilon / mu))) - delta
+
+    if mu <= 0 or excess(0.0) <= 0:
+        return 0.0
+    highest = mu * mu / 2 + 40 * mu  # 40 standard deviations above the mean of the privacy loss
+    return float(cast(float, optimize.brentq(excess, 0.0, highest)))
+
+
+_Scores = Float64[np.ndarray, " runs"]
+_Rates = Float64[np.ndarray, " thresholds"]
+
+
+def _split(with_patient: _Scores, without: _Scores) -> tuple[tuple[_Scores, _Scores], tuple[_Scores, _Scores]]:
+    cuts = [math.ceil(_SHARE_TO_CHOOSE * len(scores)) for scores in (with_patient, without)]
+    if min(cuts) < 1 or min(len(with_patient) - cuts[0], len(without) - cuts[1]) < 1:
+        raise ValueError(
+            f"Expected at least 2 scores on each side, got {len(with_patient)} and {len(without)}; run more."
+        )
+    return (with_patient[: cuts[0]], without[: cuts[1]]), (with_patient[cuts[0] :], without[cuts[1] :])
+
+
+def _best_threshold(with_patient: _Scores, without: _Scores, bound, confidence: float) -> float: ...

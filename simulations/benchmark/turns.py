@@ -1,0 +1,124 @@
+"""Steps of several modes in turn, so that what slows the machine down slows them all: seconds and peak memory.
+
+Ratios are of the fastest steps, for other work on the machine only ever adds time; it moves medians, and ratios within
+a round, far more. Where the fastest steps of a mode do not agree, its row says `busy`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from simulations.benchmark.memory import peak_bytes
+
+SLOW_ROUNDS = 3
+
+Step = Callable[[], None]
+
+
+@final
+@dataclass(frozen=True)
+class Limits:
+    """How often, and what is left out.
+
+    Attributes:
+        rounds: Turns of every mode, at least.
+        at_least_s: Seconds for which turns go on beyond; up to three times as long while a mode is unsettled.
+        slow_s: A mode with a longer step takes three turns only.
+        max_peak_bytes: A mode that is expected to need more is skipped.
+    """
+
+    rounds: int = 7
+    at_least_s: float = 0.0
+    slow_s: float = 0.3
+    max_peak_bytes: int = 8 << 30
+
+
+@final
+@dataclass(frozen=True)
+class Measured:
+    """The steps of one mode.
+
+    Attributes:
+        seconds: Of each step; none when the mode was skipped.
+        peak_bytes: Of one step, beyond what was held before it.
+        skipped: Why there are none; empty otherwise.
+    """
+
+    seconds: tuple[float, ...] = ()
+    peak_bytes: int = 0
+    skipped: str = ""
+
+
+def take_turns(steps: Mapping[str, Step], limits: Limits, expected_bytes: Mapping[str, float]) -> dict[str, Measured]:
+    """Warm every mode up, measure the memory of a step of each, then let them step in turn.
+
+    Args:
+        steps: By mode; the first is what the others are compared to, and never skipped.
+        limits: How often, and what is left out.
+        expected_bytes: Peaks by mode, as far as anything is known.
+
+    Returns:
+        What was measured, by mode.
+    """
+    first = next(iter(steps))
+    skipped = {mode: _too_much(expected_bytes.get(mode, 0.0), limits) for mode in steps if mode != first}
+    running = {mode: step for mode, step in steps.items() if not skipped.get(mode)}
+    peaks: dict[str, int] = {}
+    slow: set[str] = set()
+    for mode, step in running.items():
+        step()  # the warm-up; also makes the optimiser's state
+        peaks[mode] = peak_bytes(step)
+        if _seconds(step) > limits.slow_s:
+            slow.add(mode)
+    seconds: dict[str, list[float]] = {mode: [] for mode in running}
+    started = time.perf_counter()
+    done = 0
+    while done < limits.rounds or not _enough(seconds, limits, time.perf_counter() - started):
+        for mode, step in running.items():
+            if done < SLOW_ROUNDS or mode not in slow:
+                seconds[mode].append(_seconds(step))
+        done += 1
+    return {
+        mode: Measured(tuple(seconds[mode]), peaks[mode]) if mode in running else Measured(skipped=skipped[mode])
+        for mode in steps
+    }
+
+
+def figures(one: Measured, other: Measured) -> dict[str, Any]:
+    """Return the columns of a mode, beside the one it is compared to; None where it was skipped."""
+    if one.skipped:
+        names = ("rounds", "median_ms", "min_ms", "time_ratio", "peak_mib", "peak_ratio")
+        return {**dict.fromkeys(names), "note": one.skipped}
+    return {
+        "rounds": len(one.seconds),
+        "median_ms": 1e3 * statistics.median(one.seconds),
+        "min_ms": 1e3 * min(one.seconds),
+        "time_ratio": min(one.seconds) / min(other.seconds),
+        "peak_mib": one.peak_bytes / 2**20,
+        "peak_ratio": one.peak_bytes / other.peak_bytes,
+        "note": "" if _settled(one.seconds) else "busy",
+    }
+
+
+def _enough(seconds: Mapping[str, list[float]], limits: Limits, passed_s: float) -> bool:
+    if passed_s < limits.at_least_s:
+        return False
+    return passed_s >= 3 * limits.at_least_s or all(_settled(of_mode) for of_mode in seconds.values())
+
+
+def _settled(seconds: Sequence[float]) -> bool:
+    """Say whether five steps, or all, agree on what the fastest takes; on a busy machine they do not."""
+    ordered = sorted(seconds)
+    return ordered[min(4, len(ordered) - 1)] <= 1.1 * ordered[0]
+
+
+def _too_much(expected_bytes: float, limits: Limits) -> str:
+    return f"would take {expected_bytes / 2**30:.1f} GiB" if expected_bytes > limits.max_peak_bytes else ""
+
+
+def _seconds(step: Step) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started

@@ -1,0 +1,200 @@
+"""`fedmedgan-site` as a person types it: what it prints, its exit codes, and never a traceback."""
+
+import json
+import shutil
+import tomllib
+
+import pytest
+
+from client.agent import answer, open_site
+from client.cli import main
+from client.home import Home
+from client.ledger import ChargeRequest
+from common.config import build_config, to_toml
+from common.errors import ExitCode, StorageError
+from common.messages import Kind, Request
+from common.privacy import Charge
+
+
+@pytest.fixture
+def run(capsys):
+    """Return a call of the command that gives exit code, standard output and standard error."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return ended.value.code, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def used(tiny_home, tiny_proposal):
+    assert answer(open_site(tiny_home), Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal())).refusal is None
+    return tiny_home
+
+
+@pytest.fixture
+def planned(tmp_path, tiny_proposal):
+    path = tmp_path / "planned.toml"
+    path.write_text(to_toml(build_config(tiny_proposal.model_dump(mode="json"))))
+    return path
+
+
+def init(run, home, *more):
+    return run("init", home, "--name", "st-mary", "--data", home, "--patients", 200, *more)
+
+
+def test_init_writes_a_policy_that_explains_itself(run, tmp_path):
+    code, out, _ = init(run, tmp_path / "home")
+    assert (code, "policy.toml" in out) == (0, True)
+    text = (tmp_path / "home" / "policy.toml").read_text()
+    assert "# Highest probability of a patient in a private step" in text
+    assert tomllib.loads(text)["may_declare"] == ["name", "patients"]
+    assert "head_copy" not in (tmp_path / "home" / "site.toml").read_text()
+
+
+def test_init_with_a_copy_of_the_head(run, tmp_path):
+    home, copy = Home(tmp_path / "home"), tmp_path / "elsewhere" / "head.json"
+    code, _, err = init(run, home.folder, "--head-copy", copy)
+    assert (code, "elsewhere" in err) == (ExitCode.STORAGE, True)  # there is no such folder: begun, and taken up below
+    copy.parent.mkdir()
+    assert init(run, home.folder, "--head-copy", copy)[0] == 0
+    assert tomllib.loads((home.folder / "site.toml").read_text())["head_copy"] == str(copy)
+    assert copy.read_bytes() == (home.ledger / "ledger.head.json").read_bytes()
+    for command in (("ledger",), ("budget",), ("journal", "verify")):
+        assert run(*command, home.folder)[0] == 0
+    copy.rename(copy.with_suffix(".away"))
+    for command in (("ledger",), ("budget",), ("journal", "verify")):
+        code, _, err = run(*command, home.folder)
+        assert (code, "is missing. Mount its disk" in err) == (ExitCode.STORAGE, True)
+
+
+def test_a_copy_inside_the_home_or_relative_is_refused(run, tmp_path):
+    home = tmp_path / "home"
+    code, _, err = init(run, home, "--head-copy", home / "head.json")
+    assert (code, "outside the home" in err) == (ExitCode.CONFIG, True)
+    assert init(run, home)[0] == 0
+    (home / "site.toml").write_text('data = "/"\nhead_copy = "../head.json"\n')
+    code, _, err = run("ledger", home)
+    assert (code, "absolute path for head_copy" in err) == (ExitCode.CONFIG, True)
+
+
+def test_a_home_put_back_from_a_backup_is_refused_where_there_is_a_copy(run, used, tmp_path):
+    copy, backup = tmp_path / "head.json", tmp_path / "backup"
+    shutil.copytree(used.folder, backup)
+    for home in (used.folder, backup):
+        text = (home / "site.toml").read_text()
+        (home / "site.toml").write_text(text + f'head_copy = "{copy}"\n')
+    copy.write_bytes((used.ledger / "ledger.head.json").read_bytes())  # as the message for a missing copy says
+    ledger = open_site(used).ledger
+    assert run("ledger", backup)[0] == 0
+    ledger.charge(ChargeRequest("run-2", 1, Kind.TRAIN, "ab"), Charge(100.0, 1.0, 1), 8.0, 1e-5)
+    shutil.rmtree(used.folder)
+    shutil.copytree(backup, used.folder)
+    for command in (("ledger",), ("budget",), ("journal", "verify")):
+        code, _, err = run(*command, used.folder)
+        assert (code, "an older state was put back" in err) == (ExitCode.STORAGE, True)
+    with pytest.raises(StorageError, match="an older state was put back"):
+        open_site(used)
+
+
+def test_budget_shows_spent_left_and_by_run(run, used, tmp_path):
+    code, out, _ = run("budget", used.folder, "--json", tmp_path / "budget.json")
+    tree = json.loads((tmp_path / "budget.json").read_text())
+    assert code == 0
+    assert f"spent: epsilon {tree['spent']:.3f} of 8 at delta 1e-05; left: {tree['left']:.3f}" in out
+    assert [(one["run_id"], one["releases"]) for one in tree["runs"]] == [("run-1", 1)]
+    assert "run-1" in out
+    assert tree["forecast"] is None
+
+
+def test_budget_says_what_a_planned_run_would_cost_and_how_far_it_gets(run, tiny_home, used, planned, tmp_path):
+    code, out, _ = run("budget", used.folder, "--config", planned, "--json", tmp_path / "budget.json")
+    forecast = json.loads((tmp_path / "budget.json").read_text())["forecast"]
+    assert code == 0
+    assert "planned run: sample rate 0.1000, noise of the warm-up" in out
+    assert "policy: allows it" in out
+    assert (forecast["warmup"], forecast["whole"], forecast["rounds_planned"]) == (True, False, 3)
+    assert f"this site can join: the warm-up and {forecast['rounds']} of 3 rounds; then spent: epsilon" in out
+
+
+def test_budget_of_the_whole_of_a_part_and_of_nothing(run, tiny_home, planned):
+    assert "this site can join: the whole run" in run("budget", tiny_home.folder, "--config", planned)[1]
+    text = tiny_home.policy.read_text()
+    tiny_home.policy.write_text(text.replace("max_sample_rate = 0.5", "max_sample_rate = 0.05"))
+    code, out, _ = run("budget", tiny_home.folder, "--config", planned)
+    assert code == 0
+    assert "policy: refuses it: Expected sample rate=0.1 <= 0.05 (max_sample_rate)" in " ".join(out.split())
+    assert "this site can join: nothing of it; then spent: epsilon 0.000" in out
+
+
+def test_budget_reads_what_print_config_writes(run, tiny_home, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(build_config({})))
+    code, out, _ = run("budget", tiny_home.folder, "--config", path)
+    assert (code, "policy: refuses it" in out) == (0, True)  # ten epsilon and everybody in each step
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (b"[privacy]\nepsilom = 3.0\n", ExitCode.CONFIG, "nearest known key is privacy.epsilon"),
+        (b"[privacy\n", ExitCode.CONFIG, "not TOML"),
+        (b"\xff\xfe", ExitCode.CONFIG, "not TOML"),
+        (b"[federation]\nrounds = 100000\n[train]\nsteps_per_round = 100000\n", ExitCode.CONFIG, "steps"),
+        (b"[privacy]\nepsilon = 1e-9\n", ExitCode.CONFIG, "No noise multiplier"),
+        (None, ExitCode.CONFIG, "Could not read"),
+    ],
+)
+def test_budget_explains_bad_configurations(run, tiny_home, tmp_path, content, code, words):
+    path = tmp_path / "planned.toml"
+    if content is not None:
+        path.write_bytes(content)
+    ended, _, err = run("budget", tiny_home.folder, "--config", path)
+    assert (ended, words in err) == (code, True)
+
+
+def test_budget_explains_bad_homes_and_paths(run, tiny_home, tmp_path):
+    assert run("budget", tmp_path / "none")[0] == ExitCode.CONFIG
+    assert run("budget", tiny_home.folder, "--config", tmp_path)[0] == ExitCode.CONFIG
+    assert run("budget", tiny_home.folder, "--json", tmp_path / "none" / "budget.json")[0] == ExitCode.STORAGE
+    assert run("budget", tiny_home.folder, "--jsom", "x")[0] == ExitCode.USAGE
+    (tiny_home.ledger / "ledger.jsonl").write_bytes(b"{}\n")
+    assert run("budget", tiny_home.folder)[0] == ExitCode.STORAGE
+    tiny_home.policy.write_text("max_epsilom = 1\n")
+    assert run("budget", tiny_home.folder)[0] == ExitCode.CONFIG
+
+
+def test_journal_show_verify_and_export(run, used, tmp_path):
+    code, out, _ = run("journal", "show", used.folder)
+    assert (code, "verified; 1 releases" in out) == (0, True)
+    code, out, _ = run("journal", "verify", used.folder)
+    assert (code, out) == (0, "verified; 1 releases, 1 charges, 1 stored replies\n")
+    code, out, _ = run("journal", "export", used.folder, tmp_path / "export")
+    key = out.split()[-1]
+    assert (code, len(key)) == (0, 64)
+    code, out, _ = run("journal", "verify", tmp_path / "export", "--key", key)
+    assert (code, out) == (0, f"verified; 1 releases, signed by {key}\n")
+    assert run("journal", "verify", tmp_path / "export")[0] == 0
+    code, _, err = run("journal", "verify", tmp_path / "export", "--key", "00" * 32)
+    assert (code, "not by --key" in err) == (ExitCode.STORAGE, True)
+
+
+def test_journal_verify_exits_with_a_code(run, used, tmp_path):
+    (reply,) = used.replies.glob("*.reply")
+    whole = reply.read_bytes()
+    reply.write_bytes(whole[:-1])
+    code, _, err = run("journal", "verify", used.folder)
+    assert (code, "do not agree" in err, "does not read" in err) == (ExitCode.STORAGE, True, True)
+    reply.write_bytes(whole)
+    assert run("journal", "verify", used.folder)[0] == 0
+    (used.journal / "journal.jsonl").write_bytes(b"")
+    for command in ("show", "verify"):
+        assert run("journal", command, used.folder)[0] == ExitCode.STORAGE
+    assert run("journal", "export", used.folder, tmp_path / "export")[0] == ExitCode.STORAGE
+    assert run("journal", "verify", tmp_path / "none")[0] == ExitCode.STORAGE
+    (tmp_path / "text").write_text("hello")
+    assert run("journal", "verify", tmp_path / "text")[0] == ExitCode.WIRE

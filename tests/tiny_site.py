@@ -1,0 +1,56 @@
+"""A tiny site with forty patients of noise: what tests of the agent, of kill -9 and of the request decoders share."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from client.home import Home, SiteConfig, create_home, import_images
+from client.policy import Policy
+from common.config import Proposal
+from common.messages import Arrays, Kind, Request
+from common.models import build
+from common.weights import get_weights
+
+PROPOSAL = Proposal.model_validate(
+    {
+        "image": {"size": 28, "classes": ("clear", "opacity")},
+        "privacy": {"epsilon": 8.0, "delta": 1e-5, "batch_patients": 4, "images_per_patient": 2, "min_patients": 10},
+        "warmup": {"share": 0.5},
+        "model": {"name": "mlp", "latent_dim": 4, "generator_width": 8, "discriminator_width": 8},
+        "train": {"steps_per_round": 2, "generator_batch": 4},
+        "federation": {"rounds": 3},
+    }
+)
+POLICY = Policy(site="st-mary", declared_patients=40, max_epsilon=8.0, delta=1e-5, min_patients=10, max_rounds=500)
+
+
+def make_home(folder: Path, head_copy: Path | None = None) -> Home:
+    """Make the site's home in `folder`/home, with its images imported and a copy of its ledger's head if named."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(40), rng.integers(1, 4, 40))
+    np.savez(
+        folder / "images.npz",
+        images=rng.integers(0, 256, (len(patients), 28, 28)).astype(np.uint8),
+        patient_id=np.array([f"p{patient}" for patient in patients]),
+        labels=np.array(PROPOSAL.image.classes)[patients % 2],
+    )
+    copy = str(head_copy) if head_copy is not None else None
+    home = create_home(folder / "home", SiteConfig(data=str(folder / "images.npz"), head_copy=copy), POLICY)
+    import_images(home, PROPOSAL.image.classes, 28, 10)
+    return home
+
+
+def make_weights(proposal: Proposal = PROPOSAL) -> Arrays:
+    """Make weights that fit a proposal of two classes."""
+    return get_weights(build(proposal.model, proposal.image, 2, torch.Generator().manual_seed(3)))
+
+
+def warmup_request(run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Request:
+    """Make an honest warm-up request."""
+    return Request(Kind.WARMUP, run_id, 0, proposal.proposal())
+
+
+def train_request(round_: int = 1, run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Request:
+    """Make an honest training request."""
+    return Request(Kind.TRAIN, run_id, round_, proposal.proposal(), {"d_steps_per_g_step": 1}, make_weights(proposal))
