@@ -5,15 +5,22 @@ An audit cannot prove privacy. It can only refute a statement, and here with a s
 are. Out of scope: the attacks that produce the scores (tests/statistical), the accounting (common/privacy).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
 from jaxtyping import Bool, Float64
+from numpy.typing import NDArray
 from scipy import optimize, stats
 
-_LARGEST = 100.0  # no number of runs proves more
-_SHARE_TO_CHOOSE = 0.25
+_LARGEST = 100.0  # no number of guesses that anybody makes proves more
+_SHARE_TO_CHOOSE = 0.25  # of the runs, for the threshold: a guess that is off costs less than runs that do not count
+
+_Scores = Float64[np.ndarray, " runs"]
+_Rates = Float64[np.ndarray, " thresholds"]
+_Bound = Callable[[_Rates, _Rates], _Rates]
 
 
 def correct_guesses(scores: Float64[np.ndarray, " canaries"], included: Bool[np.ndarray, " canaries"], r: int) -> int:
@@ -116,9 +123,7 @@ def neighbour_epsilon(
     Source: Jagielski et al. 2020 (arXiv:2006.07709) and Nasr et al. 2021 (arXiv:2101.04535): hypothesis tests with
         Clopper-Pearson intervals; Kairouz et al. 2015 (arXiv:1311.0776) for the region of errors.
     """
-    chosen, judged = _split(with_patient, without)
-    threshold = _best_threshold(*chosen, lambda fpr, fnr: _epsilon_of_rates(fpr, fnr, delta), confidence)
-    return max(0.0, float(_epsilon_of_rates(*_error_rates(*judged, np.array([threshold]), confidence), delta)[0]))
+    return _bound(with_patient, without, confidence, functools.partial(epsilon_of_errors, delta=delta))
 
 
 def neighbour_mu(
@@ -143,9 +148,26 @@ def neighbour_mu(
 
     Source: Nasr et al. 2023 (arXiv:2302.07956), section 4; Dong, Roth and Su 2022 (arXiv:1905.02383).
     """
-    chosen, judged = _split(with_patient, without)
-    threshold = _best_threshold(*chosen, _mu_of_rates, confidence)
-    return max(0.0, float(_mu_of_rates(*_error_rates(*judged, np.array([threshold]), confidence))[0]))
+    return _bound(with_patient, without, confidence, mu_of_errors)
+
+
+def epsilon_of_errors(false_positive: _Rates, false_negative: _Rates, delta: float) -> _Rates:
+    """Return the least epsilon with which an attack of these error rates is compatible; may be below 0.
+
+    Source: Kairouz et al. 2015 (arXiv:1311.0776), theorem 2.1.
+    """
+    with np.errstate(divide="ignore"):
+        one = np.log(np.maximum(1 - false_negative - delta, 0) / false_positive)
+        other = np.log(np.maximum(1 - false_positive - delta, 0) / false_negative)
+    return np.maximum(one, other)
+
+
+def mu_of_errors(false_positive: _Rates, false_negative: _Rates) -> _Rates:
+    """Return the mu of the normal shift at which the best attack has these error rates.
+
+    Source: Dong, Roth and Su 2022 (arXiv:1905.02383), definition 2.6.
+    """
+    return -stats.norm.ppf(false_positive) - stats.norm.ppf(false_negative)
 
 
 def epsilon_of_mu(mu: float, delta: float) -> float:
@@ -164,17 +186,31 @@ def epsilon_of_mu(mu: float, delta: float) -> float:
     return float(cast(float, optimize.brentq(excess, 0.0, highest)))
 
 
-_Scores = Float64[np.ndarray, " runs"]
-_Rates = Float64[np.ndarray, " thresholds"]
-
-
-def _split(with_patient: _Scores, without: _Scores) -> tuple[tuple[_Scores, _Scores], tuple[_Scores, _Scores]]:
+def _bound(with_patient: _Scores, without: _Scores, confidence: float, bound: _Bound) -> float:
     cuts = [math.ceil(_SHARE_TO_CHOOSE * len(scores)) for scores in (with_patient, without)]
-    if min(cuts) < 1 or min(len(with_patient) - cuts[0], len(without) - cuts[1]) < 1:
+    if min(len(with_patient) - cuts[0], len(without) - cuts[1]) < 1:
         raise ValueError(
-            f"Expected at least 2 scores on each side, got {len(with_patient)} and {len(without)}; run more."
+            f"Expected at least 2 runs on each side, got {len(with_patient)} and {len(without)}; run more."
         )
-    return (with_patient[: cuts[0]], without[: cuts[1]]), (with_patient[cuts[0] :], without[cuts[1] :])
+    chosen, judged = (with_patient[: cuts[0]], without[: cuts[1]]), (with_patient[cuts[0] :], without[cuts[1] :])
+    scores = np.unique(np.concatenate(chosen))
+    thresholds = (scores[1:] + scores[:-1]) / 2
+    best = thresholds[np.argmax(bound(*_error_bounds(*chosen, thresholds, confidence)))]
+    return max(0.0, float(bound(*_error_bounds(*judged, np.array([best]), confidence))[0]))
 
 
-def _best_threshold(with_patient: _Scores, without: _Scores, bound, confidence: float) -> float: ...
+def _error_bounds(
+    with_patient: _Scores, without: _Scores, thresholds: _Rates, confidence: float
+) -> tuple[_Rates, _Rates]:
+    """Bound the rates of false positives and false negatives from above, both at once with `confidence`.
+
+    Source: Clopper and Pearson 1934, one-sided, each at half the error.
+    """
+    false_positives = len(without) - np.searchsorted(np.sort(without), thresholds, side="left")
+    false_negatives = np.searchsorted(np.sort(with_patient), thresholds, side="left")
+    return _at_most(false_positives, len(without), confidence), _at_most(false_negatives, len(with_patient), confidence)
+
+
+def _at_most(errors: NDArray[np.int64], runs: int, confidence: float) -> _Rates:
+    bound = stats.beta.ppf((1 + confidence) / 2, errors + 1, np.maximum(runs - errors, 1))
+    return np.where(errors == runs, 1.0, bound)

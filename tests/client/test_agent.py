@@ -299,6 +299,12 @@ def test_a_site_that_may_not_declare_says_nothing(site, warmup, train, may_decla
     assert (charged(site), released(site)) == (0, ())
 
 
+@pytest.mark.parametrize("bounds", [{"max_sample_rate": 0.09}, {"min_noise_multiplier": 50.0}])
+def test_a_plan_over_a_bound_is_refused_before_it_is_charged(site, train, bounds):
+    assert_refused(answer(with_policy(site, **bounds), train), RefusalCode.POLICY)
+    assert (charged(site), released(site)) == (0, ())
+
+
 @pytest.mark.parametrize("kind", [Kind.WARMUP, Kind.TRAIN])
 def test_a_reply_over_the_byte_bound_is_refused_before_it_is_charged(site, warmup, train, weights, kind):
     request, arrays = (train, weights) if kind is Kind.TRAIN else (warmup, {})

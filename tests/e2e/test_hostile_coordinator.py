@@ -92,8 +92,8 @@ def send(path: Path, content: bytes) -> bytes:
 def verified(home: Home) -> tuple[float, int]:
     """Let the officer's commands verify ledger and journal; return the epsilon spent and the number of releases."""
     said = [
-        subprocess.run([*SITE, command, str(home.folder)], cwd=ROOT, env=WORLD, capture_output=True, text=True)
-        for command in ("ledger", "journal")
+        subprocess.run([*SITE, *command, str(home.folder)], cwd=ROOT, env=WORLD, capture_output=True, text=True)
+        for command in (["ledger"], ["journal", "verify"])
     ]
     assert [done.returncode for done in said] == [0, 0], [done.stderr for done in said]
     spent, releases = (done.stdout.strip().splitlines()[-1] for done in said)
