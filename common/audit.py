@@ -117,6 +117,9 @@ def neighbour_epsilon(
     Returns:
         At least 0. However little noise there is, n judged runs on each side prove at most about log(n/3.7).
 
+    Raises:
+        ValueError: There are less than two runs on a side.
+
     Guarantees:
         - coverage: As in `one_run_epsilon`.
 
@@ -129,22 +132,28 @@ def neighbour_epsilon(
 def neighbour_mu(
     with_patient: Float64[np.ndarray, " runs"], without: Float64[np.ndarray, " other_runs"], confidence: float = 0.95
 ) -> float:
-    """Bound mu from the same scores, if the mechanism is mu-GDP: no easier to attack than one normal number shifted by
-    mu standard deviations.
+    """Bound mu from the same scores: with a lower one the mechanism is not mu-GDP.
 
-    Far fewer runs prove far more than with `neighbour_epsilon`. The assumption: the truth is known to be *some* mu-GDP.
-    It holds exactly for Gaussian steps on all patients (mu = sqrt(steps) / noise_multiplier). With Poisson sampling it
-    is only a limit for many steps; for a broken mechanism, a bound above the stated mu refutes the stated mu and no
-    more.
+    mu-GDP: no easier to attack than one normal number that the patient shifts by mu standard deviations. That mu is
+    refuted without any assumption. To turn it into an epsilon (`epsilon_of_mu`) proves more with far fewer runs than
+    `neighbour_epsilon` can, but assumes that errors of other thresholds lie on the same normal curve. This is exact for
+    Gaussian steps on all patients, where mu = sqrt(steps) / noise_multiplier; with Poisson sampling it is a limit for
+    many steps; of a broken mechanism it is a guess.
 
-    Arguments and the choice of the threshold as in `neighbour_epsilon`.
+    Args:
+        with_patient: Scores of independent runs on one data set; high where the patient looks included.
+        without: Scores of independent runs on the same data without the patient.
+        confidence: That the result is at most the true mu.
 
     Returns:
         At least 0.
 
+    Raises:
+        ValueError: There are less than two runs on a side.
+
     Guarantees:
-        - coverage: Under normal scores a known mu apart, the bound exceeds mu in at most `1 - confidence` of the
-          audits, and comes near it.
+        - coverage: With normal scores a known mu apart the bound exceeds mu in at most `1 - confidence` of the audits,
+          and reaches most of it where runs are many.
 
     Source: Nasr et al. 2023 (arXiv:2302.07956), section 4; Dong, Roth and Su 2022 (arXiv:1905.02383).
     """
@@ -193,8 +202,8 @@ def _bound(with_patient: _Scores, without: _Scores, confidence: float, bound: _B
             f"Expected at least 2 runs on each side, got {len(with_patient)} and {len(without)}; run more."
         )
     chosen, judged = (with_patient[: cuts[0]], without[: cuts[1]]), (with_patient[cuts[0] :], without[cuts[1] :])
-    scores = np.unique(np.concatenate(chosen))
-    thresholds = (scores[1:] + scores[:-1]) / 2
+    scores = np.unique(np.concatenate(chosen))  # in order
+    thresholds = np.append(scores[:1], (scores[1:] + scores[:-1]) / 2)
     best = thresholds[np.argmax(bound(*_error_bounds(*chosen, thresholds, confidence)))]
     return max(0.0, float(bound(*_error_bounds(*judged, np.array([best]), confidence))[0]))
 

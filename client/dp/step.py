@@ -22,8 +22,9 @@ from client.dp.reference import ReferenceEngine
 from common.config import GradientEngine, PrivacyConfig, TrainConfig
 from common.noise import to_public_grid
 
-ROWS = 64
-"""Images that pass D at a time. A multiple of every kernel's width, so that no row is treated as a remainder."""
+ROWS = (32, 64)
+"""Images that pass D at a time: fewer where few patients are expected. Multiples of every kernel's width, so that no
+row is treated as a remainder."""
 
 _FORMED_BYTES = 1 << 26
 _ROUNDING = 2.0**-11
@@ -72,7 +73,7 @@ def private_optimizer(
         ConfigError: The fast engine does not know a layer; it is named.
     """
     numbers = sum(parameter.numel() for parameter in discriminator.parameters())
-    rows = ROWS
+    rows = ROWS[0] if divisor < 1.5 * ROWS[1] else ROWS[1]
     while rows > 1 and rows * numbers * 4 > _FORMED_BYTES:
         rows //= 2
     chosen: Engine = FastEngine(discriminator, rows) if engine == "fast" else ReferenceEngine(discriminator)

@@ -1,7 +1,7 @@
 """kill -9 at any point of charge, train, journal and reply: nothing is released that was not charged, ever.
 
-Agents are real processes on real homes. A thousand die at random moments, and one at every durable call there is. After
-each death the home is read as it lies, then opened again; the same request is asked until it is answered.
+Agents are real processes on real homes. A thousand die at random moments (FEDMEDGAN_KILLS sets how many), and one at every
+durable call there is. After each death the home is read as it lies, then opened again; the same request is asked until it is answered.
 """
 
 import itertools
@@ -25,6 +25,7 @@ from client.channel import pack_request, unpack_reply
 from client.home import Home, head_copy
 from client.journal import content_digest
 from client.ledger import read_ledger
+from client.verify import verify_home
 from common.crypto import load_key
 from common.errors import WireError
 from common.messages import Kind, Reply, Request
@@ -144,6 +145,7 @@ def audit(home: Home, told: Mapping[Key, bytes], request: Request) -> str:
     assert {key: content_digest(unpack_reply(frame)) for key, frame in told.items()}.items() <= journaled.items()
     for key in stored.keys() & journaled.keys():
         assert content_digest(unpack_reply(stored[key])) == journaled[key]
+    assert verify_home(home, verify_key).findings == ()
     for secret in home.replies.glob("[!.]*.secret"):
         assert len(secret.read_bytes()) == 32
     site = open_site(home)

@@ -105,8 +105,8 @@ def test_a_slow_mode_takes_few_turns_and_the_others_take_all() -> None:
 
 
 def test_the_row_of_a_mode_whose_fastest_steps_disagree_says_so() -> None:
-    settled = Measured((1.0, 1.01, 9.0, 1.02, 1.09, 9.0, 1.2), peak_bytes=1)
-    unsettled = Measured((1.0, 1.01, 9.0, 1.02, 1.11, 9.0, 1.2), peak_bytes=1)
+    settled = Measured((1.0, 1.01, 9.0, 1.02, 1.03, 9.0, 1.09), peak_bytes=1)
+    unsettled = Measured((1.0, 1.01, 9.0, 1.02, 1.03, 9.0, 1.11), peak_bytes=1)
     assert figures(settled, settled)["note"] == ""
     assert figures(unsettled, settled)["note"] == "busy"
     assert figures(unsettled, settled)["time_ratio"] == 1.0

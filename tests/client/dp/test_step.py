@@ -15,7 +15,6 @@ from scipy import stats
 from client.dp import Batch, private_gradient, private_optimizer, private_step
 from client.dp.contributions import Product
 from client.dp.packing import Chunk
-from client.dp.step import ROWS
 from common.config import ImageConfig, ModelConfig, PrivacyConfig, TrainConfig
 from common.crypto import KeyStream
 from common.models import build
@@ -140,31 +139,34 @@ def test_step_is_adam_on_the_private_gradient_and_leaves_nothing_behind():
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_company_changes_nothing(name, size, scale, slots, engine):
+@pytest.mark.parametrize("divisor", [4.0, 500.0])
+def test_company_changes_nothing(name, size, scale, slots, engine, divisor):
     """Bit for bit, at every place of a chunk and beside anybody: what hostile weights magnify must not be there."""
     model = network(name, size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
-    mine, private = images(slots, size, seed=3), prepared(model, engine=engine)
-    weights = torch.full((ROWS,), 1 / slots)
+    mine, private = images(slots, size, seed=3), prepared(model, engine=engine, divisor=divisor)
+    rows = private.rows
+    assert rows == (32 if divisor < 96 else 64)
+    weights = torch.full((rows,), 1 / slots)
 
     def of_mine(place, seed):
-        company = images(ROWS, size, seed)
+        company = images(rows, size, seed)
         around, labels = company[0].clone(), company[1].clone()
         around[place * slots : (place + 1) * slots], labels[place * slots : (place + 1) * slots] = mine
         chunk = Chunk(around, labels, weights, slots)
         parts, last = private.engine.contributions(_softplus, chunk.images, chunk.labels, chunk.weights, slots)
         formed = [part.formed() if isinstance(part, Product) else part for part in parts]
-        rows = [part.values[place].clone() for part in formed]
+        mine_of = [part.values[place].clone() for part in formed]
         if last is not None:
             few = ((place - some.start, part) for some, part in last.few() if some.start <= place < some.stop)
-            rows += [part.values[row].clone() for row, part in few]
+            mine_of += [part.values[row].clone() for row, part in few]
         norms = [part.squared_norms()[place] for part in parts]
-        return torch.cat(rows), torch.stack(norms)
+        return torch.cat(mine_of), torch.stack(norms)
 
     alone = of_mine(0, 4)
-    for place, seed in [(0, 5), (1, 5), (ROWS // slots // 2, 6), (ROWS // slots - 1, 7)]:
+    for place, seed in [(0, 5), (1, 5), (rows // slots // 2, 6), (rows // slots - 1, 7)]:
         for one, other in zip(of_mine(place, seed), alone, strict=True):
             assert torch.equal(one, other), (place, seed)
 
