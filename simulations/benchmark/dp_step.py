@@ -35,12 +35,10 @@ MODEL, PRIVACY, TRAIN = ModelConfig(), PrivacyConfig(), TrainConfig()
 LIMITS = Limits()
 NOISE_MULTIPLIER = 1.0
 CLASSES = 4
-NOISE_SIZE = 32
-"""Image size of the default configuration, where secret noise is measured."""
+NOISE_SIZE = 32  # that of the default configuration
 OPACUS_MODES = ("hooks", "functorch", "ew", "ghost")
 
-Found = dict[tuple[int, int, int, str], Measured]
-"""By size, patients, fakes and mode."""
+Found = dict[tuple[int, int, int, str], Measured]  # by size, patients, fakes and mode
 
 
 @final
@@ -262,9 +260,7 @@ def _measure(plan: Plan, found: Found, size: int, batch: int, fakes: int, steps:
 
 def _expected_bytes(found: Found, size: int, batch: int, mode: str) -> float:
     """Expect as much for each patient as at smaller batches; 0 when there was none."""
-    peaks = [
-        one.peak_bytes / before for (pixels, before, _, name), one in found.items() if (pixels, name) == (size, mode)
-    ]
+    peaks = [one.peak_bytes / key[1] for key, one in found.items() if (key[0], key[3]) == (size, mode)]
     return batch * max(peaks, default=0.0)
 
 

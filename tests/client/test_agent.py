@@ -185,6 +185,15 @@ def test_one_outcome_per_charge_after_kill(tiny_home, train):
     assert list(site.home.replies.glob("*.secret")) == []
 
 
+def test_a_secret_does_not_outlive_its_outcome(site, train):
+    """What a kill between the two leaves: the stored reply, and the secret of its noise beside it."""
+    answer(site, train)
+    (stored,) = site.home.replies.iterdir()
+    stored.with_suffix(".secret").write_bytes(bytes(32))
+    assert answer(site, train).refusal is None
+    assert list(site.home.replies.iterdir()) == [stored]
+
+
 def test_journal_before_reply(site, warmup, train):
     for number, request in enumerate((warmup, train), start=1):
         reply = answer(site, request)

@@ -71,6 +71,13 @@ def test_codes_only_and_no_charge_for_a_hostile_round(site, how):
     assert_costs_nothing(site, TRAIN[how](train_request()))
 
 
+def test_a_proposal_of_thousands_of_faults_fills_no_log(site, caplog):
+    for how in ("6,000 unknown keys", "4,000 unknown keys in a section", "1 MB"):
+        assert_costs_nothing(site, TRAIN[f"proposal: {how}"](train_request()))
+    assert len(caplog.messages) == 3
+    assert max(map(len, caplog.messages)) < 4000
+
+
 @pytest.mark.parametrize("how", NOT_ON_THE_SOCKET)
 def test_codes_only_and_no_charge_for_foreign_dtypes(site, how):
     assert_costs_nothing(site, NOT_ON_THE_SOCKET[how](train_request()))

@@ -1,7 +1,8 @@
 """kill -9 at any point of charge, train, journal and reply: nothing is released that was not charged, ever.
 
-Agents are real processes on real homes. A thousand die at random moments (FEDMEDGAN_KILLS sets how many), and one at every
-durable call there is. After each death the home is read as it lies, then opened again; the same request is asked until it is answered.
+Agents are real processes on real homes. A thousand die at random moments (FEDMEDGAN_KILLS sets how many), and one at
+every durable call there is. After each death the home is read as it lies, then opened again; the same request is asked
+until it is answered.
 """
 
 import itertools

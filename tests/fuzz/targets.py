@@ -4,8 +4,10 @@ A decoder may raise WireError and nothing else; `answer` may raise nothing. A re
 refusal carries nothing. The site is real; its budget is spent but for a crumb, so that nothing is trained for long.
 """
 
+import atexit
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -32,7 +34,9 @@ HONEST = train_request()
 def site() -> Site:
     """Make the site that is asked: a real home whose budget is all but spent."""
     logging.getLogger("fedmedgan").setLevel(logging.CRITICAL)
-    made = open_site(make_home(Path(tempfile.mkdtemp(prefix="fuzz-site-"))))
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-site-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    made = open_site(make_home(folder))
     most = Charge(noise_for(0.999 * POLICY.max_epsilon, POLICY.delta, 1.0, 1), 1.0, 1)
     made.ledger.charge(ChargeRequest("spent", 0, Kind.WARMUP, "00"), most, POLICY.max_epsilon, POLICY.delta)
     return made
