@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 _LARGEST = 100.0  # no number of guesses that anybody makes proves more
-_SHARE_TO_CHOOSE = 0.25  # of the runs, for the threshold: a guess that is off costs less than runs that do not count
+_CHOOSING = 10  # one run in so many chooses the threshold: a guess that is off costs less than runs that do not count
 
 _Scores = Float64[np.ndarray, " runs"]
 _Rates = Float64[np.ndarray, " thresholds"]
@@ -106,7 +106,7 @@ def neighbour_epsilon(
 ) -> float:
     """Bound epsilon from the scores of many runs with a patient and many without. Assumes nothing of the mechanism.
 
-    The threshold is chosen on the first quarter of the runs; the rest are judged by it.
+    The threshold is chosen on the first tenth of the runs; the rest are judged by it.
 
     Args:
         with_patient: Scores of independent runs on one data set; high where the patient looks included.
@@ -196,7 +196,7 @@ def epsilon_of_mu(mu: float, delta: float) -> float:
 
 
 def _bound(with_patient: _Scores, without: _Scores, confidence: float, bound: _Bound) -> float:
-    cuts = [math.ceil(_SHARE_TO_CHOOSE * len(scores)) for scores in (with_patient, without)]
+    cuts = [-(-len(scores) // _CHOOSING) for scores in (with_patient, without)]
     if min(len(with_patient) - cuts[0], len(without) - cuts[1]) < 1:
         raise ValueError(
             f"Expected at least 2 runs on each side, got {len(with_patient)} and {len(without)}; run more."

@@ -19,11 +19,12 @@ from client.dp.engine import Engine, Loss
 from client.dp.layers import LAYERS, Matrix, Vector, check_layers, parts_of
 
 _SMALL = 1024
-_FEW = 1 << 19
+_FEW = 1 << 20
 """Numbers of formed gradients that stay in a core's cache."""
 
-_MEMORY_COST = 12
-"""What writing and reading one number of a formed gradient costs, in multiplications: see docs/benchmarks.md."""
+_CACHED = 1 << 16
+_MEMORY_COST = (12, 40)
+"""What writing and reading one number of a formed gradient costs, in multiplications: in a cache, and out of it."""
 
 
 @final
@@ -52,9 +53,9 @@ class FastEngine(Engine):
             ConfigError: A layer is not supported; it is named.
         """
         check_layers(discriminator)
-        self._rows = rows
+        self._rows, self._layers = rows, [layer for layer in discriminator.modules() if type(layer) in LAYERS]
         self._discriminator = discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        parameters = list(discriminator.parameters())
+        self._parameters = parameters = list(discriminator.parameters())
         small = [p for p in parameters if p.numel() <= _SMALL]
         large = sorted((p for p in parameters if p.numel() > _SMALL), key=lambda parameter: parameter.numel())
         sizes = torch.tensor([0, *(parameter.numel() for parameter in [*small, *large])])
@@ -83,7 +84,7 @@ class FastEngine(Engine):
 
         Arguments as in `Engine`.
         """
-        with _recorded(self._discriminator) as records:
+        with _recorded(self._layers) as records:
             logits = self._discriminator(images.contiguous(memory_format=torch.channels_last), labels)
         total = torch.dot(weights, loss(logits))
         gradients = torch.autograd.grad(total, [record.output for record in records])
@@ -104,7 +105,7 @@ class FastEngine(Engine):
     def by_parameter(self, gradient: Float[Tensor, " gradient"]) -> list[Tensor]:
         """Cut the flat gradient into the shapes of the parameters, in their order."""
         parts: list[Tensor] = []
-        for parameter in self._discriminator.parameters():
+        for parameter in self._parameters:
             start, shape = self._starts[parameter], parameter.shape
             part = gradient[start : start + parameter.numel()]
             if parameter.dim() == 4:
@@ -144,20 +145,21 @@ class FastEngine(Engine):
 
 def _cheaper_unformed(part: Matrix) -> bool:
     positions, size_out, size_in = part.inputs.shape[1], part.outputs.shape[2], part.inputs.shape[2]
-    forming = size_out * size_in * (positions + _MEMORY_COST)
-    factors = 3 * positions * (size_out * size_in + positions * (size_out + size_in))  # in double precision
+    count = size_out * size_in
+    forming = count * (positions + _MEMORY_COST[count > _CACHED])
+    factors = 3 * positions * (count + positions * (size_out + size_in))  # in double precision
     return factors < forming
 
 
 @contextmanager
-def _recorded(discriminator: nn.Module) -> Generator[list[_Record]]:
+def _recorded(layers: list[nn.Module]) -> Generator[list[_Record]]:
     """Keep what comes into each layer with parameters and what goes out, as long as the context lasts."""
     records: list[_Record] = []
 
     def record(layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         records.append(_Record(layer, arguments[0].detach(), output))
 
-    handles = [layer.register_forward_hook(record) for layer in discriminator.modules() if type(layer) in LAYERS]
+    handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         yield records
     finally:

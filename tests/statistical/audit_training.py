@@ -3,8 +3,8 @@
 Everything but the site's coins, draws and noise is the adversary's: a coordinator that picks the weights and the
 settings, and patients who pick their images. Then each private gradient can be read off the weights that come back:
 
-- D is sure of every image (its last bias is 20) and the clip is tiny, so gradients are far below the 1e-8 that Adam adds
-  to their size: a step is a constant times the noisy sum, and the weights stay where they are in all that matters.
+- D is sure of every image (its last bias is 20) and the clip is tiny, so gradients are far below the 1e-8 that Adam
+  adds to their size: a step moves the weights by a constant times the noisy sums, and hardly at all.
 - G draws grey, so fakes do not touch the weights of D's first layer.
 - Images are rows of a Hadamard matrix: the gradients of two patients in these weights are orthogonal.
 """

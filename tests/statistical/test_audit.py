@@ -1,7 +1,7 @@
-"""Audits of local training: what the strongest adversary proves stays below the stated epsilon, and above it with every
-part of the mechanism broken in turn. Keys are fixed; the bounds are printed.
+"""Audits of local training: the strongest adversary proves less than the stated epsilon, and more with a part broken.
 
-Nothing is patched: what is broken is a setting, a plan or a data set that the site would refuse or never make.
+Keys are fixed; the bounds are printed. Nothing is patched: what is broken is a setting, a plan or a data set that the
+site would refuse or never make.
 """
 
 import functools
@@ -24,7 +24,7 @@ from tests.statistical.audit_training import DELTA, SIZE, Training, along, datas
 KEY = bytes(32)
 CANARIES, GUESSES, ORDINARY = 1000, 300, 23
 OFF = 1e4
-"""Times the clip: no gradient is that long. Over it, the noise is nothing."""
+"""No gradient is as long as that many clips, and noise divided by it is none."""
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def one_run_of_gradient(noise_multiplier, clip_factor=1.0, noise_factor=1.0, key
     network = build(model, ImageConfig(size=SIZE), 1, torch.Generator().manual_seed(1)).discriminator
     towards, included = -directions(images(0, CANARIES), network), coins(key)
     multiplier = noise_multiplier * noise_factor / clip_factor
-    privacy = PrivacyConfig(max_grad_norm=clip_factor)
+    privacy = PrivacyConfig(max_grad_norm=0.01 * clip_factor)
     private = private_optimizer(network, privacy, TrainConfig(), multiplier, CANARIES / 2)
     private_gradient(
         private,
@@ -109,19 +109,19 @@ def test_one_run_audit_of_one_private_gradient(report):
     assert noise_off > stated
 
 
-STATED, STEPS = 3.0, 2
-"""Of the neighbour audits: one round on all patients in each of two steps, so that the mechanism is exactly mu-GDP."""
+STATED = 3.0
+"""Of the neighbour audits: rounds of one step on all patients, so that the mechanism is mu-GDP and nothing better."""
 
-RUNS, FEW_RUNS = 200, 128
+RUNS, FEW_RUNS = 400, 128
 
 
 @functools.cache
 def stated_noise():
-    return noise_for(STATED, DELTA, 1.0, STEPS)
+    return noise_for(STATED, DELTA, 1.0, 1)
 
 
 def training_of(patients, **broken):
-    return Training(stated_noise(), 1.0, patients, STEPS, **broken)
+    return Training(stated_noise(), 1.0, patients, 1, **broken)
 
 
 def neighbours(patients, *, patient_level=True):
@@ -132,13 +132,11 @@ def neighbours(patients, *, patient_level=True):
     return dataset(everything, numbers), dataset(others)
 
 
+TOWARDS_THE_PATIENT = directions(images(0, 1))
+
+
 def towards_the_patient(movement):
-    return along(movement, towards_of_the_patient())[0]
-
-
-@functools.cache
-def towards_of_the_patient():
-    return directions(images(0, 1))
+    return along(movement, TOWARDS_THE_PATIENT)[0]
 
 
 def stillness(movement):
@@ -168,7 +166,7 @@ def test_neighbour_audit(patients, report):
     as_gaussian = epsilon_of_mu(mu, DELTA)
     report(f"neighbours, n = {patients}", STATED, assuming_nothing=proved, by_mu=as_gaussian)
     assert proved < STATED
-    assert 0.2 < as_gaussian < STATED
+    assert 0.5 < as_gaussian < STATED
 
 
 def clip_off(patients):
@@ -195,7 +193,7 @@ def test_neighbour_audit_exceeds_the_stated_epsilon(broken, report):
     proved, mu = audit(trainings, data, FEW_RUNS, score)
     report(f"neighbours, n = 3, {broken.__name__}", STATED, assuming_nothing=proved, mu=mu)
     assert proved > STATED
-    assert mu > STEPS**0.5 / stated_noise()
+    assert mu > 1 / stated_noise()
 
 
 @pytest.mark.slow
@@ -203,4 +201,4 @@ def test_neighbour_audit_sees_nothing_in_a_public_divisor(report):
     proved, mu = audit(both(training_of(3)), neighbours(3), FEW_RUNS, stillness)
     report("neighbours, n = 3, size of the noise", STATED, assuming_nothing=proved, mu=mu)
     assert proved < STATED
-    assert mu < STEPS**0.5 / stated_noise()
+    assert mu < 1 / stated_noise()

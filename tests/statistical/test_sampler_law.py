@@ -15,18 +15,20 @@ from common.config import PrivacyConfig
 from common.crypto import KeyStream
 
 PATIENTS, STEPS, RATE = 60, 3000, 0.13
+ONE_IMAGE = PrivacyConfig()
 
 
-def draw(rate, steps=STEPS):
+def draw(rate, steps=STEPS, privacy=ONE_IMAGE, site="sampler"):
     """Return steps x patients: who was drawn when, read from the pixels of the batch; patients have 1 to 3 images."""
     patients = np.repeat(np.arange(PATIENTS), np.arange(PATIENTS) % 3 + 1)
     images = patients.astype(np.uint8).reshape(-1, 1, 1, 1)
-    dataset, stream = Dataset(images, np.zeros_like(patients), patients), KeyStream(bytes(32)).derive("sampler")
+    dataset, stream = Dataset(images, np.zeros_like(patients), patients), KeyStream(bytes(32)).derive(site)
     indicators = np.zeros((steps, PATIENTS))
     for step in range(steps):
-        batch = draw_patients(dataset, rate, PrivacyConfig(), stream)
+        batch = draw_patients(dataset, rate, privacy, stream)
         rows = ((batch.images + 1) * 127.5).round().long().flatten().numpy()
-        assert len(rows) == len(set(rows.tolist())) == batch.number_of_patients
+        assert len(rows) <= batch.number_of_patients * privacy.images_per_patient * privacy.views
+        assert len(set(rows.tolist())) == batch.number_of_patients
         indicators[step, rows] = 1
     return indicators
 
@@ -67,6 +69,10 @@ def steps_are_independent(indicators):
     return max(map(abs, correlations)) < bound
 
 
+def sites_are_independent(one, other):
+    return abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 5 / math.sqrt(one.size)
+
+
 def test_poisson_inclusion_rate_of_every_patient(drawn):
     assert includes_everyone_at_rate(drawn)
     assert not includes_everyone_at_rate(draw(1.05 * RATE))
@@ -93,6 +99,23 @@ def test_poisson_steps_are_independent(drawn):
     assert steps_are_independent(drawn)
     assert not steps_are_independent(np.where(np.arange(STEPS)[:, None] % 20 == 0, np.roll(drawn, 1, axis=0), drawn))
     assert not steps_are_independent(np.roll(np.repeat(drawn[: STEPS // 2], 2, axis=0), 1, axis=0))
+
+
+def test_poisson_sites_are_independent(drawn):
+    steps, one = 1000, drawn[:1000]
+    other = draw(RATE, steps, site="another sampler")
+    assert sites_are_independent(one, other)
+    assert not sites_are_independent(one, draw(RATE, steps))
+    assert not sites_are_independent(one, np.where(np.arange(steps)[:, None] % 20 == 0, one, other))
+
+
+def test_poisson_law_is_the_same_when_images_and_views_are_drawn_too():
+    """A patient's number of images decides how much of the stream goes to them, and must not decide who comes next."""
+    drawn = draw(RATE, 1500, PrivacyConfig(images_per_patient=2, views=2))
+    assert includes_everyone_at_rate(drawn)
+    assert patients_are_independent(drawn)
+    assert sizes_vary_as_a_binomial(drawn)
+    assert steps_are_independent(drawn)
 
 
 def test_poisson_small_rate_gives_mostly_empty_batches_and_rate_one_everybody():
