@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := common client server simulations tests
 
-.PHONY: simulate test check setup clean
+.PHONY: simulate test test-slow check setup clean
 
 simulate: $(READY)
 	$(BIN)/fedmedgan-simulate $(ARGS)
 
 test: $(READY)
 	$(BIN)/pytest -n 2
+
+# The audits and other long tests alone, with what they print.
+test-slow: $(READY)
+	$(BIN)/pytest -n 2 -m slow -rP
 
 check: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)

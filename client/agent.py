@@ -27,7 +27,8 @@ from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.policy import Policy
 from client.train import train_round
 from client.warmup import embedding_sum
-from common.config import GradientEngine, Proposal, parse_proposal
+from common.config import GradientEngine, Proposal
+from common.config_text import parse_proposal
 from common.crypto import KeyStream, SigningKey, load_key
 from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.features import feature_map
@@ -35,7 +36,7 @@ from common.files import write_atomic
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
 from common.models import Pair, build
 from common.noise import gaussian, to_public_grid
-from common.privacy import Plan, plan
+from common.plan import Plan, plan
 from common.weights import check_arrays, get_weights, set_weights
 
 LOG = logging.getLogger("fedmedgan.agent")

@@ -17,7 +17,8 @@ from common.config import Proposal
 from common.errors import PolicyRefusal
 from common.messages import Kind
 from common.models import build
-from common.privacy import Charge, Plan, affordable_rounds, epsilon, plan
+from common.plan import Plan, plan
+from common.privacy import Charge, affordable_rounds, epsilon
 
 VERSION = 1
 

@@ -22,11 +22,12 @@ from client.policy import Policy
 from client.serve import serve
 from client.verify import export_journal, read_export, verify_home
 from common.command import run_command
-from common.config import Proposal, build_config, read_config
+from common.config import Proposal
+from common.config_text import build_config, read_config
 from common.crypto import load_key
 from common.errors import ConfigError, StorageError
 from common.files import write_atomic
-from common.privacy import delta_warning
+from common.plan import delta_warning
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 

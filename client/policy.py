@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, StringConstraints, ValidationError, mode
 from common.config import Positive, Proposal, Section
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.files import write_atomic
-from common.privacy import Plan
+from common.plan import Plan
 
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_POLICY_BYTES = 65_536

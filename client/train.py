@@ -20,7 +20,7 @@ from common.config import GradientEngine, Proposal
 from common.crypto import KeyStream
 from common.models import Pair
 from common.noise import gaussian
-from common.privacy import Plan
+from common.plan import Plan
 
 
 @final

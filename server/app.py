@@ -12,7 +12,8 @@ from typing import Any, final
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config import Config, build_config, read_config
+from common.config import Config
+from common.config_text import build_config, read_config
 from common.errors import ConfigError, FederationError, PolicyRefusal, RefusalCode
 from common.flower_run import run_path
 from common.sheets import save_sheet

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from common.command import run_command
-from common.config import build_config, read_config
+from common.config_text import build_config, read_config
 from common.messages import size_bytes
-from common.privacy import delta_warning, plan
+from common.plan import delta_warning, plan
 from common.weights import get_weights
 from server.report import write_report
 from server.rounds import initial_pair

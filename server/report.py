@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from common.artefact import GeneratorInfo, load_info
-from common.config import Config, build_config, read_config
+from common.config import Config
+from common.config_text import build_config, read_config
 from common.errors import ResumeError
 from common.files import write_atomic
 from common.generate import file_names

@@ -8,7 +8,7 @@ from typing import final
 from common.config import Config
 from common.errors import ConfigError, FederationError
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
-from common.privacy import Plan, plan
+from common.plan import Plan, plan
 from server.exchange import POLL_S, Grid, ask
 
 MAX_DECLARED_PATIENTS = 100_000_000

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from common.config import Config, build_config, read_config, to_toml
+from common.config import Config
+from common.config_text import build_config, read_config, to_toml
 from common.errors import ResumeError
 from common.files import make_folder, write_atomic
 

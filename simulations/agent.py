@@ -11,7 +11,7 @@ from pathlib import Path
 from client.agent import open_site
 from client.home import Home
 from client.serve import serve
-from common.config import build_config, read_config
+from common.config_text import build_config, read_config
 from simulations.hospitals import build_hospitals, draw_federation, simulated_secrets, site_name
 
 

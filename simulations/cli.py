@@ -14,11 +14,12 @@ from rich.table import Table
 from client.intake.refusals import describe
 from common.artefact import load_generator
 from common.command import run_command
-from common.config import Config, build_config, read_config, to_toml
+from common.config import Config
+from common.config_text import build_config, read_config, to_toml
 from common.errors import ExitCode
 from common.generate import generate_images
 from common.messages import size_bytes
-from common.privacy import delta_warning, plan
+from common.plan import delta_warning, plan
 from common.weights import get_weights
 from server.app import Job
 from server.report import write_report

@@ -24,7 +24,8 @@ from client.home import Home, SiteConfig, create_home, import_images, load_image
 from client.intake import Dataset, Record, Scan, scan
 from client.intake.refusals import describe
 from client.policy import Policy
-from common.config import Config, build_config
+from common.config import Config
+from common.config_text import build_config
 from common.crypto import KeyStream
 from common.errors import IntakeError
 from common.files import make_folder, write_atomic

@@ -14,7 +14,7 @@ from unittest.mock import patch
 from client import agent, channel
 from client.app import make_app
 from common import wire
-from common.config import build_config
+from common.config_text import build_config
 from server import aggregation
 from server.app import Job, federate
 from server.records import RoundRecord

@@ -11,7 +11,7 @@ from client.agent import answer, open_site
 from client.channel import pack_reply
 from client.journal import check_egress, content_digest, release_schema
 from client.ledger import read_ledger
-from common.config import parse_proposal
+from common.config_text import parse_proposal
 from common.crypto import KeyStream
 from common.errors import RefusalCode, StorageError
 from common.features import feature_dim, feature_map

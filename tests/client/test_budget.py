@@ -11,7 +11,8 @@ from common.config import Proposal
 from common.crypto import SigningKey
 from common.errors import ConfigError, PolicyRefusal
 from common.messages import Kind
-from common.privacy import Charge, epsilon, plan
+from common.plan import plan
+from common.privacy import Charge, epsilon
 
 KEY = SigningKey.from_bytes(bytes(range(32)))
 DELTA = 1e-5

@@ -6,7 +6,7 @@ import pytest
 from client.policy import Policy, check_hello, check_plan, check_proposal, check_reply, load, save
 from common.config import Proposal
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
-from common.privacy import Plan
+from common.plan import Plan
 
 POLICY = Policy(site="st-mary", declared_patients=200, max_epsilon=10.0, delta=1e-5, min_noise_multiplier=0.5)
 PLAN = Plan(200, 0.32, 0.67, 2.5, 96, 9.99, 1e-5)

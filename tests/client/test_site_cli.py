@@ -10,7 +10,7 @@ from client.agent import answer, open_site
 from client.cli import main
 from client.home import Home
 from client.ledger import ChargeRequest
-from common.config import build_config, to_toml
+from common.config_text import build_config, to_toml
 from common.errors import ExitCode, StorageError
 from common.messages import Kind, Request
 from common.privacy import Charge

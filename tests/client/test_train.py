@@ -19,7 +19,7 @@ from common.config import PrivacyConfig, Proposal
 from common.crypto import KeyStream
 from common.models import build
 from common.noise import gaussian
-from common.privacy import Plan
+from common.plan import Plan
 
 KEY = bytes(range(32))
 PATIENTS = 20

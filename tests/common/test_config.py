@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import Proposal, build_config, known_keys, parse_proposal, read_config, to_toml
+from common.config import Proposal
+from common.config_text import build_config, known_keys, parse_proposal, read_config, to_toml
 from common.errors import ConfigError
 
 

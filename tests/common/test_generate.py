@@ -16,7 +16,8 @@ from safetensors.numpy import save as save_tensors
 from torch import nn
 
 from common.artefact import draw, load_generator, save_generator
-from common.config import Config, build_config
+from common.config import Config
+from common.config_text import build_config
 from common.errors import ConfigError, ResumeError, StorageError, WireError
 from common.generate import file_names, generate_images, parse_labels, spread_labels, write_images
 from common.models import build

@@ -30,7 +30,7 @@ from client.verify import verify_home
 from common.crypto import load_key
 from common.errors import WireError
 from common.messages import Kind, Reply, Request
-from common.privacy import plan
+from common.plan import plan
 from tests.e2e.conftest import ENVIRONMENT
 from tests.e2e.nursery import Order, Outcome
 from tests.tiny_site import POLICY, PROPOSAL, make_home, train_request, warmup_request

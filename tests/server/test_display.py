@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from common.config import Config, build_config
+from common.config import Config
+from common.config_text import build_config
 from server.display import Event, open_display, plain_line
 from server.records import Progress, RoundRecord, SiteRelease
 

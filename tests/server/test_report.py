@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from common.artefact import save_generator
-from common.config import Config, build_config
+from common.config import Config
+from common.config_text import build_config
 from common.errors import ResumeError
 from common.files import write_atomic
 from common.models import build

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.artefact import draw, load_generator
-from common.config import Config, build_config
+from common.config import Config
+from common.config_text import build_config
 from common.errors import StorageError
 from common.sheets import save_sheet
 from common.weights import get_weights

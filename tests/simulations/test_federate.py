@@ -9,7 +9,8 @@ import pytest
 from flwr.app import Context
 
 from client.app import make_app
-from common.config import Config, build_config
+from common.config import Config
+from common.config_text import build_config
 from common.errors import FederationError, RefusalCode
 from common.features import feature_dim, feature_map
 from common.messages import Kind, Reply, Request

@@ -21,7 +21,7 @@ from client.train import train_round
 from common.config import Proposal
 from common.crypto import KeyStream
 from common.models import Pair, build
-from common.privacy import Plan
+from common.plan import Plan
 
 SIZE, DELTA, CLIP = 32, 1e-5, 1e-10
 _ROWS = (hadamard(SIZE * SIZE)[1:] > 0).reshape(-1, 1, SIZE, SIZE).astype(np.uint8) * 255

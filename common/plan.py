@@ -1,0 +1,108 @@
+"""What a site does and pays in one run: a pure function of the proposal and the declared patients.
+
+Everything here is computed from public values, so coordinator, site and dry run each compute the same plan.
+Out of scope: what a composition costs (common/privacy), what was spent so far (client/ledger).
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from common.config import Proposal
+from common.errors import ConfigError
+from common.privacy import Charge, epsilon, noise_for
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What a site does and pays in one run, computed from public values alone.
+
+    Attributes:
+        declared_patients: The rounded cohort size that the site made public.
+        sample_rate: Probability of each patient in each private step.
+        warmup_noise_multiplier: Of the release before the first round; None without warm-up.
+        train_noise_multiplier: Of every private step; None without rounds.
+        steps: Private steps of all rounds together.
+        epsilon: What the whole run costs by PLD; at most the proposal's epsilon.
+        delta: The proposal's delta.
+    """
+
+    declared_patients: int
+    sample_rate: float
+    warmup_noise_multiplier: float | None
+    train_noise_multiplier: float | None
+    steps: int
+    epsilon: float
+    delta: float
+
+    @property
+    def divisor(self) -> float:
+        """The public constant by which a clipped sum is divided: expected patients in one step."""
+        return self.sample_rate * self.declared_patients
+
+    def charge_of_warmup(self) -> Charge:
+        """Return what the warm-up release costs: one Gaussian release of sensitivity 1.
+
+        Raises:
+            ConfigError: The plan has no warm-up.
+        """
+        if self.warmup_noise_multiplier is None:
+            raise ConfigError("This plan has no warm-up: warmup.share is 0. Raise it or do not ask for a warm-up.")
+        return Charge(self.warmup_noise_multiplier, 1.0, 1)
+
+    def charge_of_round(self, steps_per_round: int) -> Charge:
+        """Return what one training round costs.
+
+        Raises:
+            ConfigError: The plan has no training rounds.
+        """
+        if self.train_noise_multiplier is None:
+            raise ConfigError("This plan has no training rounds: federation.rounds is 0. Raise it or do not train.")
+        return Charge(self.train_noise_multiplier, self.sample_rate, steps_per_round)
+
+
+def plan(proposal: Proposal, declared_patients: int) -> Plan:
+    """Split the proposed epsilon between warm-up and rounds, and calibrate both.
+
+    The warm-up alone costs at most `warmup.share` of epsilon; the rounds fill the rest of the joint composition.
+
+    Args:
+        proposal: The shared sections of the configuration.
+        declared_patients: The rounded cohort size that the site made public.
+
+    Raises:
+        ConfigError: Nothing to do, no patients, too many steps, or no noise multiplier keeps the bound.
+
+    Guarantees:
+        - within_the_proposal: Warm-up and all rounds together cost at most (epsilon, delta).
+        - deterministic: The same public values give the same plan.
+    """
+    if declared_patients < 1:
+        raise ConfigError(f"Expected declared_patients={declared_patients} at least 1.")
+    privacy, share, rounds = proposal.privacy, proposal.warmup.share, proposal.federation.rounds
+    if rounds == 0 and share == 0:
+        raise ConfigError("federation.rounds = 0 and warmup.share = 0 leave nothing to learn; raise one of them.")
+    rate = min(1.0, privacy.batch_patients / declared_patients)
+    steps = rounds * proposal.train.steps_per_round
+    charges: list[Charge] = []
+    warmup = train = None
+    if share > 0:
+        target = privacy.epsilon * (share if rounds else 1.0)
+        warmup = noise_for(target, privacy.delta, 1.0, 1)
+        charges.append(Charge(warmup, 1.0, 1))
+    if rounds > 0:
+        train = noise_for(privacy.epsilon, privacy.delta, rate, steps, charges)
+        charges.append(Charge(train, rate, steps))
+    cost = epsilon(charges, privacy.delta)
+    return Plan(declared_patients, rate, warmup, train, steps, cost, privacy.delta)
+
+
+def delta_warning(delta: float, declared_patients: int) -> str | None:
+    """Return why `delta` is too large for a cohort, or None when it is small enough."""
+    if delta * declared_patients < 1:
+        return None
+    return (
+        f"privacy.delta = {delta:g} is not below 1/{declared_patients} (one over the declared patients): a delta of "
+        "that size allows a mechanism that publishes one patient's images outright. "
+        f"Use at most {0.1 / declared_patients:.0e}."
+    )
