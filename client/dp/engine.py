@@ -3,10 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from client.dp.contributions import Contribution, Unformed
+from client.dp.packing import Chunk
 
 Loss = Callable[[Float[Tensor, " rows"]], Float[Tensor, " rows"]]
 """Loss of each row from its logit."""
@@ -21,22 +22,12 @@ class Engine(ABC):
         """The network whose gradients are taken."""
 
     @abstractmethod
-    def contributions(
-        self,
-        loss: Loss,
-        images: Float[Tensor, "rows 1 size size"],
-        labels: Int64[Tensor, " rows"],
-        weights: Float[Tensor, " rows"],
-        slots: int,
-    ) -> tuple[list[Contribution], Unformed | None]:
+    def contributions(self, loss: Loss, chunk: Chunk) -> tuple[list[Contribution], Unformed | None]:
         """Return what each patient contributes, for all parameters together.
 
         Args:
             loss: Of reals or of fakes.
-            images: `slots` adjacent rows for each patient.
-            labels: Class numbers.
-            weights: Of each row in its patient's contribution; 0 for a blank row.
-            slots: Rows of one patient.
+            chunk: Patients, each in adjacent rows.
 
         Returns:
             Contributions, and one that is not formed yet: beside each other in the flat gradient, overwritten by the

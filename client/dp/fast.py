@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from client.dp.contributions import Contribution, Formed, Product, Unformed
 from client.dp.engine import Engine, Loss
 from client.dp.layers import LAYERS, Matrix, Vector, check_layers, parts_of
+from client.dp.packing import Chunk
 
 _SMALL = 1024
 _FEW = 1 << 20
@@ -72,28 +73,21 @@ class FastEngine(Engine):
         """The network whose gradients are taken."""
         return self._discriminator
 
-    def contributions(
-        self,
-        loss: Loss,
-        images: Float[Tensor, "rows 1 size size"],
-        labels: Int64[Tensor, " rows"],
-        weights: Float[Tensor, " rows"],
-        slots: int,
-    ) -> tuple[list[Contribution], Unformed | None]:
+    def contributions(self, loss: Loss, chunk: Chunk) -> tuple[list[Contribution], Unformed | None]:
         """Return small parameters as one contribution, one for each large one, and the largest apart.
 
         Arguments as in `Engine`.
         """
         with _recorded(self._layers) as records:
-            logits = self._discriminator(images.contiguous(memory_format=torch.channels_last), labels)
-        total = torch.dot(weights, loss(logits))
+            logits = self._discriminator(chunk.images.contiguous(memory_format=torch.channels_last), chunk.labels)
+        total = torch.dot(chunk.weights, loss(logits))
         gradients = torch.autograd.grad(total, [record.output for record in records])
-        parts: list[Contribution] = [Formed(self._small[: len(images) // slots], 0)]
+        parts: list[Contribution] = [Formed(self._small[: len(chunk.images) // chunk.slots], 0)]
         last: Unformed | None = None
         seen: set[nn.Parameter] = set()
         pairs = list(zip(records, gradients, strict=True))
         for record, gradient in sorted(pairs, key=lambda pair: self._largest in set(pair[0].layer.parameters())):
-            for part in parts_of(record.layer, record.came_in, gradient, slots, self._copy):
+            for part in parts_of(record.layer, record.came_in, gradient, chunk.slots, self._copy):
                 if part.parameter in seen:
                     raise RuntimeError("Expected every layer to be used once in the discriminator.")
                 seen.add(part.parameter)

@@ -4,12 +4,13 @@ import warnings
 from typing import final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import Tensor, nn
 
 from client.dp.contributions import Contribution, Formed, Unformed
 from client.dp.engine import Engine, Loss
+from client.dp.packing import Chunk
 
 # Opacus' hooks sit on the first layer too, whose input, an image, needs no gradient; torch says so at every step.
 warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
@@ -27,22 +28,15 @@ class ReferenceEngine(Engine):
         """The network whose gradients are taken."""
         return self._discriminator
 
-    def contributions(
-        self,
-        loss: Loss,
-        images: Float[Tensor, "rows 1 size size"],
-        labels: Int64[Tensor, " rows"],
-        weights: Float[Tensor, " rows"],
-        slots: int,
-    ) -> tuple[list[Contribution], Unformed | None]:
+    def contributions(self, loss: Loss, chunk: Chunk) -> tuple[list[Contribution], Unformed | None]:
         """Return one contribution for each parameter, in their order; arguments as in `Engine`."""
         hooks = GradSampleHooks(self._discriminator, loss_reduction="sum")
-        torch.dot(weights, loss(self._discriminator(images, labels))).backward()
+        torch.dot(chunk.weights, loss(self._discriminator(chunk.images, chunk.labels))).backward()
         parts: list[Contribution] = []
         start = 0
         for parameter in self._discriminator.parameters():
             samples: Tensor = getattr(parameter, "grad_sample")  # noqa: B009  # Opacus' own attribute
-            parts.append(Formed(samples.reshape(len(images) // slots, slots, -1).sum(1), start))
+            parts.append(Formed(samples.reshape(len(chunk.images) // chunk.slots, chunk.slots, -1).sum(1), start))
             start += parameter.numel()
             parameter.grad = None
             del parameter.grad_sample  # type: ignore[attr-defined]

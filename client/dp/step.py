@@ -4,7 +4,7 @@ The mechanism is a Gaussian on a sum of clipped contributions, one for each samp
 Out of scope: who is sampled and when (client/train), what it costs (common/privacy), gradients (the engines).
 """
 
-import math
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -14,11 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from client.dp.contributions import Contribution, Unformed, add_clipped
-from client.dp.engine import Engine, Loss
-from client.dp.fast import FastEngine
-from client.dp.packing import Batch, Chunk, pack
-from client.dp.reference import ReferenceEngine
+from client.dp.packing import Batch, pack
+from client.dp.sums import Adder
 from common.config import GradientEngine, PrivacyConfig, TrainConfig
 from common.noise import to_public_grid
 
@@ -36,9 +33,9 @@ Noise = Callable[[tuple[int, ...], float], Float64[Tensor, "..."]]
 @final
 @dataclass(frozen=True)
 class PrivateOptimizer:
-    """A discriminator with its engine and its Adam, and the public numbers of the mechanism."""
+    """A discriminator with its engines and its Adam, and the public numbers of the mechanism."""
 
-    engine: Engine
+    adder: Adder
     adam: torch.optim.Adam
     rows: int
     max_grad_norm: float
@@ -48,7 +45,7 @@ class PrivateOptimizer:
     @property
     def discriminator(self) -> nn.Module:
         """The network that is trained."""
-        return self.engine.discriminator
+        return self.adder.discriminator
 
 
 def private_optimizer(
@@ -76,9 +73,9 @@ def private_optimizer(
     rows = ROWS[0] if divisor < 1.5 * ROWS[1] else ROWS[1]
     while rows > 1 and rows * numbers * 4 > _FORMED_BYTES:
         rows //= 2
-    chosen: Engine = FastEngine(discriminator, rows) if engine == "fast" else ReferenceEngine(discriminator)
+    adder = Adder(discriminator, engine, rows, privacy.max_grad_norm)
     adam = torch.optim.Adam(discriminator.parameters(), lr=train.learning_rate_d, betas=(0.5, 0.999), fused=True)
-    return PrivateOptimizer(chosen, adam, rows, privacy.max_grad_norm, noise_multiplier, divisor)
+    return PrivateOptimizer(adder, adam, rows, privacy.max_grad_norm, noise_multiplier, divisor)
 
 
 def private_step(
@@ -128,42 +125,15 @@ def private_gradient(
         Bie et al. 2023 (arXiv 2302.02936), which keeps the two halves of the loss in balance and costs nothing.
     """
     generated = Batch(fakes, fake_labels, torch.arange(len(fakes)), len(fakes))
-    parameters = list(private.discriminator.parameters())
-    numbers = sum(parameter.numel() for parameter in parameters)
-    total = torch.zeros(numbers, dtype=torch.float64, device=parameters[0].device)
-    _add_clipped_sum(total, private, batch, _loss_of_real)
-    _add_clipped_sum(total, private, generated, _loss_of_fake)
+    reals = ((chunks, _loss_of_real) for chunks in pack(batch, private.rows))
+    fake = ((chunks, _loss_of_fake) for chunks in pack(generated, private.rows))
+    total = private.adder.clipped_sum(itertools.chain(reals, fake))
     std = private.noise_multiplier * private.max_grad_norm * (1 + _ROUNDING)
-    noisy = to_public_grid(total.add_(noise((numbers,), std)), std)
+    noisy = to_public_grid(total.add_(noise((len(total),), std)), std)
     gradient = noisy.div_(2 * private.divisor).float()
-    for parameter, part in zip(parameters, private.engine.by_parameter(gradient), strict=True):
+    parts = private.adder.by_parameter(gradient)
+    for parameter, part in zip(private.discriminator.parameters(), parts, strict=True):
         parameter.grad = part
-
-
-def _add_clipped_sum(total: Float64[Tensor, " gradient"], private: PrivateOptimizer, batch: Batch, loss: Loss) -> None:
-    for chunks in pack(batch, private.rows):
-        if len(chunks) == 1:
-            add_clipped(total, *_contributions(private.engine, chunks[0], loss), private.max_grad_norm)
-        else:
-            _add_large_patient(total, private, chunks, loss)
-
-
-def _add_large_patient(
-    total: Float64[Tensor, " gradient"], private: PrivateOptimizer, chunks: list[Chunk], loss: Loss
-) -> None:
-    """Add up the chunks of one patient, then clip."""
-    mine = torch.zeros_like(total)
-    one = torch.ones(1, dtype=torch.float64, device=total.device)
-    for chunk in chunks:
-        parts, last = _contributions(private.engine, chunk, loss)
-        for part in [*parts, *(formed for _, formed in (last.few() if last else []))]:
-            part.add_clipped(mine, one)
-    norm = mine.norm()
-    total += torch.where(norm < math.inf, mine * (private.max_grad_norm / norm.clamp(min=private.max_grad_norm)), 0.0)
-
-
-def _contributions(engine: Engine, chunk: Chunk, loss: Loss) -> tuple[list[Contribution], Unformed | None]:
-    return engine.contributions(loss, chunk.images, chunk.labels, chunk.weights, chunk.slots)
 
 
 def _loss_of_real(logits: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:

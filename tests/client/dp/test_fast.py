@@ -9,6 +9,7 @@ from torch import nn
 
 from client.dp.contributions import Formed, Product
 from client.dp.fast import FastEngine
+from client.dp.packing import Chunk
 from common.errors import ConfigError
 
 SIZE = 8
@@ -51,7 +52,7 @@ def by_autograd(model, images, labels, weights, slots):
 
 def by_engine(engine, images, labels, weights, slots):
     """Return the same by the engine, from whichever form it gives, and the norms it states."""
-    parts, last = engine.contributions(softplus, images, labels, weights, slots)
+    parts, last = engine.contributions(softplus, Chunk(images, labels, weights, slots))
     patients = len(images) // slots
     numbers = sum(parameter.numel() for parameter in engine.discriminator.parameters())
     rows, squared = torch.zeros(patients, numbers, dtype=torch.float64), torch.zeros(patients, dtype=torch.float64)

@@ -2,7 +2,10 @@
 
 import copy
 import functools
+import gc
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -156,7 +159,7 @@ def test_company_changes_nothing(name, size, scale, slots, engine, divisor):
         around, labels = company[0].clone(), company[1].clone()
         around[place * slots : (place + 1) * slots], labels[place * slots : (place + 1) * slots] = mine
         chunk = Chunk(around, labels, weights, slots)
-        parts, last = private.engine.contributions(_softplus, chunk.images, chunk.labels, chunk.weights, slots)
+        parts, last = engine_of(private).contributions(_softplus, chunk)
         formed = [part.formed() if isinstance(part, Product) else part for part in parts]
         mine_of = [part.values[place].clone() for part in formed]
         if last is not None:
@@ -214,6 +217,10 @@ def test_one_clipped_contribution_when_a_sampled_patient_has_no_image():
     model, fakes, batch = network(), images(2, seed=9), batch_of([2])
     padded = Batch(batch.images, batch.labels, batch.patients, 2)  # as many images as patients, not one each
     assert_near(clipped_sum(model, padded, fakes), clipped_sum(model, batch, fakes))
+
+
+def engine_of(private):
+    return private.adder._engines[0]
 
 
 def _softplus(logits):
@@ -376,3 +383,37 @@ def test_bounded_memory_however_many_patients_are_sampled():
     small, large = peak(64), peak(640)
     assert small > 100_000
     assert large < 1.2 * small
+
+
+def test_more_threads_change_no_bit():
+    model, batch, fakes = network("dcgan"), batch_of([1] * 70 + [3, 200, 2]), images(40, seed=9)
+    alone = gradient(model, batch, fakes, noise=1.0)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            private = prepared(copy.deepcopy(model))
+            assert private.adder.threads == threads
+            assert torch.get_num_threads() == threads
+            assert torch.equal(gradient(model, batch, fakes, noise=1.0), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_end_with_the_optimizer_and_errors_come_through():
+    before, running = torch.get_num_threads(), threading.active_count()
+    try:
+        torch.set_num_threads(2)
+        private = prepared(network("dcgan"))
+        assert threading.active_count() == running + 2
+        with pytest.raises(RuntimeError):
+            private_gradient(private, batch_of([1], size=5), *images(1, seed=9), secret())
+        private_gradient(private, batch_of([1]), *images(1, seed=9), secret())
+    finally:
+        torch.set_num_threads(before)
+    del private
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == running
