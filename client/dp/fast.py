@@ -20,8 +20,8 @@ from client.dp.layers import LAYERS, Matrix, Vector, check_layers, parts_of
 from client.dp.packing import Chunk
 
 _SMALL = 1024
-_FEW = 1 << 20
-"""Numbers of formed gradients that stay in a core's cache."""
+_FEW_PATIENTS, _FEW_NUMBERS = 8, 1 << 20
+"""How much of the largest matrix is formed at a time: the fewer, the less memory, and the more calls."""
 
 _CACHED = 1 << 16
 _MEMORY_COST = (12, 40)
@@ -65,7 +65,8 @@ class FastEngine(Engine):
         self._small = torch.empty(rows, sum(parameter.numel() for parameter in small), device=device)
         self._largest = [*small, *large][-1]
         self._large = torch.empty(rows * sum(p.numel() for p in large if p is not self._largest), device=device)
-        self._few = torch.empty(max(_FEW, self._largest.numel()), device=device)
+        few = min(_FEW_PATIENTS * self._largest.numel(), _FEW_NUMBERS)
+        self._few = torch.empty(max(few, self._largest.numel()), device=device)
         self._patches = torch.empty(0, device=device)
 
     @property

@@ -5,6 +5,7 @@ draws its noise from torch's generator, so that engines are compared; what secre
 """
 
 import copy
+import functools
 import itertools
 import math
 import sys
@@ -29,7 +30,7 @@ from common.crypto import KeyStream
 from common.models import build
 from common.noise import gaussian
 from simulations.benchmark.report import Result
-from simulations.benchmark.turns import Limits, Measured, Step, figures, take_turns
+from simulations.benchmark.turns import Limits, Measured, SetUp, Step, figures, take_turns
 
 MODEL, PRIVACY, TRAIN = ModelConfig(), PrivacyConfig(), TrainConfig()
 LIMITS = Limits()
@@ -205,7 +206,7 @@ def _with_gradients_by_image(discriminator: nn.Module, mode: str) -> nn.Module:
 
 
 def _adam(discriminator: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam(discriminator.parameters(), lr=TRAIN.learning_rate_d, betas=(0.5, 0.999))
+    return torch.optim.Adam(discriminator.parameters(), lr=TRAIN.learning_rate_d, betas=(0.5, 0.999), fused=True)
 
 
 def make_data(size: int, patients: int, fakes: int) -> Data:
@@ -217,18 +218,22 @@ def make_data(size: int, patients: int, fakes: int) -> Data:
     return Data(batch, images[patients:], labels[patients:])
 
 
-def _plain_and_fast(discriminator: nn.Module, data: Data) -> dict[str, Step]:
+def _plain_and_fast(discriminator: nn.Module, data: Data) -> dict[str, SetUp]:
     return {
-        "plain": plain(copy.deepcopy(discriminator), data),
-        "fast": private(copy.deepcopy(discriminator), data, "fast", torch_noise),
+        "plain": lambda: plain(copy.deepcopy(discriminator), data),
+        "fast": lambda: private(copy.deepcopy(discriminator), data, "fast", torch_noise),
     }
 
 
-def _opacus_steps(discriminator: nn.Module, data: Data) -> dict[str, Step]:
-    return {f"opacus {mode}": opacus(copy.deepcopy(discriminator), data, mode) for mode in OPACUS_MODES}
+def _opacus_steps(discriminator: nn.Module, data: Data) -> dict[str, SetUp]:
+    return {f"opacus {mode}": functools.partial(_opacus_on_a_copy, discriminator, data, mode) for mode in OPACUS_MODES}
 
 
-def _noise_steps(discriminator: nn.Module, data: Data) -> dict[str, Step]:
+def _opacus_on_a_copy(discriminator: nn.Module, data: Data, mode: str) -> Step:
+    return opacus(copy.deepcopy(discriminator), data, mode)
+
+
+def _noise_steps(discriminator: nn.Module, data: Data) -> dict[str, SetUp]:
     """Set up the noise of one step alone, from either source, in the shapes that the fast engine asks for."""
     asked: list[tuple[tuple[int, ...], float]] = []
 
@@ -239,8 +244,8 @@ def _noise_steps(discriminator: nn.Module, data: Data) -> dict[str, Step]:
     private(copy.deepcopy(discriminator), data, "fast", listen)()
     secret = KeyStream.from_os()
     return {
-        "torch noise": lambda: _draw(torch_noise, asked),
-        "secure noise": lambda: _draw(lambda shape, std: gaussian(secret, shape, std), asked),
+        "torch noise": lambda: lambda: _draw(torch_noise, asked),
+        "secure noise": lambda: lambda: _draw(functools.partial(gaussian, secret), asked),
     }
 
 
@@ -249,12 +254,12 @@ def _draw(noise: Noise, asked: Sequence[tuple[tuple[int, ...], float]]) -> None:
         noise(shape, std)
 
 
-def _measure(plan: Plan, found: Found, size: int, batch: int, fakes: int, steps: dict[str, Step]) -> None:
+def _measure(plan: Plan, found: Found, size: int, batch: int, fakes: int, setups: dict[str, SetUp]) -> None:
     limits = plan.limits
     if batch == plan.ratio_batch:
         limits = replace(limits, at_least_s=plan.ratio_s, slow_s=math.inf)
-    expected = {mode: _expected_bytes(found, size, batch, mode) for mode in steps}
-    for mode, one in take_turns(steps, limits, expected).items():
+    expected = {mode: _expected_bytes(found, size, batch, mode) for mode in setups}
+    for mode, one in take_turns(setups, limits, expected).items():
         found[size, batch, fakes, mode] = one
 
 

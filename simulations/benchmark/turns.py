@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
+
 from simulations.benchmark.memory import peak_bytes
 
 SLOW_ROUNDS = 3
 
 Step = Callable[[], None]
+SetUp = Callable[[], Step]
+"""Makes a model, its optimiser and whatever an engine keeps from step to step."""
 
 
 @final
@@ -42,7 +46,8 @@ class Measured:
 
     Attributes:
         seconds: Of each step; none when the mode was skipped.
-        peak_bytes: Of one step, beyond what was held before it.
+        peak_bytes: Of setting up and taking one step, on one thread: all but the data. An engine that works on several
+            threads at a time needs nearly as much for each.
         skipped: Why there are none; empty otherwise.
     """
 
@@ -51,25 +56,26 @@ class Measured:
     skipped: str = ""
 
 
-def take_turns(steps: Mapping[str, Step], limits: Limits, expected_bytes: Mapping[str, float]) -> dict[str, Measured]:
-    """Warm every mode up, measure the memory of a step of each, then let them step in turn.
+def take_turns(setups: Mapping[str, SetUp], limits: Limits, expected_bytes: Mapping[str, float]) -> dict[str, Measured]:
+    """Measure the memory of each mode, warm it up, then let them step in turn.
 
     Args:
-        steps: By mode; the first is what the others are compared to, and never skipped.
+        setups: What makes the step, by mode; the first is what the others are compared to, and never skipped.
         limits: How often, and what is left out.
         expected_bytes: Peaks by mode, as far as anything is known.
 
     Returns:
         What was measured, by mode.
     """
-    first = next(iter(steps))
-    skipped = {mode: _too_much(expected_bytes.get(mode, 0.0), limits) for mode in steps if mode != first}
-    running = {mode: step for mode, step in steps.items() if not skipped.get(mode)}
+    first = next(iter(setups))
+    skipped = {mode: _too_much(expected_bytes.get(mode, 0.0), limits) for mode in setups if mode != first}
+    running: dict[str, Step] = {}
     peaks: dict[str, int] = {}
     slow: set[str] = set()
-    for mode, step in running.items():
-        step()  # the warm-up; also makes the optimiser's state
-        peaks[mode] = peak_bytes(step)
+    for mode in [mode for mode in setups if not skipped.get(mode)]:
+        peaks[mode] = _peak_on_one_thread(setups[mode])
+        step = running[mode] = setups[mode]()
+        step()  # the warm-up
         if _seconds(step) > limits.slow_s:
             slow.add(mode)
     seconds: dict[str, list[float]] = {mode: [] for mode in running}
@@ -82,7 +88,7 @@ def take_turns(steps: Mapping[str, Step], limits: Limits, expected_bytes: Mappin
         done += 1
     return {
         mode: Measured(tuple(seconds[mode]), peaks[mode]) if mode in running else Measured(skipped=skipped[mode])
-        for mode in steps
+        for mode in setups
     }
 
 
@@ -116,6 +122,16 @@ def _settled(seconds: Sequence[float]) -> bool:
 
 def _too_much(expected_bytes: float, limits: Limits) -> str:
     return f"would take {expected_bytes / 2**30:.1f} GiB" if expected_bytes > limits.max_peak_bytes else ""
+
+
+def _peak_on_one_thread(setup: SetUp) -> int:
+    """Count the model, the optimiser's state and what an engine keeps too; the record is of this thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return peak_bytes(lambda: setup()())
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _seconds(step: Step) -> float:

@@ -95,7 +95,7 @@ def test_opacus_and_the_fast_engine_take_the_same_step_without_noise(size: int, 
 
 def test_a_slow_mode_takes_few_turns_and_the_others_take_all() -> None:
     taken: list[str] = []
-    steps = {mode: lambda mode=mode: taken.append(mode) for mode in ("plain", "other")}
+    steps = {mode: lambda mode=mode: lambda: taken.append(mode) for mode in ("plain", "other")}
     limits = Limits(rounds=SLOW_ROUNDS + 2, slow_s=0.0)
     assert {len(one.seconds) for one in take_turns(steps, limits, {}).values()} == {SLOW_ROUNDS}
     taken.clear()
