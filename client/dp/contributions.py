@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 _BLOCK = 2048
+_TOGETHER = 8
 _LEAST_SHARE = 2.0**-20
 _LONGEST = 1e18  # beyond, the factor nears the smallest floats and is no longer exact
 
@@ -42,8 +43,18 @@ class Formed:
         return torch.stack(blocks).double().square().sum(0)
 
     def add_clipped(self, total: Float64[Tensor, " gradient"], factors: Float64[Tensor, " patients"]) -> None:
-        """Add the patients' gradients, each times its factor, to the flat sum."""
-        total[self.start : self.start + self.values.shape[1]] += factors.float() @ self.values
+        """Add the patients' gradients, each times its factor, to the flat sum: by eights, then in double.
+
+        What one patient more or less changes in rounding is at most 2^-20 of the clipping norm for each patient.
+        """
+        values, size = self.values, self.values.shape[1]
+        if len(values) > _TOGETHER and len(values) % _TOGETHER == 0:
+            eights = factors.float().view(-1, 1, _TOGETHER) @ values.unflatten(0, (-1, _TOGETHER))
+            total[self.start : self.start + size] += eights.sum((0, 1), dtype=torch.float64)
+            return
+        for some in range(0, len(values), _TOGETHER):
+            part = factors[some : some + _TOGETHER].float() @ values[some : some + _TOGETHER]
+            total[self.start : self.start + size] += part
 
     def without(self, patients: Tensor) -> "Formed":
         """Return the same with nothing of some patients."""

@@ -4,7 +4,6 @@ The mechanism is a Gaussian on a sum of clipped contributions, one for each samp
 Out of scope: who is sampled and when (client/train), what it costs (common/privacy), gradients (the engines).
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from client.dp.packing import Batch, pack
+from client.dp.packing import Batch
 from client.dp.sums import Adder
 from common.config import GradientEngine, PrivacyConfig, TrainConfig
 from common.noise import to_public_grid
@@ -23,8 +22,8 @@ ROWS = (32, 64)
 """Images that pass D at a time: fewer where few patients are expected. Multiples of every kernel's width, so that no
 row is treated as a remainder."""
 
-_FORMED_BYTES = 1 << 26
-_ROUNDING = 2.0**-11
+_ROUNDING_OF_NORMS = 2.0**-12
+_ROUNDING_OF_SUMS = 2.0**-20
 
 Noise = Callable[[tuple[int, ...], float], Float64[Tensor, "..."]]
 """Draws fresh normal noise of a shape and a standard deviation, in double precision."""
@@ -37,7 +36,6 @@ class PrivateOptimizer:
 
     adder: Adder
     adam: torch.optim.Adam
-    rows: int
     max_grad_norm: float
     noise_multiplier: float
     divisor: float
@@ -69,13 +67,10 @@ def private_optimizer(
     Raises:
         ConfigError: The fast engine does not know a layer; it is named.
     """
-    numbers = sum(parameter.numel() for parameter in discriminator.parameters())
     rows = ROWS[0] if divisor < 1.5 * ROWS[1] else ROWS[1]
-    while rows > 1 and rows * numbers * 4 > _FORMED_BYTES:
-        rows //= 2
     adder = Adder(discriminator, engine, rows, privacy.max_grad_norm)
     adam = torch.optim.Adam(discriminator.parameters(), lr=train.learning_rate_d, betas=(0.5, 0.999), fused=True)
-    return PrivateOptimizer(adder, adam, rows, privacy.max_grad_norm, noise_multiplier, divisor)
+    return PrivateOptimizer(adder, adam, privacy.max_grad_norm, noise_multiplier, divisor)
 
 
 def private_step(
@@ -110,7 +105,7 @@ def private_gradient(
 
     Guarantees:
         - one_clipped_contribution: A patient's images move the sum by at most `max_grad_norm`, however many they are,
-          and by rounding at most 1/2048 of it more; the noise is larger by that much.
+          and by rounding at most `rounding` of it more; the noise is larger by that much.
         - company_changes_nothing: The contribution of a patient is the same to the last bit whoever else was sampled,
           and a fake's whoever was: reals and fakes pass D apart, in chunks of one fixed shape. Otherwise weights chosen
           to magnify rounding would make one patient change the contributions of others.
@@ -125,15 +120,26 @@ def private_gradient(
         Bie et al. 2023 (arXiv 2302.02936), which keeps the two halves of the loss in balance and costs nothing.
     """
     generated = Batch(fakes, fake_labels, torch.arange(len(fakes)), len(fakes))
-    reals = ((chunks, _loss_of_real) for chunks in pack(batch, private.rows))
-    fake = ((chunks, _loss_of_fake) for chunks in pack(generated, private.rows))
-    total = private.adder.clipped_sum(itertools.chain(reals, fake))
-    std = private.noise_multiplier * private.max_grad_norm * (1 + _ROUNDING)
+    private.adder.prepare(fakes.shape[-1])
+    total = private.adder.clipped_sum([(batch, _loss_of_real), (generated, _loss_of_fake)])
+    std = private.noise_multiplier * private.max_grad_norm * (1 + rounding(private.divisor))
     noisy = to_public_grid(total.add_(noise((len(total),), std)), std)
     gradient = noisy.div_(2 * private.divisor).float()
     parts = private.adder.by_parameter(gradient)
     for parameter, part in zip(private.discriminator.parameters(), parts, strict=True):
         parameter.grad = part
+
+
+def rounding(divisor: float) -> float:
+    """Return by what part of the clipping norm rounding may add to one patient's influence on the sum.
+
+    Norms: less than 2^-12. Sums: 2^-20 for every patient who was sampled, of whom there are no more than twice as many
+    as expected and 128, but for a chance below 2^-64.
+
+    Args:
+        divisor: Expected sampled patients.
+    """
+    return _ROUNDING_OF_NORMS + _ROUNDING_OF_SUMS * (2 * divisor + 128)
 
 
 def _loss_of_real(logits: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:

@@ -1,10 +1,10 @@
-"""The clipped contributions of a whole batch, added up: chunk after chunk, on as many threads as there are engines.
+"""The clipped contributions of whole batches, added up: chunk after chunk, on as many threads as there are engines.
 
-A chunk's sum is computed by one thread alone, and chunks are added in their order: how many threads there are changes
-nothing. Out of scope: noise and scale (step).
+Out of scope: noise and scale (step).
 """
 
 import copy
+import functools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,53 +19,98 @@ from torch import Tensor, nn
 from client.dp.contributions import add_clipped
 from client.dp.engine import Engine, Loss
 from client.dp.fast import FastEngine
-from client.dp.packing import Chunk
+from client.dp.layers import check_layers
+from client.dp.packing import Batch, Chunk, pack
+from client.dp.places import same_at_every_place
 from client.dp.reference import ReferenceEngine
 from common.config import GradientEngine
 
-Group = tuple[list[Chunk], Loss]
+_Group = tuple[list[Chunk], Loss]
 """Chunks that are clipped together, and their loss: several patients in one chunk, or one patient in several."""
+
+_FORMED_BYTES = 1 << 26
+
+_rows_found: dict[tuple[str, ...], int] = {}
+"""What was tried on this machine, by everything that it may depend on."""
 
 
 @final
 class Adder:
-    """Engines on one discriminator, each with memory of its own, and a thread for each where there are several."""
+    """Engines on one discriminator, each with memory of its own, and a thread for each where there are several.
+
+    Guarantees:
+        - company_changes_nothing: Chunks have so many rows that a patient's contribution has the same bits at every
+          place; where no number of rows does it, one image passes at a time.
+        - threads_change_nothing: A chunk is computed by one thread alone, and chunks are added in their order.
+    """
 
     def __init__(self, discriminator: nn.Module, engine: GradientEngine, rows: int, max_grad_norm: float) -> None:
-        """Make as many fast engines as torch has threads, or one reference engine.
+        """Take a discriminator; engines are made when the size of the images is known.
+
+        Args:
+            discriminator: Whose gradients are taken.
+            engine: By name.
+            rows: Most images in a chunk, a power of two.
+            max_grad_norm: Bound on each patient's contribution.
 
         Raises:
             ConfigError: The fast engine does not know a layer; it is named.
         """
-        self.discriminator, self._max_grad_norm = discriminator, max_grad_norm
-        threads = torch.get_num_threads()
-        if engine == "opacus":
-            self._engines: list[Engine] = [ReferenceEngine(discriminator)]
-        else:
-            shared = {id(parameter): parameter for parameter in discriminator.parameters()}
-            self._engines = [FastEngine(discriminator, rows)]
-            self._engines += [FastEngine(copy.deepcopy(discriminator, dict(shared)), rows) for _ in range(threads - 1)]
-        self._pool = _pool(threads) if self.threads > 1 else None
+        if engine == "fast":
+            check_layers(discriminator)
+        self.discriminator, self.threads = discriminator, torch.get_num_threads() if engine == "fast" else 1
+        self.rows = rows
+        self._name, self._max_grad_norm = engine, max_grad_norm
+        self._engines: list[Engine] = []
+        self._pool = _pool(self.threads) if self.threads > 1 else None
 
-    @property
-    def threads(self) -> int:
-        """How many chunks are worked on at a time."""
-        return len(self._engines)
+    def prepare(self, size: int) -> None:
+        """Find how many rows a chunk may have for images of this size, and make the engines; the second time is free.
 
-    def clipped_sum(self, groups: Iterable[Group]) -> Float64[Tensor, " gradient"]:
-        """Clip each patient's contribution and add all of them up, flat."""
+        Args:
+            size: Side of an image in pixels.
+        """
+        if self._engines:
+            return
+        key = (repr(self.discriminator), self._name, str(self.rows), str(size), str(self.threads))
+        if key not in _rows_found:
+            _rows_found[key] = self._find_rows(size)
+        self.rows = _rows_found[key]
+        shared = {id(parameter): parameter for parameter in self.discriminator.parameters()}
+        others = [copy.deepcopy(self.discriminator, dict(shared)) for _ in range(self.threads - 1)]
+        self._engines = [self._engine(network, self.rows) for network in (self.discriminator, *others)]
+
+    def clipped_sum(self, batches: Iterable[tuple[Batch, Loss]]) -> Float64[Tensor, " gradient"]:
+        """Clip each patient's contribution and add all of them up, flat; after `prepare`."""
         parameters = list(self.discriminator.parameters())
         numbers = sum(parameter.numel() for parameter in parameters)
         total = torch.zeros(numbers, dtype=torch.float64, device=parameters[0].device)
+        groups = ((chunks, loss) for batch, loss in batches for chunks in pack(batch, self.rows))
         for part in self._sums(groups, total):
             total += part
         return total
+
+    def _find_rows(self, size: int) -> int:
+        numbers = sum(parameter.numel() for parameter in self.discriminator.parameters())
+        rows = self.rows
+        while rows > 1 and (rows * numbers * 4 > _FORMED_BYTES or not self._agrees(rows, size)):
+            rows //= 2
+        return rows
+
+    def _agrees(self, rows: int, size: int) -> bool:
+        arguments = (functools.partial(self._engine, rows=rows), self.discriminator, rows, size)
+        if self._pool is None:
+            return same_at_every_place(*arguments)
+        return self._pool.submit(same_at_every_place, *arguments).result()  # on a thread as in the real step
+
+    def _engine(self, network: nn.Module, rows: int) -> Engine:
+        return FastEngine(network, rows) if self._name == "fast" else ReferenceEngine(network)
 
     def by_parameter(self, gradient: Tensor) -> list[Tensor]:
         """Cut the flat gradient into the shapes of the parameters, in their order."""
         return self._engines[0].by_parameter(gradient)
 
-    def _sums(self, groups: Iterable[Group], like: Tensor) -> Iterator[Tensor]:
+    def _sums(self, groups: Iterable[_Group], like: Tensor) -> Iterator[Tensor]:
         if self._pool is None:
             yield from (self._sum(self._engines[0], group, like) for group in groups)
             return
@@ -78,7 +123,7 @@ class Adder:
         while running:
             yield running.popleft().result()
 
-    def _sum(self, engine: Engine, group: Group, like: Tensor) -> Tensor:
+    def _sum(self, engine: Engine, group: _Group, like: Tensor) -> Tensor:
         chunks, loss = group
         total = torch.zeros_like(like)
         if len(chunks) == 1:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from client.dp.contributions import Formed, Unformed, add_clipped
+from client.dp.step import rounding
 
 PATIENTS, NUMBERS = 64, 3000
 
@@ -22,17 +23,25 @@ def drawn(seed, scale=1.0):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6, 1e15])
 @pytest.mark.parametrize("aligned", [False, True])
-def test_one_patient_moves_the_sum_by_the_clip_and_by_less_than_the_noise_allows_for(scale, aligned):
-    """A patient beside 63 others: rounding in single precision stays below 1/2048 of the clip, whatever the company."""
-    values = drawn(0, scale)
+@pytest.mark.parametrize("patients", [64, 2048])
+def test_one_clipped_contribution_and_rounding_below_what_the_noise_allows_for(scale, aligned, patients):
+    """A patient who joins moves all others to other places and other eights; rounding adds little, however many."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(patients, 500, generator=generator) * scale
     if aligned:
-        values = values[:1].expand(PATIENTS, -1).clone()
-    for patient in (0, 31, 63):
-        without = values.clone()
-        without[patient] = 0.0
-        moved = (summed(values) - summed(without)).norm().item()
-        expected = min(1.0, values[patient].double().norm().item())
-        assert abs(moved - expected) < 2.0**-11
+        values = values[:1] * (1 + 0.01 * torch.rand(patients, 1, generator=generator))
+
+    def total(rows):
+        result = torch.zeros(rows.shape[1], dtype=torch.float64)
+        for chunk in rows.split(64):
+            blank = torch.zeros(64 - len(chunk), rows.shape[1])
+            add_clipped(result, [Formed(torch.cat([chunk, blank]), 0)], None, 1.0)
+        return result
+
+    newcomer = -values[:1]
+    moved = (total(torch.cat([newcomer, values])) - total(values)).norm().item()
+    expected = min(1.0, newcomer.double().norm().item())
+    assert abs(moved - expected) < rounding(patients / 2)
 
 
 @pytest.mark.parametrize("numbers", [1, 7, 2048, 4096, 3_000_000])

@@ -17,6 +17,7 @@ from scipy import stats
 from client.dp import Batch, private_gradient, private_optimizer, private_step
 from client.dp.contributions import Product
 from client.dp.packing import Chunk
+from client.dp.step import rounding
 from common.config import ImageConfig, ModelConfig, PrivacyConfig, TrainConfig
 from common.crypto import KeyStream
 from common.models import build
@@ -149,7 +150,8 @@ def test_company_changes_nothing(name, size, scale, slots, engine, divisor):
         for parameter in model.parameters():
             parameter.mul_(scale)
     mine, private = images(slots, size, seed=3), prepared(model, engine=engine, divisor=divisor)
-    rows = private.rows
+    private.adder.prepare(size)
+    rows = private.adder.rows
     assert rows == (32 if divisor < 96 else 64)
     weights = torch.full((rows,), 1 / slots)
 
@@ -224,6 +226,51 @@ def engine_of(private):
 
 def _softplus(logits):
     return F.softplus(-logits)
+
+
+CANCELLING = [
+    ("mlp", 64, 256),
+    ("mlp", 64, 128),
+    ("dcgan", 28, 192),
+    ("dcgan", 28, 100),
+    ("dcgan", 32, 15),
+    ("dcgan", 64, 50),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("name", "size", "width"), CANCELLING)
+def test_company_changes_nothing_where_weights_cancel(name, size, width, engine):
+    """The attack that found it: wide networks, two rows a chunk, a last layer that cancels on one image, times 1e8.
+
+    Whoever joins moves the others to other places; a difference of one bit between places becomes a logit of a hundred.
+    """
+    config = ModelConfig(name=name, latent_dim=2, generator_width=8, discriminator_width=width)
+    model = build(config, ImageConfig(size=size), CLASSES, rng(1)).discriminator
+    private = prepared(model, divisor=500.0, engine=engine)
+    private.adder.prepare(size)
+    (one, other), _ = images(2, size, seed=3)
+    hidden, rows = [], private.adder.rows
+    places, labels = one.expand(rows, -1, -1, -1), torch.zeros(rows, dtype=torch.int64)
+    handle = model.last.register_forward_pre_hook(lambda _, arguments: hidden.append(arguments[0][0].double()))
+    with torch.no_grad():
+        model(places, labels)
+        handle.remove()
+        drawn = torch.randn(hidden[0].numel(), generator=rng(5)).double()
+        drawn -= (drawn @ hidden[0]) / (hidden[0] @ hidden[0]) * hidden[0]
+        model.last.weight.copy_(drawn.float()[None] * 1e8)
+        model.last.bias.zero_()
+        model.last.bias.fill_(-model(places, labels).mean())
+    others = torch.stack([one, other] * 6)
+
+    def total(drawn):
+        count = len(drawn)
+        batch = Batch(drawn, torch.zeros(count, dtype=torch.int64), torch.arange(count), count)
+        return private.adder.clipped_sum([(batch, _softplus)])
+
+    moved = total(torch.cat([other[None], others])) - total(others)
+    assert moved.norm() <= 1 + rounding(500.0)
 
 
 class Wide(torch.nn.Module):
@@ -416,3 +463,24 @@ def test_threads_end_with_the_optimizer_and_errors_come_through():
     for thread in mine:
         thread.join(timeout=10)
         assert not thread.is_alive()
+
+
+def test_one_clipped_contribution_has_noise_that_covers_its_rounding():
+    asked = []
+
+    def noise(shape, std):
+        asked.append((shape, std))
+        return torch.zeros(shape, dtype=torch.float64)
+
+    model = network()
+    private_gradient(prepared(model, clip=0.5, noise=2.0, divisor=64.0), batch_of([1]), *images(1, seed=9), noise)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert asked == [((numbers,), 2.0 * 0.5 * (1 + 2.0**-12 + 2.0**-12))]  # 2 * 64 + 128 patients at 2^-20
+
+
+def test_rounded_last_and_on_the_public_grid():
+    model, divisor = network(), 0.5
+    private_gradient(prepared(model, noise=1.5, divisor=divisor), batch_of([1, 2]), *images(2, seed=9), secret())
+    for parameter in model.parameters():
+        places = parameter.grad.double() * 2 * divisor / 2.0**-16  # 2^-16 of 1, the power of two below 1.5
+        assert torch.equal(places, places.round())
