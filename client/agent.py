@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 from client import journal, policy
 from client.channel import pack_reply, unpack_reply
-from client.home import Home, head_copy, load_images, one_at_a_time, read_site_config, require_images, require_ledger
+from client.home import Home, head_copy, load_images, one_at_a_time, read_site_config, require_books, require_images
 from client.intake import Dataset
 from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.policy import Policy
@@ -79,7 +79,7 @@ def open_site(home: Home, secrets: Secrets = os_secrets) -> Site:
         StorageError: The key or the ledger is damaged.
     """
     key = load_key(home.key)
-    require_ledger(home)
+    require_books(home)
     ledger = open_ledger(home.ledger, key, head_copy(home))
     return Site(home, policy.load(home.policy), key, ledger, secrets, read_site_config(home).gradients)
 
@@ -126,7 +126,8 @@ def _private(site: Site, request: Request) -> Reply:
     policy.check_proposal(site.policy, proposal)
     agreed = plan(proposal, site.policy.declared_patients)
     policy.check_plan(site.policy, agreed)
-    reply = _stored_reply(site, request, digest)
+    released = _released(site)
+    reply = _stored_reply(site, request, digest, released)
     if reply is None:
         require_images(site.home, proposal.image.classes, proposal.image.size)
         pair, rng = _weights_of(site, request, proposal)  # what does not decode is refused before it costs anything
@@ -141,8 +142,12 @@ def _private(site: Site, request: Request) -> Reply:
             journal.check_egress(reply, allowed, site.policy.max_reply_bytes)
         except FedmedganError as error:  # the charge stands, so this is its one outcome: stored and journaled too
             reply = _refusal(request, error)
+        except Exception:  # so is whatever else goes wrong: an outcome that leaves without a line would be a release
+            LOG.exception("%s round %d failed after its charge", request.kind, request.round)
+            reply = Reply(request.kind, request.run_id, request.round, RefusalCode.INTERNAL)
         _store_reply(site, reply, digest)
     journal.append(site.home.journal, site.key, reply, site.ledger.spent(site.policy.delta), datetime.now(UTC))
+    _forget_old_replies(site, request, released)
     return reply
 
 
@@ -239,7 +244,15 @@ def _digest(request: Request) -> str:
     return sha.hexdigest()
 
 
-def _stored_reply(site: Site, request: Request, digest: str) -> Reply | None:
+def _released(site: Site) -> set[tuple[str, Kind, int]]:
+    """Read what stands in the journal; one that is gone or damaged stops the request before anything is done."""
+    entries = journal.entries(site.home.journal, site.key.verify_key)
+    return {(entry.run_id, entry.kind, entry.round) for entry in entries}
+
+
+def _stored_reply(
+    site: Site, request: Request, digest: str, released: Collection[tuple[str, Kind, int]]
+) -> Reply | None:
     """Return the reply that this very request got before, if it is still stored.
 
     Raises:
@@ -252,10 +265,7 @@ def _stored_reply(site: Site, request: Request, digest: str) -> Reply | None:
             path.with_suffix(".secret").unlink(missing_ok=True)  # a kill may have left it beside its outcome
             return unpack_reply(frame)
         raise PolicyRefusal(RefusalCode.REPLAYED, f"Round {request.round} was already answered to another request.")
-    released = {
-        (entry.run_id, entry.kind, entry.round) for entry in journal.entries(site.home.journal, site.key.verify_key)
-    }
-    if (request.run_id, request.kind.value, request.round) in released:
+    if (request.run_id, request.kind, request.round) in released:
         raise PolicyRefusal(RefusalCode.REPLAYED, f"Round {request.round} was answered; its reply is no longer stored.")
     return None
 
@@ -264,9 +274,13 @@ def _store_reply(site: Site, reply: Reply, digest: str) -> None:
     path = _reply_path(site, reply.run_id, reply.kind, reply.round)
     write_atomic(path, digest.encode() + b"\n" + pack_reply(reply), 0o600)
     path.with_suffix(".secret").unlink(missing_ok=True)
-    others = [p for p in site.home.replies.glob(f"{reply.run_id}-{reply.kind}-{'[0-9]' * 6}.reply") if p != path]
-    for old in sorted(others, key=lambda p: p.stat().st_mtime_ns)[: 1 - KEPT_REPLIES]:
-        old.unlink(missing_ok=True)
+
+
+def _forget_old_replies(site: Site, request: Request, released: Collection[tuple[str, Kind, int]]) -> None:
+    """Keep the last replies of a run, and every one that does not stand in the journal: it has not left yet."""
+    of_run = (number for run_id, kind, number in released if (run_id, kind) == (request.run_id, request.kind))
+    for round_ in sorted(number for number in of_run if number < request.round)[: 1 - KEPT_REPLIES]:
+        _reply_path(site, request.run_id, request.kind, round_).unlink(missing_ok=True)
 
 
 def _reply_path(site: Site, run_id: str, kind: Kind, round_: int) -> Path:

@@ -143,17 +143,18 @@ def one_at_a_time(home: Home) -> Generator[None]:
         yield
 
 
-def require_ledger(home: Home) -> None:
-    """Refuse a home whose ledger is gone: an empty one would forget what was spent.
+def require_books(home: Home) -> None:
+    """Refuse a home whose ledger or journal is gone: an empty one would forget what was spent, or what left.
 
     Raises:
-        StorageError: The ledger's head is missing.
+        StorageError: The head of one of them is missing.
     """
-    if not (home.ledger / "ledger.head.json").exists():
-        raise StorageError(
-            "The ledger of this home is gone, and with it what was spent. Restore the folder ledger/ from a backup; "
-            "only a home that was never used may be deleted and made anew."
-        )
+    for book, held in (("ledger", "what was spent"), ("journal", "what left the site")):
+        if not (home.folder / book / f"{book}.head.json").exists():
+            raise StorageError(
+                f"The {book} of this home is gone, and with it {held}. Restore the folder {book}/ from a backup; "
+                "only a home that was never used may be deleted and made anew."
+            )
 
 
 def head_copy(home: Home) -> Path | None:

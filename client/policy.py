@@ -67,7 +67,7 @@ class Policy(Section):
     max_reply_bytes: Annotated[int, Field(ge=0)] = MAX_REPLY_BYTES
     """Most bytes of arrays in one reply, 32 MiB by default: bounds what one release can carry out. Checked from the
     shapes before anything is charged, and again on the reply itself."""
-    min_grad_norm: Positive = 1e-3
+    min_grad_norm: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = 1e-3
     """Least clip norm: no matter of privacy, but nonsense below it."""
     max_grad_norm: Positive = 100.0
     """Largest clip norm: no matter of privacy, for the noise grows with it, but nonsense above it."""
@@ -95,7 +95,8 @@ def load(path: Path) -> Policy:
             content = handle.read(MAX_POLICY_BYTES + 1)
         if len(content) > MAX_POLICY_BYTES:
             raise ConfigError(f"Expected {path} of at most {MAX_POLICY_BYTES} bytes. Make it anew with `init`.")
-        return Policy.model_validate(tomllib.loads(content.decode()))
+        tree = json.dumps(tomllib.loads(content.decode()), default=str)
+        return Policy.model_validate_json(tree, strict=True)  # neither true nor "9" is a number
     except OSError as error:
         raise ConfigError(
             f"Could not read the policy {path}: {error.strerror}. `fedmedgan-site init` makes one."
