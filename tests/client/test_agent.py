@@ -1,8 +1,10 @@
 """The agent: its order of work, its refusals, its memory. Hostile requests: test_hostile_coordinator."""
 
 import dataclasses
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from common.errors import RefusalCode, StorageError
 from common.features import feature_dim, feature_map
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from common.models import build
+from common.plan import plan
 from common.weights import get_weights
 from tests.hostile_requests import changed
 
@@ -192,6 +195,61 @@ def test_a_secret_does_not_outlive_its_outcome(site, train):
     stored.with_suffix(".secret").write_bytes(bytes(32))
     assert answer(site, train).refusal is None
     assert list(site.home.replies.iterdir()) == [stored]
+
+
+def test_one_outcome_per_charge_when_the_journal_was_missed_and_rounds_went_on(tiny_home, train):
+    """A kill between store and journal, two rounds more, and back: the same bytes, not a second draw."""
+    site = open_site(tiny_home)
+    before = {path.name: path.read_bytes() for path in site.home.journal.iterdir()}
+    first = content_digest(answer(site, train))
+    (site.home.journal / "journal.jsonl").unlink()
+    for name, content in before.items():  # as if it had been killed before the journal's line
+        (site.home.journal / name).write_bytes(content)
+    for number in (2, 3):
+        assert answer(open_site(tiny_home), dataclasses.replace(train, round=number)).refusal is None
+    assert content_digest(answer(open_site(tiny_home), train)) == first
+    assert sorted(entry.round for entry in released(site)) == [1, 2, 3]
+
+
+def test_one_outcome_per_charge_whatever_goes_wrong(tiny_home, train):
+    """Memory that runs out after the charge: a refusal without text, stored and in the journal, and no second try."""
+    site = dataclasses.replace(open_site(tiny_home), gradients=OutOfMemory())
+    assert answer(site, train) == Reply(train.kind, train.run_id, train.round, RefusalCode.INTERNAL)
+    assert (charged(site), len(released(site))) == (1, 1)
+    assert answer(open_site(tiny_home), train).refusal == RefusalCode.INTERNAL
+    assert (charged(site), len(released(site))) == (1, 1)
+
+
+class OutOfMemory:
+    """Fails when it is looked at, in the middle of training."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        raise MemoryError("patient 4711")
+
+
+@pytest.mark.parametrize("book", ["ledger", "journal"])
+def test_a_book_that_is_gone_stops_the_agent(tiny_home, train, book):
+    site = open_site(tiny_home)
+    answer(site, train)
+    shutil.rmtree(tiny_home.folder / book)
+    (tiny_home.folder / book).mkdir()
+    assert answer(site, dataclasses.replace(train, round=2)).refusal == RefusalCode.INTERNAL
+    if book == "journal":
+        assert answer(site, train).refusal == RefusalCode.INTERNAL  # not even what left before
+    with pytest.raises(StorageError, match=f"The {book} of this home is gone"):
+        open_site(tiny_home)
+
+
+def test_what_leaves_lies_on_the_public_grid(site, warmup):
+    proposal = parse_proposal(warmup.proposal)
+    std = plan(proposal, site.policy.declared_patients).charge_of_warmup().noise_multiplier
+    embedding = answer(site, warmup).arrays["embedding"].astype(np.float64)
+    step = 2.0 ** (math.floor(math.log2(std)) - 16)
+    near = np.abs(embedding) < 2.0**24 * step  # what single precision holds exactly
+    assert near.mean() > 0.5
+    assert np.array_equal(embedding[near] / step, np.round(embedding[near] / step))
 
 
 def test_journal_before_reply(site, warmup, train):

@@ -171,3 +171,17 @@ def test_bad_policies_are_explained(tmp_path, text, words):
 def test_missing_policy(tmp_path):
     with pytest.raises(ConfigError, match="Could not read"):
         load(tmp_path / "policy.toml")
+
+
+@pytest.mark.parametrize(
+    "line", ["max_epsilon = true", 'max_epsilon = "9"', "max_rounds = true", "min_grad_norm = 1e-300"]
+)
+def test_a_value_of_another_type_is_refused(tmp_path, line):
+    path = tmp_path / "policy.toml"
+    save(path, Policy(site="a", declared_patients=40, max_epsilon=8.0, delta=1e-5))
+    key = line.partition(" ")[0]
+    lines = [line if old.startswith(f"{key} ") else old for old in path.read_text().splitlines()]
+    assert line in lines
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=key):
+        load(path)
