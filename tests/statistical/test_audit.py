@@ -28,15 +28,14 @@ OFF = 1e4
 
 
 @pytest.fixture
-def report(capsys, record_property):
-    """Print a bound where it is seen, and keep it in the report of the tests."""
+def report(record_property):
+    """Print a bound (`pytest -rP` shows it, on however many processes), and keep it in the report of the tests."""
     started = time.monotonic()
 
     def line(audit, stated, **bounds):
         text = ", ".join(f"{name} {bound:.2f}" for name, bound in bounds.items())
         record_property(audit, text)
-        with capsys.disabled():
-            print(f"\n{audit}: stated epsilon {stated:g}; proved: {text} ({time.monotonic() - started:.0f} s)")
+        print(f"{audit}: stated epsilon {stated:g}; proved: {text} ({time.monotonic() - started:.0f} s)")
 
     return line
 
