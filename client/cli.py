@@ -15,7 +15,7 @@ from rich.table import Table
 
 from client import budget, journal, policy
 from client.agent import open_site
-from client.home import Home, SiteConfig, create_home, head_copy, import_images
+from client.home import Home, SiteConfig, create_home, head_copy, import_images, require_books
 from client.intake.refusals import describe
 from client.ledger import Ledger, read_ledger
 from client.policy import Policy
@@ -85,6 +85,7 @@ def serve_(
 ) -> None:
     """Answer the relay's requests on a Unix socket until SIGTERM or Ctrl-C."""
     opened = Home(home)
+    site = open_site(opened)
     logging.basicConfig(
         filename=opened.log,
         encoding="utf-8",
@@ -96,12 +97,12 @@ def serve_(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
-    serve(open_site(opened), socket, stop)
+    serve(site, socket, stop)
 
 
 @app.command("ledger")
 def show_ledger(home: HomeArgument) -> None:
-    """Verify the ledger and show what was charged and what is left."""
+    """Verify the ledger and show what was charged."""
     ledger, rules = _ledger(home), policy.load(Home(home).policy)
     table = Table("time", "run", "round", "kind", "sigma", "q", "steps", title=f"ledger of {rules.site}")
     for entry in ledger.entries:
@@ -131,12 +132,14 @@ def show_budget(
     if found.forecast is not None:
         _print_forecast(found.forecast)
     if json_file is not None:
+        _require_outside(home, json_file)
         write_atomic(json_file, (json.dumps(found.as_json(), indent=1) + "\n").encode())
 
 
 @records.command("show")
 def show_journal(home: HomeArgument) -> None:
     """Verify the journal and show every release."""
+    require_books(Home(home))
     entries = journal.entries(Home(home).journal, load_key(Home(home).key).verify_key)
     table = Table("time", "run", "round", "kind", "bytes", "sha256", "epsilon after", title="releases")
     for entry in entries:
@@ -151,16 +154,20 @@ def show_journal(home: HomeArgument) -> None:
 @records.command("verify")
 def verify_journal(
     path: Annotated[Path, typer.Argument(help="A site's home folder, or a file that `journal export` wrote.")],
-    key: Annotated[str | None, typer.Option(help="For a file: the public key that must have signed it.")] = None,
+    key: Annotated[str | None, typer.Option(help="The public key that must have signed it.")] = None,
 ) -> None:
-    """Verify chain and signatures; of a home also that ledger, journal and stored replies agree. Exit code 0 or 7."""
+    """Verify chain and signatures; of a home also that ledger, journal and stored replies agree. Exits 0, 7 or 10."""
     if path.is_file():
         signer, entries = read_export(path)
-        if key is not None and key != signer.to_bytes().hex():
+        if key is not None and key.lower() != signer.to_bytes().hex():
             raise StorageError(f"The journal in {path} is signed by {signer.to_bytes().hex()}, not by --key {key}.")
         print(f"verified; {len(entries)} releases, signed by {signer.to_bytes().hex()}")
         return
-    found = verify_home(Home(path), load_key(Home(path).key).verify_key)
+    signer = load_key(Home(path).key).verify_key
+    if key is not None and key.lower() != signer.to_bytes().hex():
+        raise StorageError(f"The home {path} signs as {signer.to_bytes().hex()}, not as --key {key}.")
+    require_books(Home(path))
+    found = verify_home(Home(path), signer)
     if found.findings:
         raise StorageError(f"The records of {path} do not agree: {'; '.join(found.findings)}.")
     print(f"verified; {found.releases} releases, {found.charges} charges, {found.replies} stored replies")
@@ -172,8 +179,16 @@ def verify_journal(
 def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The file to write.")]) -> None:
     """Write the signed journal and the public key to a file that `journal verify FILE` checks anywhere."""
     verify_key = load_key(Home(home).key).verify_key
+    _require_outside(home, file)
     write_atomic(file, export_journal(Home(home).journal, verify_key))
     print(f"{file}; tell the auditor the public key by another way: {verify_key.to_bytes().hex()}")
+
+
+def _require_outside(home: Path, file: Path) -> None:
+    if file.resolve().is_relative_to(home.resolve()):
+        raise ConfigError(
+            f"Expected {file} outside the home folder, whose files it could overwrite. Name another file."
+        )
 
 
 def _ledger(home: Path) -> Ledger:

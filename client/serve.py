@@ -21,10 +21,13 @@ def serve(site: Site, path: Path, stop: Event) -> None:
 
     Args:
         site: An open site.
-        path: The socket; made with mode 0660, an old one is replaced, removed at the end.
+        path: The socket; made with mode 0660, removed at the end. One that nobody answers on is replaced.
         stop: Ends the loop within a fraction of a second, after the request under way.
+
+    Raises:
+        StorageError: Something else than a socket stands there, another agent answers on it, or it cannot be made.
     """
-    path.unlink(missing_ok=True)
+    _clear(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
             listener.bind(str(path))
@@ -45,6 +48,26 @@ def serve(site: Site, path: Path, stop: Event) -> None:
                     _answer_one(site, connection)
         finally:
             path.unlink(missing_ok=True)
+
+
+def _clear(path: Path) -> None:
+    """Remove the socket that a killed agent left, and nothing else."""
+    if not path.is_socket():
+        if path.exists() or path.is_symlink():
+            raise StorageError(
+                f"Expected {path} to be free or an old socket; it is something else. Choose another path."
+            )
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.settimeout(_WAKE_UP_S)
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise StorageError(f"Could not try the socket {path}: {error.strerror}. Choose another path.") from error
+    raise StorageError(f"An agent answers on {path} already. Stop it, or choose another path.")
 
 
 def _answer_one(site: Site, connection: socket.socket) -> None:

@@ -134,7 +134,7 @@ def rounding(divisor: float) -> float:
     """Return by what part of the clipping norm rounding may add to one patient's influence on the sum.
 
     Norms: less than 2^-12. Sums: 2^-20 for every patient who was sampled, of whom there are no more than twice as many
-    as expected and 128, but for a chance below 2^-64.
+    as expected and 128, but for a chance below 2^-64, where the site does not declare far fewer patients than it has.
 
     Args:
         divisor: Expected sampled patients.

@@ -14,7 +14,7 @@ import pytest
 from client.agent import open_site
 from client.channel import MAGIC, connect, pack_request, read_frame, unpack_reply
 from client.serve import serve
-from common.errors import RefusalCode
+from common.errors import RefusalCode, StorageError
 from common.messages import Kind, Reply, Request
 
 HELLO = Request(Kind.HELLO, "run-1", 0, "")
@@ -152,3 +152,26 @@ def test_a_refusal_travels_as_its_code(tiny_home, tiny_proposal):
         assert ask(dataclasses.replace(HELLO, kind=Kind.TRAIN)) == Reply(
             Kind.TRAIN, "run-1", 0, RefusalCode.BAD_REQUEST
         )
+
+
+def test_a_path_that_is_no_socket_is_left_alone(tiny_home, tmp_path):
+    path = tmp_path / "precious"
+    path.write_text("mine")
+    with pytest.raises(StorageError, match="something else"):
+        serve(open_site(tiny_home), path, threading.Event())
+    assert path.read_text() == "mine"
+
+
+def test_a_socket_that_another_agent_answers_on_is_left_to_it(tiny_home):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s"
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+            other.listen()
+            with pytest.raises(StorageError, match="answers on"):
+                serve(open_site(tiny_home), path, threading.Event())
+            assert path.is_socket()
+        stop = threading.Event()
+        stop.set()
+        serve(open_site(tiny_home), path, stop)  # what the other left when it was killed is replaced
+        assert not path.exists()

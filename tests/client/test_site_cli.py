@@ -11,6 +11,7 @@ from client.cli import main
 from client.home import Home
 from client.ledger import ChargeRequest
 from common.config_text import build_config, to_toml
+from common.crypto import load_key
 from common.errors import ExitCode, StorageError
 from common.messages import Kind, Request
 from common.privacy import Charge
@@ -198,3 +199,26 @@ def test_journal_verify_exits_with_a_code(run, used, tmp_path):
     assert run("journal", "verify", tmp_path / "none")[0] == ExitCode.STORAGE
     (tmp_path / "text").write_text("hello")
     assert run("journal", "verify", tmp_path / "text")[0] == ExitCode.WIRE
+
+
+OVER_THE_POLICY = [("journal", "export", "{home}", "{policy}"), ("budget", "{home}", "--json", "{policy}")]
+
+
+@pytest.mark.parametrize("arguments", OVER_THE_POLICY)
+def test_nothing_is_written_over_the_home(run, tiny_home, arguments):
+    before = tiny_home.policy.read_bytes()
+    named = {"{home}": tiny_home.folder, "{policy}": tiny_home.policy}
+    code, _, error = run(*(named.get(argument, argument) for argument in arguments))
+    assert (code, "outside the home folder" in " ".join(error.split())) == (ExitCode.CONFIG, True)
+    assert tiny_home.policy.read_bytes() == before
+
+
+def test_journal_verify_of_a_home_heeds_the_key(run, used):
+    signer = load_key(used.key).verify_key.to_bytes().hex()
+    assert run("journal", "verify", used.folder, "--key", signer.upper())[0] == 0
+    assert run("journal", "verify", used.folder, "--key", "ab" * 32)[0] == ExitCode.STORAGE
+
+
+def test_serve_in_a_folder_that_is_no_home_says_so(run, tmp_path):
+    code, _, error = run("serve", tmp_path / "nope", "--socket", tmp_path / "s")
+    assert (code, "Traceback" in error) == (ExitCode.STORAGE, False)
