@@ -43,7 +43,7 @@ def init(
     name: Annotated[str, typer.Option(help="The site's name, public.")],
     data: Annotated[Path, typer.Option(help="Folder of DICOM or PNG/JPEG, or an NPZ.")],
     patients: Annotated[
-        int, typer.Option(min=1, help="The rounded number of patients that the site declares, public.")
+        int, typer.Option(min=2, help="The rounded number of patients that the site declares, public.")
     ],
     max_epsilon: Annotated[float, typer.Option(help="What may ever be spent on this data set.")] = 10.0,
     delta: Annotated[float, typer.Option(help="The delta of the guarantee.")] = 1e-5,
@@ -86,6 +86,7 @@ def serve_(
     """Answer the relay's requests on a Unix socket until SIGTERM or Ctrl-C."""
     opened = Home(home)
     site = open_site(opened)
+    opened.log.touch(0o600)
     logging.basicConfig(
         filename=opened.log,
         encoding="utf-8",
@@ -109,7 +110,7 @@ def show_ledger(home: HomeArgument) -> None:
         asked, charge = entry.request, entry.charge
         cost = (f"{charge.noise_multiplier:.3f}", f"{charge.sample_rate:.4f}", str(charge.steps))
         table.add_row(entry.time, asked.run_id, str(asked.round), asked.kind.value, *cost)
-    Console().print(table)
+    _print(table)
     spent = ledger.spent(rules.delta)
     print(f"verified; epsilon {spent:.3f} of {rules.max_epsilon:g} spent at delta {rules.delta:g}")
 
@@ -126,7 +127,7 @@ def show_budget(
     table = Table("run", "releases", "epsilon alone", title=f"budget of {found.site}")
     for run in found.runs:
         table.add_row(run.run_id, str(run.releases), f"{run.epsilon:.3f}")
-    Console().print(table)
+    _print(table)
     total = f"of {found.max_epsilon:g} at delta {found.delta:g}"
     print(f"spent: epsilon {found.spent:.3f} {total}; left: {found.left:.3f}")
     if found.forecast is not None:
@@ -147,7 +148,7 @@ def show_journal(home: HomeArgument) -> None:
         table.add_row(
             entry.time, entry.run_id, str(entry.round), entry.kind.value, str(entry.size_bytes), digest, after
         )
-    Console().print(table)
+    _print(table)
     print(f"verified; {len(entries)} releases")
 
 
@@ -182,6 +183,11 @@ def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The f
     _require_outside(home, file)
     write_atomic(file, export_journal(Home(home).journal, verify_key))
     print(f"{file}; tell the auditor the public key by another way: {verify_key.to_bytes().hex()}")
+
+
+def _print(table: Table) -> None:
+    """Print whole columns also where no terminal says how wide it is: a log, a pipe."""
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _require_outside(home: Path, file: Path) -> None:
