@@ -1,11 +1,13 @@
-"""A tiny site with forty patients of noise: what tests of the agent, of kill -9 and of the request decoders share."""
+"""A tiny site with forty patients of noise, and data sets whose pixels say what they are: what many tests share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from client.home import Home, SiteConfig, create_home, import_images
+from client.intake import Dataset
 from client.policy import Policy
 from common.config import Proposal
 from common.messages import Arrays, Kind, Request
@@ -54,3 +56,12 @@ def warmup_request(run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Requ
 def train_request(round_: int = 1, run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Request:
     """Make an honest training request."""
     return Request(Kind.TRAIN, run_id, round_, proposal.proposal(), {"d_steps_per_g_step": 1}, make_weights(proposal))
+
+
+def numbered(counts: Sequence[int], size: int = 2) -> Dataset:
+    """Make a data set whose pixels say which patient (first) and which of its images (second) an image is."""
+    patients = np.repeat(np.arange(len(counts)), counts)
+    images = np.zeros((len(patients), 1, size, size), np.uint8)
+    images[:, 0, 0, 0] = patients
+    images[:, 0, 0, 1] = np.concatenate([np.arange(count) for count in counts])
+    return Dataset(images, patients % 2, patients)

@@ -102,10 +102,6 @@ class Product:
         gone = patients[:, None, None]
         return Product(self.outputs.masked_fill(gone, 0.0), self.inputs.masked_fill(gone, 0.0), self.start)
 
-    def formed(self) -> Formed:
-        """Multiply out."""
-        return Formed((self.outputs.transpose(1, 2) @ self.inputs).flatten(1).float(), self.start)
-
 
 @final
 @dataclass(frozen=True)

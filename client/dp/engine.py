@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from client.dp.contributions import Contribution, Unformed
 from client.dp.packing import Chunk
@@ -15,11 +15,6 @@ Loss = Callable[[Float[Tensor, " rows"]], Float[Tensor, " rows"]]
 
 class Engine(ABC):
     """A discriminator, and one way to get its gradients patient by patient."""
-
-    @property
-    @abstractmethod
-    def discriminator(self) -> nn.Module:
-        """The network whose gradients are taken."""
 
     @abstractmethod
     def contributions(self, loss: Loss, chunk: Chunk) -> tuple[list[Contribution], Unformed | None]:
@@ -36,4 +31,4 @@ class Engine(ABC):
 
     @abstractmethod
     def by_parameter(self, gradient: Float[Tensor, " gradient"]) -> list[Tensor]:
-        """Cut the flat gradient into the shapes of `discriminator.parameters()`, in their order."""
+        """Cut the flat gradient into the shapes of the discriminator's parameters, in their order."""

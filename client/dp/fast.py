@@ -69,11 +69,6 @@ class FastEngine(Engine):
         self._few = torch.empty(max(few, self._largest.numel()), device=device)
         self._patches = torch.empty(0, device=device)
 
-    @property
-    def discriminator(self) -> nn.Module:
-        """The network whose gradients are taken."""
-        return self._discriminator
-
     def contributions(self, loss: Loss, chunk: Chunk) -> tuple[list[Contribution], Unformed | None]:
         """Return small parameters as one contribution, one for each large one, and the largest apart.
 

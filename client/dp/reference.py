@@ -23,11 +23,6 @@ class ReferenceEngine(Engine):
     def __init__(self, discriminator: nn.Module) -> None:
         self._discriminator = discriminator
 
-    @property
-    def discriminator(self) -> nn.Module:
-        """The network whose gradients are taken."""
-        return self._discriminator
-
     def contributions(self, loss: Loss, chunk: Chunk) -> tuple[list[Contribution], Unformed | None]:
         """Return one contribution for each parameter, in their order; arguments as in `Engine`."""
         hooks = GradSampleHooks(self._discriminator, loss_reduction="sum")

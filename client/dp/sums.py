@@ -90,6 +90,10 @@ class Adder:
             total += part
         return total
 
+    def by_parameter(self, gradient: Tensor) -> list[Tensor]:
+        """Cut the flat gradient into the shapes of the parameters, in their order."""
+        return self._engines[0].by_parameter(gradient)
+
     def _find_rows(self, size: int) -> int:
         numbers = sum(parameter.numel() for parameter in self.discriminator.parameters())
         rows = self.rows
@@ -105,10 +109,6 @@ class Adder:
 
     def _engine(self, network: nn.Module, rows: int) -> Engine:
         return FastEngine(network, rows) if self._name == "fast" else ReferenceEngine(network)
-
-    def by_parameter(self, gradient: Tensor) -> list[Tensor]:
-        """Cut the flat gradient into the shapes of the parameters, in their order."""
-        return self._engines[0].by_parameter(gradient)
 
     def _sums(self, groups: Iterable[_Group], like: Tensor) -> Iterator[Tensor]:
         if self._pool is None:

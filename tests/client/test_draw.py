@@ -11,17 +11,9 @@ from client.draw import draw_patients
 from client.intake import Dataset
 from common.config import PrivacyConfig
 from common.crypto import KeyStream
+from tests.tiny_site import numbered
 
 KEY = bytes(range(32))
-
-
-def numbered(counts, size=2):
-    """Make a data set whose pixels say which patient (first) and which of its images (second) an image is."""
-    patients = np.repeat(np.arange(len(counts)), counts)
-    images = np.zeros((len(patients), 1, size, size), np.uint8)
-    images[:, 0, 0, 0] = patients
-    images[:, 0, 0, 1] = np.concatenate([np.arange(count) for count in counts])
-    return Dataset(images, patients % 2, patients)
 
 
 def at_most(images, views=1):

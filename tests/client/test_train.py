@@ -13,13 +13,13 @@ from scipy import stats
 
 from client.dp import private_gradient, private_optimizer
 from client.draw import draw_patients
-from client.intake import Dataset
 from client.train import generator_step, train_round
 from common.config import PrivacyConfig, Proposal
 from common.crypto import KeyStream
 from common.models import build
 from common.noise import gaussian
 from common.plan import Plan
+from tests.tiny_site import numbered
 
 KEY = bytes(range(32))
 PATIENTS = 20
@@ -40,15 +40,6 @@ def rng(seed=0):
 
 def fresh_pair():
     return build(PROPOSAL.model, PROPOSAL.image, 2, rng(1))
-
-
-def numbered(counts, size=2):
-    """Make a data set whose pixels say which patient (first) and which of its images (second) an image is."""
-    patients = np.repeat(np.arange(len(counts)), counts)
-    images = np.zeros((len(patients), 1, size, size), np.uint8)
-    images[:, 0, 0, 0] = patients
-    images[:, 0, 0, 1] = np.concatenate([np.arange(count) for count in counts])
-    return Dataset(images, patients % 2, patients)
 
 
 def proposed(**train):

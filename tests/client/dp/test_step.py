@@ -161,8 +161,10 @@ def test_company_changes_nothing(name, size, scale, slots, engine, divisor):
         around[place * slots : (place + 1) * slots], labels[place * slots : (place + 1) * slots] = mine
         chunk = Chunk(around, labels, weights, slots)
         parts, last = engine_of(private).contributions(_softplus, chunk)
-        formed = [part.formed() if isinstance(part, Product) else part for part in parts]
-        mine_of = [part.values[place].clone() for part in formed]
+        mine_of = []
+        for part in parts:
+            values = (part.outputs.float(), part.inputs.float()) if isinstance(part, Product) else (part.values,)
+            mine_of += [value[place].flatten().clone() for value in values]
         if last is not None:
             few = ((place - some.start, part) for some, part in last.few() if some.start <= place < some.stop)
             mine_of += [part.values[row].clone() for row, part in few]
@@ -431,7 +433,7 @@ def test_bounded_memory_however_many_patients_are_sampled():
     assert large < 1.2 * small
 
 
-def test_more_threads_change_no_bit():
+def test_threads_change_nothing():
     model, batch, fakes = network("dcgan"), batch_of([1] * 70 + [3, 200, 2]), images(40, seed=9)
     alone = gradient(model, batch, fakes, noise=1.0)
     before = torch.get_num_threads()
