@@ -124,6 +124,7 @@ class Unformed:
         """Yield some patients and what they contribute; the next ones overwrite it."""
         size = self.outputs.shape[2] * self.inputs.shape[2]
         most = max(1, len(self.memory) // size)
+        most -= most % _TOGETHER if most > _TOGETHER else 0
         for start in range(0, len(self.outputs), most):
             some = slice(start, min(start + most, len(self.outputs)))
             outputs, inputs = self.outputs[some], self.inputs[some]

@@ -5,6 +5,7 @@ or, where that costs more, not at all (the two factors are kept). Convolutions w
 patch is copied once and multiplied once. Out of scope: clip and sum (contributions), noise (step).
 """
 
+import functools
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from client.dp.layers import LAYERS, Matrix, Vector, check_layers, parts_of
 from client.dp.packing import Chunk
 
 _SMALL = 1024
-_FEW_PATIENTS, _FEW_NUMBERS = 8, 1 << 20
+_FEW_PATIENTS, _FEW_NUMBERS = 24, 1 << 20
 """How much of the largest matrix is formed at a time: the fewer, the less memory, and the more calls."""
 
 _CACHED = 1 << 16
@@ -65,9 +66,9 @@ class FastEngine(Engine):
         self._small = torch.empty(rows, sum(parameter.numel() for parameter in small), device=device)
         self._largest = [*small, *large][-1]
         self._large = torch.empty(rows * sum(p.numel() for p in large if p is not self._largest), device=device)
-        few = min(_FEW_PATIENTS * self._largest.numel(), _FEW_NUMBERS)
-        self._few = torch.empty(max(few, self._largest.numel()), device=device)
-        self._patches = torch.empty(0, device=device)
+        size = self._largest.numel()
+        self._few = max(size, min(_FEW_PATIENTS * size, _FEW_NUMBERS))
+        self._work = torch.empty(self._few, device=device)
 
     def contributions(self, loss: Loss, chunk: Chunk) -> tuple[list[Contribution], Unformed | None]:
         """Return small parameters as one contribution, one for each large one, and the largest apart.
@@ -81,9 +82,9 @@ class FastEngine(Engine):
         parts: list[Contribution] = [Formed(self._small[: len(chunk.images) // chunk.slots], 0)]
         last: Unformed | None = None
         seen: set[nn.Parameter] = set()
-        pairs = list(zip(records, gradients, strict=True))
-        for record, gradient in sorted(pairs, key=lambda pair: self._largest in set(pair[0].layer.parameters())):
-            for part in parts_of(record.layer, record.came_in, gradient, chunk.slots, self._copy):
+        for record, gradient in sorted(zip(records, gradients, strict=True), key=lambda pair: self._is_last(pair[0])):
+            copy = functools.partial(self._copy, behind=self._few if self._is_last(record) else 0)
+            for part in parts_of(record.layer, record.came_in, gradient, chunk.slots, copy):
                 if part.parameter in seen:
                     raise RuntimeError("Expected every layer to be used once in the discriminator.")
                 seen.add(part.parameter)
@@ -118,7 +119,7 @@ class FastEngine(Engine):
         elif _cheaper_unformed(part):
             parts.append(Product(part.outputs.double(), part.inputs.double(), start))
         elif part.parameter is self._largest:
-            return Unformed(part.outputs, part.inputs, start, self._few)
+            return Unformed(part.outputs, part.inputs, start, self._work[-self._few :])
         else:
             patients, first = len(part.outputs), self._rows * (start - self._small.shape[1])
             values = self._large[first : first + patients * count].view(patients, part.outputs.shape[2], -1)
@@ -126,11 +127,20 @@ class FastEngine(Engine):
             parts.append(Formed(values.flatten(1), start))
         return None
 
-    def _copy(self, values: Tensor) -> Tensor:
-        """Copy values, contiguous in the order of their dimensions, into memory that the next copy overwrites."""
-        if self._patches.numel() < values.numel():
-            self._patches = torch.empty(values.numel(), device=values.device)
-        return self._patches[: values.numel()].view(values.shape).copy_(values)
+    def _is_last(self, record: _Record) -> bool:
+        return any(parameter is self._largest for parameter in record.layer.parameters(recurse=False))
+
+    def _copy(self, values: Tensor, behind: int) -> Tensor:
+        """Copy values, contiguous in the order of their dimensions, into memory that the next copy overwrites.
+
+        Args:
+            values: May be overlapping windows.
+            behind: Numbers to leave free at the end.
+        """
+        if self._work.numel() < values.numel() + behind:
+            self._work = torch.empty(0, device=self._work.device)  # else both are held for a moment
+            self._work = torch.empty(values.numel() + behind, device=self._work.device)
+        return self._work[: values.numel()].view(values.shape).copy_(values)
 
 
 def _cheaper_unformed(part: Matrix) -> bool:
