@@ -15,7 +15,8 @@ from rich.table import Table
 
 from client import budget, journal, policy
 from client.agent import open_site
-from client.home import Home, SiteConfig, create_home, head_copy, import_images, require_books
+from client.home import Home, SiteConfig, create_home, head_copy, import_images, load_images, require_books
+from client.intake.records import parse_label
 from client.intake.refusals import describe
 from client.ledger import Ledger, read_ledger
 from client.policy import Policy
@@ -25,7 +26,7 @@ from common.command import run_command
 from common.config import Proposal
 from common.config_text import build_config, read_config
 from common.crypto import load_key
-from common.errors import ConfigError, StorageError
+from common.errors import ConfigError, ExitCode, IntakeError, StorageError
 from common.files import write_atomic
 from common.plan import delta_warning
 
@@ -60,6 +61,9 @@ def init(
         raise ConfigError(f"Expected other values for the policy: {wrong}. Mend the flags.") from error
     if warning := delta_warning(delta, patients):
         print(f"warning: {warning}", file=sys.stderr)
+    parse_label(label)
+    if not data.exists():
+        raise IntakeError(f"Found nothing at --data {data}. Name the folder of the site's images, or an NPZ.")
     copy = str(head_copy.absolute()) if head_copy is not None else None
     made = create_home(home, SiteConfig(data=str(data.absolute()), label=label, head_copy=copy), rules)
     print(f"home: {made.folder}; read and mend {made.policy} before the first run")
@@ -74,8 +78,12 @@ def import_(
     """Read the site's images into its home, ready for a run; say what was refused and why."""
     opened = Home(home)
     minimum = policy.load(opened.policy).min_patients
-    refused = import_images(opened, [name.strip() for name in classes.split(",")], size, minimum)
-    print(f"imported; refused: {describe(refused) if refused else 'nothing'}")
+    names = [name.strip() for name in classes.split(",")]
+    refused = import_images(opened, names, size, minimum)
+    found = load_images(opened, names, size)
+    by_class = ", ".join(f"{name} {int((found.labels == number).sum())}" for number, name in enumerate(names))
+    print(f"imported {len(found.images)} images of {found.number_of_patients} patients; by class: {by_class}")
+    print(f"refused: {describe(refused) if refused else 'nothing'}")
 
 
 @app.command("serve")
@@ -121,7 +129,10 @@ def show_budget(
     config: Annotated[Path | None, typer.Option(help="A planned run, as --print-config writes it.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the same as JSON to this file.")] = None,
 ) -> None:
-    """Show what is spent, left and by run; with --config, what a planned run would cost and how far the budget goes."""
+    """Show what is spent, left and by run; with --config, what a planned run would cost and how far the budget goes.
+
+    Exits 5 where the policy refuses the planned run.
+    """
     proposal = _planned(config) if config is not None else None
     found = budget.look_up(policy.load(Home(home).policy), _ledger(home).entries, proposal)
     table = Table("run", "releases", "epsilon alone", title=f"budget of {found.site}")
@@ -135,6 +146,8 @@ def show_budget(
     if json_file is not None:
         _require_outside(home, json_file)
         write_atomic(json_file, (json.dumps(found.as_json(), indent=1) + "\n").encode())
+    if found.forecast is not None and found.forecast.refusal is not None:
+        raise typer.Exit(ExitCode.PRIVACY)
 
 
 @records.command("show")

@@ -113,7 +113,10 @@ def read_export(path: Path) -> tuple[VerifyKey, tuple[journal.Entry, ...]]:
     with tempfile.TemporaryDirectory() as folder:  # the same reader as at the site
         Path(folder, f"{journal.NAME}.jsonl").write_bytes(lines)
         Path(folder, f"{journal.NAME}.head.json").write_bytes(head)
-        return verify_key, journal.entries(Path(folder), verify_key)
+        try:
+            return verify_key, journal.entries(Path(folder), verify_key)
+        except StorageError as error:
+            raise StorageError(str(error).replace(folder, str(path))) from error
 
 
 def _compare(path: Path, charges: Mapping[Key, ChargeRequest], digests: Mapping[Key, str]) -> str | None:

@@ -63,9 +63,7 @@ def bernoulli(stream: KeyStream, size: int, probability: float) -> Bool[np.ndarr
     return words < np.uint64(math.floor(probability * 2.0**64))
 
 
-def gaussian(
-    stream: KeyStream, shape: tuple[int, ...], std: float, device: torch.device | None = None
-) -> Float64[Tensor, "..."]:
+def gaussian(stream: KeyStream, shape: tuple[int, ...], std: float) -> Float64[Tensor, "..."]:
     """Draw normal noise of mean zero in float64, to be added in float64, put on a grid and rounded once, after the sum.
 
     Noise that is rounded to float32 before it is added betrays what it was added to: not every float32 sum can be
@@ -79,7 +77,6 @@ def gaussian(
         stream: Secret bytes.
         shape: Of the result.
         std: Standard deviation; 0 gives zeros.
-        device: Where the result goes; None is the CPU. The numbers are drawn on the CPU whatever it is.
 
     Raises:
         ValueError: `std` is negative or not finite.
@@ -98,7 +95,7 @@ def gaussian(
     noise = torch.empty(math.prod(shape), dtype=torch.float64)
     for part in noise.split(_CHUNK):
         part.copy_(_sums_of_four(stream, part.numel()).mul_(std / 2.0))
-    return noise.reshape(shape).to(noise.device if device is None else device)
+    return noise.reshape(shape)
 
 
 def to_public_grid(noisy: Float64[Tensor, "..."], std: float) -> Float64[Tensor, "..."]:

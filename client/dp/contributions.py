@@ -165,6 +165,6 @@ def add_clipped(
 
 def _add(total: Float64[Tensor, " gradient"], part: Contribution, factors: Float64[Tensor, " patients"]) -> None:
     gone = factors == 0
-    if gone.any():  # zero times infinity is not zero
+    if gone.device.type != "cpu" or gone.any():  # zero times infinity is not zero; asking would stop other devices
         part = part.without(gone)
     part.add_clipped(total, factors)

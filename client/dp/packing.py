@@ -17,7 +17,7 @@ from torch import Tensor
 @final
 @dataclass(frozen=True)
 class Batch:
-    """The images of the sampled patients, in [-1, 1]; may be empty.
+    """The images of the sampled patients, in [-1, 1]; may be empty. `patients` stays on the CPU, where it is packed.
 
     Attributes:
         images: One row an image.
@@ -48,6 +48,13 @@ class Chunk:
     labels: Int64[Tensor, " rows"]
     weights: Float[Tensor, " rows"]
     slots: int
+
+    def to(self, device: torch.device) -> "Chunk":
+        """Return the same on a device; nothing is copied where it is already there."""
+        images, labels, weights = (
+            part.to(device, non_blocking=True) for part in (self.images, self.labels, self.weights)
+        )
+        return Chunk(images, labels, weights, self.slots)
 
 
 def pack(batch: Batch, rows: int) -> Iterator[list[Chunk]]:
@@ -85,12 +92,13 @@ def _chunk(
     rows: int,
 ) -> Chunk:
     """Take images from their places; one of weight 0 is blank, and so is what is left of the rows."""
-    used = index.numel()
-    all_weights = batch.images.new_zeros(rows)
+    used, device = index.numel(), batch.images.device
+    all_weights = torch.zeros(rows)
     all_weights[:used] = weights.flatten()
+    blank = torch.nonzero(all_weights == 0).flatten().to(device, non_blocking=True)
+    chosen = index.flatten().to(device, non_blocking=True)
     images = batch.images.new_empty(rows, *batch.images.shape[1:])
-    torch.index_select(batch.images, 0, index.flatten(), out=images[:used])
-    images.index_fill_(0, torch.nonzero(all_weights == 0).flatten(), 0.0)
-    labels = batch.labels.new_zeros(rows)
-    labels[:used] = torch.where(weights > 0, batch.labels[index], 0).flatten()
-    return Chunk(images, labels, all_weights, slots)
+    torch.index_select(batch.images, 0, chosen, out=images[:used])
+    labels = batch.labels.new_empty(rows)
+    torch.index_select(batch.labels, 0, chosen, out=labels[:used])
+    return Chunk(images.index_fill_(0, blank, 0.0), labels.index_fill_(0, blank, 0), all_weights, slots)

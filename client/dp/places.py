@@ -33,13 +33,14 @@ def same_at_every_place(make: Callable[[nn.Module], Engine], discriminator: nn.M
     """
     rng = torch.Generator().manual_seed(0)
     tried = copy.deepcopy(discriminator)
-    engine = make(tried)
+    engine, device = make(tried), next(tried.parameters()).device
     for slots in [1 << power for power in range(rows.bit_length() - 1)]:
         for _ in range(_DRAWS):
             _fill(tried, rng)
             images = torch.rand(slots, 1, size, size, generator=rng).mul_(2).sub_(1).repeat(rows // slots, 1, 1, 1)
             weights = torch.full((rows,), 1 / slots)
-            if not _all_the_same(engine, Chunk(images, torch.zeros(rows, dtype=torch.int64), weights, slots)):
+            chunk = Chunk(images, torch.zeros(rows, dtype=torch.int64), weights, slots)
+            if not _all_the_same(engine, chunk.to(device)):
                 return False
     return True
 

@@ -44,7 +44,9 @@ class Adder:
         - threads_change_nothing: A chunk is computed by one thread alone, and chunks are added in their order.
     """
 
-    def __init__(self, discriminator: nn.Module, engine: GradientEngine, rows: int, max_grad_norm: float) -> None:
+    def __init__(
+        self, discriminator: nn.Module, engine: GradientEngine, rows: int, max_grad_norm: float, bf16: bool = False
+    ) -> None:
         """Take a discriminator; engines are made when the size of the images is known.
 
         Args:
@@ -52,15 +54,17 @@ class Adder:
             engine: By name.
             rows: Most images in a chunk, a power of two.
             max_grad_norm: Bound on each patient's contribution.
+            bf16: Let the fast engine's activations have eight bits.
 
         Raises:
             ConfigError: The fast engine does not know a layer; it is named.
         """
         if engine == "fast":
             check_layers(discriminator)
-        self.discriminator, self.threads = discriminator, torch.get_num_threads() if engine == "fast" else 1
+        self.discriminator, self._device = discriminator, next(discriminator.parameters()).device
+        self.threads = torch.get_num_threads() if engine == "fast" and self._device.type == "cpu" else 1
         self.rows = rows
-        self._name, self._max_grad_norm = engine, max_grad_norm
+        self._name, self._max_grad_norm, self._bf16 = engine, max_grad_norm, bf16
         self._engines: list[Engine] = []
         self._pool = _pool(self.threads) if self.threads > 1 else None
 
@@ -72,7 +76,8 @@ class Adder:
         """
         if self._engines:
             return
-        key = (repr(self.discriminator), self._name, str(self.rows), str(size), str(self.threads))
+        tried = (self.discriminator, self._name, self.rows, size, self.threads, self._device, self._bf16)
+        key = tuple(map(str, tried))
         if key not in _rows_found:
             _rows_found[key] = self._find_rows(size)
         self.rows = _rows_found[key]
@@ -84,8 +89,9 @@ class Adder:
         """Clip each patient's contribution and add all of them up, flat; after `prepare`."""
         parameters = list(self.discriminator.parameters())
         numbers = sum(parameter.numel() for parameter in parameters)
-        total = torch.zeros(numbers, dtype=torch.float64, device=parameters[0].device)
-        groups = ((chunks, loss) for batch, loss in batches for chunks in pack(batch, self.rows))
+        total = torch.zeros(numbers, dtype=torch.float64, device=self._device)
+        packed = ((chunks, loss) for batch, loss in batches for chunks in pack(batch, self.rows))
+        groups = (([chunk.to(self._device) for chunk in chunks], loss) for chunks, loss in packed)
         for part in self._sums(groups, total):
             total += part
         return total
@@ -108,7 +114,7 @@ class Adder:
         return self._pool.submit(same_at_every_place, *arguments).result()  # on a thread as in the real step
 
     def _engine(self, network: nn.Module, rows: int) -> Engine:
-        return FastEngine(network, rows) if self._name == "fast" else ReferenceEngine(network)
+        return FastEngine(network, rows, self._bf16) if self._name == "fast" else ReferenceEngine(network)
 
     def _sums(self, groups: Iterable[_Group], like: Tensor) -> Iterator[Tensor]:
         if self._pool is None:

@@ -9,13 +9,11 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-_CPU = 0  # the profiler's number of the device
-
 
 def peak_bytes(step: Callable[[], None]) -> int:
     """Run a step and return the most bytes it held at a time beyond what was held before it.
 
-    Everything that torch's CPU allocator hands out counts, the scratch and the reordered weights of oneDNN with it.
+    Everything that torch's allocators hand out counts, the scratch and the reordered weights of oneDNN with it.
     Not seen: what MKL, Python and the system's allocator keep for themselves.
 
     Args:
@@ -36,16 +34,15 @@ def peak_bytes(step: Callable[[], None]) -> int:
 
 
 def _peak(events: list[dict[str, Any]]) -> int:
-    held: dict[int, int] = {}
+    held: dict[tuple[int, int], int] = {}
     total = peak = 0
     for event in sorted(events, key=lambda event: event["ts"]):
         what = event["args"]
-        if what["Device Type"] != _CPU:
-            continue
+        where = (what["Device Type"], what["Addr"])
         if what["Bytes"] > 0:
-            held[what["Addr"]] = what["Bytes"]
+            held[where] = what["Bytes"]
             total += what["Bytes"]
             peak = max(peak, total)
         else:
-            total -= held.pop(what["Addr"], 0)  # 0: it was there before the step
+            total -= held.pop(where, 0)  # 0: it was there before the step
     return peak

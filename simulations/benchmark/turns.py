@@ -4,10 +4,13 @@ Ratios are of the fastest steps, for other work on the machine only ever adds ti
 a round, far more. Where the fastest steps of a mode do not agree, its row says `busy`.
 """
 
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, final
 
 import torch
@@ -15,6 +18,8 @@ import torch
 from simulations.benchmark.memory import peak_bytes
 
 SLOW_ROUNDS = 3
+STEPS = 3
+"""Steps of one turn: the first finds what others left in the caches."""
 
 Step = Callable[[], None]
 SetUp = Callable[[], Step]
@@ -56,36 +61,38 @@ class Measured:
     skipped: str = ""
 
 
-def take_turns(setups: Mapping[str, SetUp], limits: Limits, expected_bytes: Mapping[str, float]) -> dict[str, Measured]:
-    """Measure the memory of each mode, warm it up, then let them step in turn.
+def take_turns(
+    setups: Mapping[str, SetUp], limits: Limits, expected_bytes: Mapping[str, float], threads: int
+) -> dict[str, Measured]:
+    """Let every mode step in turn, each in a process of its own, then measure its memory.
 
     Args:
-        setups: What makes the step, by mode; the first is what the others are compared to, and never skipped.
+        setups: What makes the step, by mode; goes to another process. The first is what the others are compared to, and
+            never skipped.
         limits: How often, and what is left out.
         expected_bytes: Peaks by mode, as far as anything is known.
+        threads: Of each process.
 
     Returns:
         What was measured, by mode.
+
+    Raises:
+        RuntimeError: A mode's process ended; what it printed says why.
     """
     first = next(iter(setups))
     skipped = {mode: _too_much(expected_bytes.get(mode, 0.0), limits) for mode in setups if mode != first}
-    running: dict[str, Step] = {}
-    peaks: dict[str, int] = {}
-    slow: set[str] = set()
-    for mode in [mode for mode in setups if not skipped.get(mode)]:
-        peaks[mode] = _peak_on_one_thread(setups[mode])
-        step = running[mode] = setups[mode]()
-        step()  # the warm-up
-        if _seconds(step) > limits.slow_s:
-            slow.add(mode)
-    seconds: dict[str, list[float]] = {mode: [] for mode in running}
-    started = time.perf_counter()
-    done = 0
-    while done < limits.rounds or not _enough(seconds, limits, time.perf_counter() - started):
-        for mode, step in running.items():
-            if done < SLOW_ROUNDS or mode not in slow:
-                seconds[mode].append(_seconds(step))
-        done += 1
+    with ExitStack() as stack:
+        wanted = {mode: setup for mode, setup in setups.items() if not skipped.get(mode)}
+        running = {mode: stack.enter_context(_process(mode, setup, threads)) for mode, setup in wanted.items()}
+        slow = {mode for mode, ask in running.items() if min(ask("turn")) > limits.slow_s}
+        seconds: dict[str, list[float]] = {mode: [] for mode in running}
+        started, done = time.perf_counter(), 0
+        while done < limits.rounds or not _enough(seconds, limits, time.perf_counter() - started):
+            for mode, ask in running.items():
+                if done < SLOW_ROUNDS or mode not in slow:
+                    seconds[mode] += ask("turn")
+            done += 1
+        peaks = {mode: int(ask("peak")[0]) for mode, ask in running.items()}
     return {
         mode: Measured(tuple(seconds[mode]), peaks[mode]) if mode in running else Measured(skipped=skipped[mode])
         for mode in setups
@@ -124,17 +131,52 @@ def _too_much(expected_bytes: float, limits: Limits) -> str:
     return f"would take {expected_bytes / 2**30:.1f} GiB" if expected_bytes > limits.max_peak_bytes else ""
 
 
+@contextmanager
+def _process(mode: str, setup: SetUp, threads: int) -> Generator[Callable[[str], list[float]]]:
+    """Start a process for a mode, and ask it for turns and for its peak; it ends with the context."""
+    here, there = multiprocessing.Pipe()
+    context = multiprocessing.get_context("forkserver")  # whose server imports all once, and computes nothing
+    context.set_forkserver_preload(["simulations.benchmark.modes"])
+    process = context.Process(target=_serve, args=(there, setup, threads), daemon=True)
+    process.start()
+    there.close()
+
+    def ask(wish: str) -> list[float]:
+        try:
+            here.send(wish)
+            answer: list[float] = here.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"Expected the process of mode {mode!r} to go on; it ended.") from error
+        return answer
+
+    try:
+        yield ask
+    finally:
+        here.close()  # which ends it
+        process.join()
+
+
+def _serve(wishes: Connection, setup: SetUp, threads: int) -> None:
+    torch.set_num_threads(threads)
+    step = setup()
+    step()  # the warm-up
+    while True:
+        try:
+            wish = wishes.recv()
+        except EOFError:
+            return
+        wishes.send([_seconds(step) for _ in range(STEPS)] if wish == "turn" else [_peak_on_one_thread(setup)])
+
+
 def _peak_on_one_thread(setup: SetUp) -> int:
     """Count the model, the optimiser's state and what an engine keeps too; the record is of this thread alone."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        return peak_bytes(lambda: setup()())
-    finally:
-        torch.set_num_threads(threads)
+    return peak_bytes(lambda: setup()())
 
 
 def _seconds(step: Step) -> float:
     started = time.perf_counter()
     step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started

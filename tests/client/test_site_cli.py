@@ -8,7 +8,7 @@ import pytest
 
 from client.agent import answer, open_site
 from client.cli import main
-from client.home import Home
+from client.home import Home, load_images
 from client.ledger import ChargeRequest
 from common.config_text import build_config, to_toml
 from common.crypto import load_key
@@ -45,7 +45,7 @@ def planned(tmp_path, tiny_proposal):
 
 
 def init(run, home, *more):
-    return run("init", home, "--name", "st-mary", "--data", home, "--patients", 200, *more)
+    return run("init", home, "--name", "st-mary", "--data", home.parent, "--patients", 200, *more)
 
 
 def test_init_writes_a_policy_that_explains_itself(run, tmp_path):
@@ -55,6 +55,24 @@ def test_init_writes_a_policy_that_explains_itself(run, tmp_path):
     assert "# Highest probability of a patient in a private step" in text
     assert tomllib.loads(text)["may_declare"] == ["name", "patients"]
     assert "head_copy" not in (tmp_path / "home" / "site.toml").read_text()
+
+
+def test_init_looks_for_the_images_and_knows_labels(run, tmp_path):
+    code, _, err = run("init", tmp_path / "h", "--name", "a", "--data", tmp_path / "gone", "--patients", 200)
+    assert (code, "Found nothing at --data" in err) == (ExitCode.DATA, True)
+    code, _, err = init(run, tmp_path / "h", "--label", "nonsense")
+    assert (code, "nonsense" in err) == (ExitCode.CONFIG, True)
+    assert not (tmp_path / "h").exists()
+
+
+def test_import_says_what_it_found(run, tiny_home, tiny_proposal):
+    classes = tiny_proposal.image.classes
+    code, out, _ = run("import", tiny_home.folder, "--classes", ",".join(classes), "--size", 28)
+    found = load_images(tiny_home, classes, 28)
+    assert code == 0
+    assert f"imported {len(found.images)} images of {found.number_of_patients} patients; by class: " in out
+    assert f"{classes[0]} {int((found.labels == 0).sum())}" in out
+    assert "refused: nothing" in out
 
 
 def test_init_with_a_copy_of_the_head(run, tmp_path):
@@ -127,7 +145,7 @@ def test_budget_of_the_whole_of_a_part_and_of_nothing(run, tiny_home, planned):
     text = tiny_home.policy.read_text()
     tiny_home.policy.write_text(text.replace("max_sample_rate = 0.5", "max_sample_rate = 0.05"))
     code, out, _ = run("budget", tiny_home.folder, "--config", planned)
-    assert code == 0
+    assert code == ExitCode.PRIVACY
     assert "policy: refuses it: Expected sample rate=0.1 <= 0.05 (max_sample_rate)" in " ".join(out.split())
     assert "this site can join: nothing of it; then spent: epsilon 0.000" in out
 
@@ -136,7 +154,7 @@ def test_budget_reads_what_print_config_writes(run, tiny_home, tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(to_toml(build_config({})))
     code, out, _ = run("budget", tiny_home.folder, "--config", path)
-    assert (code, "policy: refuses it" in out) == (0, True)  # ten epsilon and everybody in each step
+    assert (code, "policy: refuses it" in out) == (ExitCode.PRIVACY, True)  # ten epsilon and everybody in each step
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,9 @@ def test_same_checks_for_an_export(used, tmp_path, how):
     path = exported(used, tmp_path / "export")
     head, _, lines = path.read_bytes().partition(b"\n")
     path.write_bytes(EDITS[how](head + b"\n", lines))
-    with pytest.raises(StorageError, match="cannot be trusted"):
+    with pytest.raises(StorageError, match="cannot be trusted") as caught:
         read_export(path)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(

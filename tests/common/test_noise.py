@@ -117,18 +117,6 @@ def test_gaussian_tails_end_at_17_standard_deviations():
     assert abs(float(gaussian(Constant(255), (1,), 1.0))) < 1e-7
 
 
-def test_gaussian_on_a_device_is_what_was_drawn_on_the_cpu():
-    drawn = gaussian(KeyStream(KEY), (1000,), 1.0)
-    assert torch.equal(gaussian(KeyStream(KEY), (1000,), 1.0, torch.device("cpu")), drawn)
-    # the device without storage stands for those that are not there
-    moved = gaussian(KeyStream(KEY), (10, 100), 1.0, torch.device("meta"))
-    assert (moved.device.type, moved.dtype, moved.shape) == ("meta", torch.float64, (10, 100))
-    if torch.cuda.is_available():
-        moved = gaussian(KeyStream(KEY), (1000,), 1.0, torch.device("cuda"))
-        assert moved.is_cuda
-        assert torch.equal(moved.cpu(), drawn)
-
-
 @pytest.mark.parametrize(("std", "step"), [(1.0, 2.0**-16), (1.9, 2.0**-16), (0.4, 2.0**-18), (3e5, 4.0)])
 def test_to_public_grid_on_grid_and_nearest(std, step):
     noisy = gaussian(KeyStream(KEY), (10_000,), std) + 0.1 * std

@@ -9,20 +9,11 @@ import torch
 
 from common.config import ImageConfig, ModelConfig
 from common.models import build
-from simulations.benchmark.dp_step import (
-    CLASSES,
-    OPACUS_MODES,
-    Plan,
-    make_data,
-    measure,
-    opacus,
-    plain,
-    private,
-    torch_noise,
-)
+from simulations.benchmark.dp_step import Plan, measure
 from simulations.benchmark.memory import peak_bytes
+from simulations.benchmark.modes import CLASSES, OPACUS_MODES, make_data, opacus, plain, private, torch_noise
 from simulations.benchmark.report import Result, print_result
-from simulations.benchmark.turns import SLOW_ROUNDS, Limits, Measured, figures, take_turns
+from simulations.benchmark.turns import SLOW_ROUNDS, STEPS, Limits, Measured, Step, figures, take_turns
 
 SMALL = ModelConfig(discriminator_width=8)
 TINY = Plan(batches=(2, 4), ratio_batch=2, ratio_s=0.0, limits=Limits(rounds=1), model=SMALL, threads=1)
@@ -36,6 +27,14 @@ RATIOS = {
     "fast_memory_over_plain_28",
     "secure_noise_share",
 }
+
+
+def set_up_nothing() -> Step:
+    return lambda: None
+
+
+def set_up_a_failure() -> Step:
+    raise ValueError("the reason")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_every_mode_has_a_row_in_every_cell(tiny: Result, capsys: pytest.Capture
     expected |= {(32, 2, 0, "torch noise"), (32, 2, 0, "secure noise")}
     assert rows == expected
     assert len({tuple(row) for row in tiny.rows}) == 1
-    assert all(row["rounds"] == 1 and row["peak_mib"] > 0 and not row["note"] for row in tiny.rows)
+    assert all(row["rounds"] == STEPS and row["peak_mib"] > 0 for row in tiny.rows)
     print_result(tiny)
     assert "fast_over_plain_28 = " in capsys.readouterr().out
 
@@ -94,14 +93,16 @@ def test_opacus_and_the_fast_engine_take_the_same_step_without_noise(size: int, 
 
 
 def test_a_slow_mode_takes_few_turns_and_the_others_take_all() -> None:
-    taken: list[str] = []
-    steps = {mode: lambda mode=mode: lambda: taken.append(mode) for mode in ("plain", "other")}
+    steps = dict.fromkeys(("plain", "other"), set_up_nothing)
     limits = Limits(rounds=SLOW_ROUNDS + 2, slow_s=0.0)
-    assert {len(one.seconds) for one in take_turns(steps, limits, {}).values()} == {SLOW_ROUNDS}
-    taken.clear()
-    measured = take_turns(steps, replace(limits, slow_s=60.0), {})
-    assert {len(one.seconds) for one in measured.values()} == {SLOW_ROUNDS + 2}
-    assert taken[-4:] == ["plain", "other", "plain", "other"]
+    assert {len(one.seconds) for one in take_turns(steps, limits, {}, 1).values()} == {SLOW_ROUNDS * STEPS}
+    measured = take_turns(steps, replace(limits, slow_s=60.0), {}, 1)
+    assert {len(one.seconds) for one in measured.values()} == {(SLOW_ROUNDS + 2) * STEPS}
+
+
+def test_a_mode_that_fails_is_named() -> None:
+    with pytest.raises(RuntimeError, match="'other'"):
+        take_turns({"plain": set_up_nothing, "other": set_up_a_failure}, Limits(rounds=1), {}, 1)
 
 
 def test_the_row_of_a_mode_whose_fastest_steps_disagree_says_so() -> None:
