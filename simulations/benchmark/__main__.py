@@ -7,17 +7,23 @@ from typing import Annotated
 
 import typer
 
-from simulations.benchmark import dp_step, federation
+from common.command import run_command
+from simulations.benchmark import dp_step, federation, quality
 from simulations.benchmark.report import print_result, write_result
 
-BENCHMARKS = ("dp-step", "federation")
+BENCHMARKS = ("dp-step", "federation", "quality")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+@app.command()
 def run(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
     json: Annotated[Path | None, typer.Option(help="Write the result to this file too.")] = None,
     device: Annotated[str, typer.Option(help="dp-step only: where D is trained, cpu or cuda.")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="dp-step only: activations of plain and fast have eight bits.")] = False,
+    config: Annotated[Path | None, typer.Option(help="quality only: a TOML file with the run and [quality].")] = None,
+    data: Annotated[Path | None, typer.Option(help="quality only: the images. Default: phantoms.")] = None,
 ) -> None:
     """Measure, print a table, and write the figures."""
     if name not in BENCHMARKS:
@@ -25,12 +31,14 @@ def run(
         raise typer.Exit(2)
     if name == "federation":
         result = federation.measure()
+    elif name == "quality":
+        result = quality.measure(config, data)
     else:
         result = dp_step.measure(replace(dp_step.FULL, device=device, bf16=bf16))
-    print_result(result)
+    print_result(quality.as_table(result) if name == "quality" else result)
     if json is not None:
         write_result(result, json)
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    run_command(app)
