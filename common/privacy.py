@@ -4,6 +4,7 @@ Unit: one patient. Relation: add or remove all images of that patient. The only 
 Out of scope: what a run does (common/plan), what was spent so far (client/ledger), the noise itself (common/noise).
 """
 
+import functools
 import math
 from bisect import bisect_left
 from collections import Counter
@@ -13,7 +14,8 @@ from functools import lru_cache
 from typing import final
 
 import dp_accounting
-from dp_accounting import pld, rdp
+from dp_accounting import rdp
+from dp_accounting.pld import privacy_loss_distribution as pld
 
 from common.errors import ConfigError
 
@@ -187,13 +189,32 @@ def _epsilon(pieces: tuple[Charge, ...], delta: float, points: float) -> float:
     # root mean square loss, the sum is wrong by the same small part of itself, however many releases there are.
     interval = math.sqrt(variance / sum(map(_releases, pieces))) / points
     widest = max(10 / piece.noise_multiplier + 0.5 / piece.noise_multiplier**2 for piece in pieces)
-    accountant = pld.PLDAccountant(
-        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-        value_discretization_interval=max(interval, widest / _MAX_GRID),
+    grid = _next_finer(max(interval, widest / _MAX_GRID))
+    total = functools.reduce(pld.PrivacyLossDistribution.compose, (_losses(piece, grid) for piece in pieces))
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def _losses(piece: Charge, interval: float) -> pld.PrivacyLossDistribution:
+    """Return the privacy loss of one piece; steps without sampling are together one Gaussian release."""
+    if piece.sample_rate == 1.0:
+        return _of_one_release(piece.noise_multiplier / math.sqrt(piece.steps), 1.0, interval)
+    return _of_one_release(piece.noise_multiplier, piece.sample_rate, interval).self_compose(piece.steps)
+
+
+@lru_cache(maxsize=32)
+def _of_one_release(noise_multiplier: float, sample_rate: float, interval: float) -> pld.PrivacyLossDistribution:
+    """Return the privacy loss of one release: most of the work, and the same for the many lengths of a run."""
+    return pld.from_gaussian_mechanism(
+        noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=sample_rate,
+        neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     )
-    for piece in pieces:
-        accountant.compose(_event(piece), piece.steps)
-    return float(accountant.get_epsilon(delta))
+
+
+def _next_finer(interval: float) -> float:
+    """Return the next smaller one of eight intervals in each factor of two, so that runs of many lengths share them."""
+    return 2.0 ** (math.floor(8 * math.log2(interval)) / 8)
 
 
 def _releases(piece: Charge) -> int:

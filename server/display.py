@@ -14,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import Config
-from server.records import Progress, RoundRecord
+from server.records import Progress, RoundRecord, is_landmark
 from server.report import round_up
 
 SHOWN_ROUNDS = 15
+ALL_LINES = 200
+"""A run of more rounds gets a line for some of them only."""
 SITE_COLUMNS = 4
 """With more sites than this their epsilons share one column, from the smallest to the largest."""
 SITE_CHARACTERS = 9
@@ -31,9 +33,11 @@ Show = Callable[[Event], None]
 @final
 @dataclass
 class Seen:
-    """What was shown up to now; grows while the run goes on."""
+    """What was shown up to now: the newest rounds, and what all of them say of the sites."""
 
     records: list[RoundRecord] = field(default_factory=list[RoundRecord])
+    limits: dict[str, float] = field(default_factory=dict[str, float])
+    most_sites: int = 0
     progress: Progress | None = None
 
 
@@ -47,7 +51,8 @@ def open_display(config: Config, console: Console | None = None) -> Generator[Sh
 
     Yields:
         A function that takes each event. On a terminal it redraws a table; elsewhere it writes and flushes one line
-        for each finished round, and nothing for progress inside one.
+        for each finished round, in a long run for some of them and for each in which other sites refuse than before,
+        and nothing for progress inside one.
     """
     console = console or Console()
     seen = Seen()
@@ -90,15 +95,22 @@ def _add(seen: Seen, event: Event) -> Seen:
     if isinstance(event, Progress):
         seen.progress = event
     else:
-        seen.records.append(event)
+        seen.records = [*seen.records[1 - SHOWN_ROUNDS :], event]
+        seen.limits |= {name: site.epsilon_allowed for name, site in event.sites.items()}
+        seen.most_sites = max(seen.most_sites, len(event.sites) + len(event.refused))
         seen.progress = None
     return seen
 
 
 def _print(console: Console, config: Config, seen: Seen, event: Event) -> None:
-    if isinstance(event, RoundRecord):
+    before = seen.records[-1].refused if seen.records else {}
+    records = _add(seen, event).records
+    rounds = config.federation.rounds
+    if isinstance(event, RoundRecord) and (
+        rounds <= ALL_LINES or is_landmark(event.round, rounds) or event.refused != before
+    ):
         # Not console.print: it wraps, and a line is a line for whoever reads the log.
-        console.file.write(plain_line(config, _add(seen, event).records) + "\n")
+        console.file.write(plain_line(config, records) + "\n")
         console.file.flush()
 
 
@@ -110,8 +122,7 @@ def _drawing(config: Config, seen: Seen) -> Group:
 
 def _header(config: Config, seen: Seen) -> Text:
     facts = Text("fedmedgan", style="bold")
-    known = max((len(record.sites) + len(record.refused) for record in seen.records), default=0)
-    sites = known or config.simulation.sites
+    sites = seen.most_sites or config.simulation.sites
     return facts.append(
         f"  {_count(sites, 'site')}, {_count(config.federation.rounds, 'round')}, epsilon {config.privacy.epsilon:g} "
         f"(delta {config.privacy.delta:g}) per patient, {config.performance.engine} engine",
@@ -121,7 +132,7 @@ def _header(config: Config, seen: Seen) -> Text:
 
 def _table(config: Config, seen: Seen) -> Table:
     shown = seen.records[-SHOWN_ROUNDS:]
-    limits = {name: site.epsilon_allowed for record in seen.records for name, site in record.sites.items()}
+    limits = seen.limits
     names = sorted(limits) if len(limits) <= SITE_COLUMNS else []
     outside = any(_codes(record, names) for record in shown)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from common.errors import ResumeError
-from common.files import write_atomic
+from common.files import append_durably, write_atomic
 
 
 @final
@@ -64,6 +64,15 @@ class Progress:
     sites: Mapping[str, SiteRelease] = field(default_factory=dict[str, SiteRelease])
 
 
+def is_landmark(number: int, rounds: int) -> bool:
+    """Tell whether a round of a long run is worth a sheet or a line: the first, the last, every twentieth part, 2^k.
+
+    >>> [number for number in range(101) if is_landmark(number, 100)][:9]
+    [0, 1, 2, 4, 5, 8, 10, 15, 16]
+    """
+    return number in (0, rounds) or number & (number - 1) == 0 or number % max(1, rounds // 20) == 0
+
+
 def read_records(path: Path) -> list[RoundRecord]:
     """Read metrics.jsonl.
 
@@ -73,7 +82,8 @@ def read_records(path: Path) -> list[RoundRecord]:
     if not path.exists():
         return []
     records: list[RoundRecord] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # after the last newline a crash may have left a part
+    for number, line in enumerate(lines, start=1):
         try:
             fields: dict[str, Any] = json.loads(line)
             sites = {name: SiteRelease(**site) for name, site in fields.pop("sites").items()}
@@ -85,5 +95,17 @@ def read_records(path: Path) -> list[RoundRecord]:
 
 def write_records(path: Path, records: list[RoundRecord]) -> None:
     """Write metrics.jsonl anew: every record up to now, so that a resumed run never leaves a round twice."""
-    lines = [json.dumps(asdict(record), allow_nan=False) for record in records]
-    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    write_atomic(path, b"".join(map(_line, records)))
+
+
+def append_record(path: Path, record: RoundRecord) -> None:
+    """Add one round to metrics.jsonl, durably.
+
+    Raises:
+        StorageError: The disk does not take it.
+    """
+    append_durably(path, _line(record), 0o644)
+
+
+def _line(record: RoundRecord) -> bytes:
+    return json.dumps(asdict(record), allow_nan=False).encode() + b"\n"

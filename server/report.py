@@ -32,6 +32,8 @@ from server.report_page import PAGE
 
 MAX_FILE_BYTES = 64 * 1024**2
 MAX_CLASS_SHEETS = 16
+MAX_POINTS = 300
+"""Of one curve; a run may have thousands of rounds."""
 LINES = ("#0b6e99", "#c8553d", "#5b8c2a", "#7a4fa3", "#b07d12", "#3a3a3a")
 """Colours of the sites' curves; with more sites than colours a band from the smallest to the largest is drawn."""
 
@@ -164,7 +166,8 @@ def _curves(records: Sequence[RoundRecord], names: Sequence[str]) -> Iterator[Cu
         yield Curve("Change of the global weights", "How far one round moves both networks.", _svg(figure))
     if records:
         figure, axes = _axes("seconds")
-        axes.bar([record.round for record in records], [record.seconds for record in records], color=_BLUE, width=0.7)
+        shown = _thinned([(record.round, record.seconds) for record in records])
+        axes.bar(*zip(*shown, strict=True), color=_BLUE, width=0.7 * max(1.0, len(records) / len(shown)))
         yield Curve("Time of a round", "Wall time at the coordinator. Round 0 is the warm-up.", _svg(figure))
 
 
@@ -188,8 +191,14 @@ def _epsilon_curve(records: Sequence[RoundRecord], names: Sequence[str]) -> Curv
 
 
 def _plot(axes: Axes, points: Sequence[tuple[int, float]], colour: str = _BLUE) -> None:
-    rounds, values = zip(*points, strict=True)
+    rounds, values = zip(*_thinned(points), strict=True)
     axes.plot(rounds, values, color=colour, marker="o", markersize=3, linewidth=1.3)
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Keep at most `MAX_POINTS` of a curve, evenly spaced, the last among them."""
+    step = -(-len(points) // MAX_POINTS)
+    return list(points[::-1][::step])[::-1]
 
 
 def _axes(label: str) -> tuple[Figure, Axes]:

@@ -48,6 +48,17 @@ def test_plain_is_one_line_a_round_and_none_for_progress() -> None:
     assert lines[3] == "round 3/8  sites 4 in 0 out  epsilon 7.41-7.58 of 10  fakes told 0.63  5.2 s  ETA 26 s"
 
 
+def test_plain_has_few_lines_in_a_long_run_but_tells_who_left() -> None:
+    config = _config(**{"federation.rounds": 2000})
+    gone = {"d": "unreachable"}
+    events: list[Event] = [_record(number, FOUR, gone if 650 <= number < 700 else None) for number in range(2001)]
+    lines = _shown(events, terminal=False, config=config).splitlines()
+    assert len(lines) == 32 + 1  # the landmarks, 700 among them, and the round in which d left
+    assert "round 650/2000  sites 4 in 1 out (1 unreachable)" in "\n".join(lines).replace(
+        "(unreachable)", "(1 unreachable)"
+    )
+
+
 def test_plain_line_is_never_wrapped() -> None:
     refused = {f"site-{number}": f"code-{number}" for number in range(30)}
     assert len(_shown([_record(1, FOUR, refused)], terminal=False, width=20).splitlines()) == 1

@@ -183,3 +183,13 @@ def test_attack_bounds_are_those_of_randomised_response() -> None:
     assert attack_bounds(0.0, 0.0) == pytest.approx((0.5, 0.001))
     assert attack_bounds(10.0, 1e-5)[1] == pytest.approx(1 - (0.999 - 1e-5) * np.exp(-10))
     assert attack_bounds(1e4, 1e-5) == pytest.approx((1.0, 1.0))
+
+
+def test_curves_of_a_long_run_have_few_points(tmp_path: Path) -> None:
+    """The report of thousands of rounds is no larger than that of hundreds, and ends with the last round."""
+    sizes: list[int] = []
+    for rounds in (300, 3000):
+        _run(tmp_path / str(rounds), [])
+        write_records(tmp_path / str(rounds) / "metrics.jsonl", _records(["a", "b"], rounds))
+        sizes.append(len(write_report(tmp_path / str(rounds)).read_bytes()))
+    assert sizes[1] < 2 * sizes[0]  # ten times, with every round in it
