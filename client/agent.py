@@ -6,25 +6,23 @@ sends, a refusal is a code; the reason stays in the site's own log.
 """
 
 import hashlib
-import json
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from client import journal, policy
-from client.channel import pack_reply, unpack_reply
+from client.gradient import gradient_share
 from client.home import Home, head_copy, load_images, one_at_a_time, read_site_config, require_books, require_images
 from client.intake import Dataset
 from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.policy import Policy
+from client.replies import forget_old_replies, request_digest, secret_of_charge, store_reply, stored_reply
 from client.train import train_round
 from client.warmup import embedding_sum
 from common.config import GradientEngine, Proposal
@@ -32,16 +30,14 @@ from common.config_text import parse_proposal
 from common.crypto import KeyStream, SigningKey, load_key
 from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.features import feature_map
-from common.files import write_atomic
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
 from common.models import Pair, build
 from common.noise import gaussian, to_public_grid
 from common.plan import Plan, plan
-from common.weights import check_arrays, get_weights, set_weights
+from common.secure_sum import Cohort, parse_cohort
+from common.weights import BOTH, check_arrays, get_weights, set_weights
 
 LOG = logging.getLogger("fedmedgan.agent")
-KEPT_REPLIES = 2
-SECRET_BYTES = 32
 MAX_D_STEPS = 5000
 _RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
@@ -122,12 +118,12 @@ def _hello(site: Site, request: Request) -> Reply:
 
 
 def _private(site: Site, request: Request) -> Reply:
-    proposal, digest = _check_request(request), _digest(request)
+    proposal, digest = _check_request(request), request_digest(request)
     policy.check_proposal(site.policy, proposal)
-    agreed = plan(proposal, site.policy.declared_patients)
+    agreed = plan(proposal, site.policy.declared_patients, _cohort(site, request, proposal))
     policy.check_plan(site.policy, agreed)
-    released = _released(site)
-    reply = _stored_reply(site, request, digest, released)
+    released, replies = _released(site), site.home.replies
+    reply = stored_reply(replies, request, digest, released)
     if reply is None:
         require_images(site.home, proposal.image.classes, proposal.image.size)
         pair, rng = _weights_of(site, request, proposal)  # what does not decode is refused before it costs anything
@@ -136,7 +132,7 @@ def _private(site: Site, request: Request) -> Reply:
         cost = agreed.charge_of_warmup() if pair is None else agreed.charge_of_round(proposal.train.steps_per_round)
         charge = ChargeRequest(request.run_id, request.round, request.kind, digest)
         spent = site.ledger.charge(charge, cost, site.policy.max_epsilon, site.policy.delta)
-        secret = _secret_of_charge(site, request, digest)
+        secret = secret_of_charge(replies, request, lambda: site.secrets(digest))
         try:
             reply = _release(site, request, proposal, agreed, pair, rng, secret, spent)
             journal.check_egress(reply, allowed, site.policy.max_reply_bytes)
@@ -145,9 +141,9 @@ def _private(site: Site, request: Request) -> Reply:
         except Exception:  # so is whatever else goes wrong: an outcome that leaves without a line would be a release
             LOG.exception("%s round %d failed after its charge", request.kind, request.round)
             reply = Reply(request.kind, request.run_id, request.round, RefusalCode.INTERNAL)
-        _store_reply(site, reply, digest)
+        store_reply(replies, reply, digest)
     journal.append(site.home.journal, site.key, reply, site.ledger.spent(site.policy.delta), datetime.now(UTC))
-    _forget_old_replies(site, request, released)
+    forget_old_replies(replies, request, released)
     return reply
 
 
@@ -166,6 +162,9 @@ def _release(
     fields: dict[str, Scalar] = {"epsilon_spent": spent, "epsilon_allowed": site.policy.max_epsilon}
     if pair is None:
         arrays = _warmup(dataset, proposal, agreed, secret)
+    elif request.kind is Kind.GRADIENT:
+        share = gradient_share(dataset, pair.discriminator, proposal, agreed, secret, site.gradients)
+        arrays = {"gradient": share}
     else:
         d_steps = int(request.settings["d_steps_per_g_step"])
         trained = train_round(dataset, pair, proposal, agreed, d_steps, secret, rng, site.gradients)
@@ -189,16 +188,27 @@ def _check_request(request: Request) -> Proposal:
     if not proposal.image.classes:
         raise ConfigError("Expected image.classes to name at least one class.")
     rounds = proposal.federation.rounds
-    if request.kind is Kind.TRAIN and not 1 <= request.round <= rounds:
+    wanted_kind = Kind.TRAIN if proposal.train.algorithm == "local" else Kind.GRADIENT
+    if request.kind not in (Kind.WARMUP, wanted_kind):
+        raise WireError(f"Expected no {request.kind} with train.algorithm={proposal.train.algorithm}.")
+    if request.kind is wanted_kind and not 1 <= request.round <= rounds:
         raise WireError(f"Expected round={request.round} in [1, {rounds}].")
     if request.kind is Kind.WARMUP and (request.round != 0 or proposal.warmup.share == 0):
         raise WireError("Expected a warm-up only in round 0 of a proposal with warmup.share > 0.")
+    if request.kind is Kind.GRADIENT:
+        return proposal  # whose settings are the cohort, see `_cohort`
     d_steps = request.settings.get("d_steps_per_g_step")
     whole = type(d_steps) is int and 1 <= d_steps <= MAX_D_STEPS
     wanted = ["d_steps_per_g_step"] if request.kind is Kind.TRAIN else []
     if list(request.settings) != wanted or (wanted and not whole):
         raise WireError(f"Expected the settings {wanted} with whole numbers in [1, {MAX_D_STEPS}].")
     return proposal
+
+
+def _cohort(site: Site, request: Request, proposal: Proposal) -> Cohort | None:
+    if request.kind is not Kind.GRADIENT:
+        return None
+    return parse_cohort(request.settings, site.policy.declared_patients, proposal.privacy.min_patients)
 
 
 def _weights_of(site: Site, request: Request, proposal: Proposal) -> tuple[Pair | None, torch.Generator]:
@@ -208,7 +218,7 @@ def _weights_of(site: Site, request: Request, proposal: Proposal) -> tuple[Pair 
         check_arrays(request.arrays, {})
         return None, rng
     pair = build(proposal.model, proposal.image, len(proposal.image.classes), rng)
-    set_weights(pair, request.arrays)
+    set_weights(pair, request.arrays, BOTH if request.kind is Kind.TRAIN else ("discriminator",))
     return pair, rng
 
 
@@ -220,71 +230,16 @@ def _warmup(dataset: Dataset, proposal: Proposal, agreed: Plan, secret: KeyStrea
     return {"embedding": noisy.float().numpy()}
 
 
-def _secret_of_charge(site: Site, request: Request, digest: str) -> KeyStream:
-    """Return the stream of a charge, kept on disk until its outcome is stored."""
-    path = _reply_path(site, request.run_id, request.kind, request.round).with_suffix(".secret")
-    if not path.exists():
-        write_atomic(path, site.secrets(digest).read(SECRET_BYTES), 0o600)
-    return KeyStream(path.read_bytes())
-
-
 def reproducible(seed: int, site: str, round_: int) -> torch.Generator:
     """Return the generator of a site's round for everything that is not secret: initial weights, latents, fakes."""
     digest = hashlib.sha256(f"{seed}/{site}/{round_}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _digest(request: Request) -> str:
-    parts = [request.kind.value, str(request.round), request.proposal]
-    parts += [json.dumps(dict(request.settings), sort_keys=True)]
-    sha = hashlib.sha256("\0".join(parts).encode())
-    for name in sorted(request.arrays):
-        array = np.ascontiguousarray(request.arrays[name])
-        sha.update(f"\0{name}\0{array.dtype}\0{array.shape}\0".encode() + array.tobytes())
-    return sha.hexdigest()
-
-
 def _released(site: Site) -> set[tuple[str, Kind, int]]:
     """Read what stands in the journal; one that is gone or damaged stops the request before anything is done."""
     entries = journal.entries(site.home.journal, site.key.verify_key)
     return {(entry.run_id, entry.kind, entry.round) for entry in entries}
-
-
-def _stored_reply(
-    site: Site, request: Request, digest: str, released: Collection[tuple[str, Kind, int]]
-) -> Reply | None:
-    """Return the reply that this very request got before, if it is still stored.
-
-    Raises:
-        PolicyRefusal: The round was answered to another request, or its answer is no longer stored.
-    """
-    path = _reply_path(site, request.run_id, request.kind, request.round)
-    if path.exists():
-        stored_digest, _, frame = path.read_bytes().partition(b"\n")
-        if stored_digest == digest.encode():
-            path.with_suffix(".secret").unlink(missing_ok=True)  # a kill may have left it beside its outcome
-            return unpack_reply(frame)
-        raise PolicyRefusal(RefusalCode.REPLAYED, f"Round {request.round} was already answered to another request.")
-    if (request.run_id, request.kind, request.round) in released:
-        raise PolicyRefusal(RefusalCode.REPLAYED, f"Round {request.round} was answered; its reply is no longer stored.")
-    return None
-
-
-def _store_reply(site: Site, reply: Reply, digest: str) -> None:
-    path = _reply_path(site, reply.run_id, reply.kind, reply.round)
-    write_atomic(path, digest.encode() + b"\n" + pack_reply(reply), 0o600)
-    path.with_suffix(".secret").unlink(missing_ok=True)
-
-
-def _forget_old_replies(site: Site, request: Request, released: Collection[tuple[str, Kind, int]]) -> None:
-    """Keep the last replies of a run, and every one that does not stand in the journal: it has not left yet."""
-    of_run = (number for run_id, kind, number in released if (run_id, kind) == (request.run_id, request.kind))
-    for round_ in sorted(number for number in of_run if number < request.round)[: 1 - KEPT_REPLIES]:
-        _reply_path(site, request.run_id, request.kind, round_).unlink(missing_ok=True)
-
-
-def _reply_path(site: Site, run_id: str, kind: Kind, round_: int) -> Path:
-    return site.home.replies / f"{run_id}-{kind.value}-{round_:06d}.reply"
 
 
 def _code(error: FedmedganError) -> RefusalCode:

@@ -14,11 +14,12 @@ from client import journal, policy
 from client.ledger import Entry
 from client.policy import Policy
 from common.config import Proposal
-from common.errors import PolicyRefusal
+from common.errors import ConfigError, PolicyRefusal
 from common.messages import Kind
 from common.models import build
 from common.plan import Plan, plan
 from common.privacy import Charge, affordable_rounds, epsilon
+from common.secure_sum import Cohort
 
 VERSION = 1
 
@@ -98,16 +99,20 @@ class Budget:
         return {"version": VERSION, **asdict(self), "left": self.left, "forecast": forecast}
 
 
-def look_up(rules: Policy, entries: Sequence[Entry], proposal: Proposal | None = None) -> Budget:
+def look_up(
+    rules: Policy, entries: Sequence[Entry], proposal: Proposal | None = None, cohort: Cohort | None = None
+) -> Budget:
     """Add up a ledger, and forecast a planned run.
 
     Args:
         rules: The site's policy.
         entries: The lines of its ledger.
         proposal: A run that is planned, with its classes.
+        cohort: All sites of the planned run together, for one with secure-sum.
 
     Raises:
-        ConfigError: The run cannot be planned: nothing to do, too many steps, or no noise keeps its bound.
+        ConfigError: The run cannot be planned: nothing to do, too many steps, or no noise keeps its bound; or a cohort
+            is missing, or not asked for.
 
     Guarantees:
         - spent_is_what_the_ledger_says: The same composition as the ledger's own.
@@ -118,12 +123,17 @@ def look_up(rules: Policy, entries: Sequence[Entry], proposal: Proposal | None =
         by_run[entry.request.run_id].append(entry.charge)
     runs = tuple(RunCost(name, len(charges), epsilon(charges, rules.delta)) for name, charges in by_run.items())
     everything = [entry.charge for entry in entries]
-    forecast = _forecast(rules, everything, proposal) if proposal is not None else None
+    forecast = _forecast(rules, everything, proposal, cohort) if proposal is not None else None
     return Budget(rules.site, rules.max_epsilon, rules.delta, epsilon(everything, rules.delta), runs, forecast)
 
 
-def _forecast(rules: Policy, charges: list[Charge], proposal: Proposal) -> Forecast:
-    agreed, rounds = plan(proposal, rules.declared_patients), proposal.federation.rounds
+def _forecast(rules: Policy, charges: list[Charge], proposal: Proposal, cohort: Cohort | None) -> Forecast:
+    if proposal.train.algorithm == "secure-sum" and cohort is None:
+        raise ConfigError(
+            "With train.algorithm = secure-sum the cost follows from all sites together. "
+            "Add --cohort-sites and --cohort-patients, as the coordinator announces them."
+        )
+    agreed, rounds = plan(proposal, rules.declared_patients, cohort), proposal.federation.rounds
     refusal, warmup, joined = _refusal(rules, proposal, agreed), None, 0
     taken = list(charges)
     if agreed.warmup_noise_multiplier is not None:
@@ -141,7 +151,8 @@ def _refusal(rules: Policy, proposal: Proposal, agreed: Plan) -> str | None:
     """Return why the policy refuses a run, by the checks that the agent makes."""
     pair = build(proposal.model, proposal.image, len(proposal.image.classes), torch.Generator().manual_seed(0))
     planned = [(Kind.WARMUP, None)] * (agreed.warmup_noise_multiplier is not None)
-    planned += [(Kind.TRAIN, pair)] * (agreed.train_noise_multiplier is not None)
+    kind = Kind.TRAIN if proposal.train.algorithm == "local" else Kind.GRADIENT
+    planned += [(kind, pair)] * (agreed.train_noise_multiplier is not None)
     try:
         policy.check_proposal(rules, proposal)
         policy.check_plan(rules, agreed)

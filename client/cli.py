@@ -29,6 +29,7 @@ from common.crypto import load_key
 from common.errors import ConfigError, ExitCode, IntakeError, StorageError
 from common.files import write_atomic
 from common.plan import delta_warning
+from common.secure_sum import Cohort, parse_cohort
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -127,14 +128,20 @@ def show_ledger(home: HomeArgument) -> None:
 def show_budget(
     home: HomeArgument,
     config: Annotated[Path | None, typer.Option(help="A planned run, as --print-config writes it.")] = None,
+    cohort_sites: Annotated[int | None, typer.Option(min=1, help="Of a run with secure-sum: all its sites.")] = None,
+    cohort_patients: Annotated[int | None, typer.Option(min=2, help="What they declare together.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the same as JSON to this file.")] = None,
 ) -> None:
     """Show what is spent, left and by run; with --config, what a planned run would cost and how far the budget goes.
 
     Exits 5 where the policy refuses the planned run.
     """
-    proposal = _planned(config) if config is not None else None
-    found = budget.look_up(policy.load(Home(home).policy), _ledger(home).entries, proposal)
+    proposal, rules = _planned(config) if config is not None else None, policy.load(Home(home).policy)
+    cohort = None
+    if proposal is not None and cohort_sites is not None and cohort_patients is not None:
+        settings = Cohort(cohort_sites, cohort_patients).settings()
+        cohort = parse_cohort(settings, rules.declared_patients, proposal.privacy.min_patients)
+    found = budget.look_up(rules, _ledger(home).entries, proposal, cohort)
     table = Table("run", "releases", "epsilon alone", title=f"budget of {found.site}")
     for run in found.runs:
         table.add_row(run.run_id, str(run.releases), f"{run.epsilon:.3f}")

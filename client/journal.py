@@ -35,6 +35,7 @@ _FIELDS: Mapping[Kind, Mapping[str, type]] = {
     Kind.WARMUP: _BUDGET,
     # the discriminator's accuracy on fakes sees no patient: post-processing of private weights
     Kind.TRAIN: {**_BUDGET, "fake_accuracy": float, "d_steps_per_g_step": int},
+    Kind.GRADIENT: _BUDGET,
 }
 
 
@@ -86,8 +87,10 @@ def reply_shapes(proposal: Proposal, pair: Pair | None) -> dict[str, tuple[int, 
 
     Args:
         proposal: The shared sections of the configuration.
-        pair: The networks of a training round; None for the warm-up.
+        pair: The networks of a round; None for the warm-up.
     """
+    if pair is not None and proposal.train.algorithm == "secure-sum":
+        return {"gradient": (sum(parameter.numel() for parameter in pair.discriminator.parameters()),)}
     if pair is not None:
         return weight_shapes(pair)
     return {"embedding": (len(proposal.image.classes), feature_dim(feature_map(proposal.image.size)))}
@@ -98,9 +101,10 @@ def release_schema(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> Release
 
     Args:
         kind: The request's kind.
-        shapes: Of the arrays by name, all float32: none for hello, else `reply_shapes`.
+        shapes: Of the arrays by name, all float32, or int32 for a gradient: none for hello, else `reply_shapes`.
     """
-    return Release({name: (tuple(shape), "float32") for name, shape in shapes.items()}, _FIELDS[kind])
+    dtype = "int32" if kind is Kind.GRADIENT else "float32"
+    return Release({name: (tuple(shape), dtype) for name, shape in shapes.items()}, _FIELDS[kind])
 
 
 def check_egress(reply: Reply, allowed: Release, max_reply_bytes: int = MAX_REPLY_BYTES) -> None:
@@ -181,8 +185,8 @@ def append(folder: Path, key: SigningKey, reply: Reply, epsilon_after: float, ti
     )
     chain = Chain(folder, NAME, key.verify_key, key)
     with chain.locked():
-        standing = [_entry(body) for body in chain.bodies]
-        same = [old for old in standing if (old.run_id, old.round, old.kind) == (entry.run_id, entry.round, entry.kind)]
+        standing = (body for body in chain.bodies if body.get("round") == entry.round)
+        same = [old for old in map(_entry, standing) if (old.run_id, old.kind) == (entry.run_id, entry.kind)]
         if any(old.sha256 == entry.sha256 for old in same):
             return
         if same and entry.kind is not Kind.HELLO:

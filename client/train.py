@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
 
 from client.dp import private_optimizer, private_step
 from client.draw import draw_patients
 from client.intake import Dataset
 from common.config import GradientEngine, Proposal
 from common.crypto import KeyStream
+from common.generator_step import draw_fakes, generator_step, move_average
 from common.models import Pair
 from common.noise import gaussian
 from common.plan import Plan
@@ -74,43 +72,10 @@ def train_round(
     for step in range(1, proposal.train.steps_per_round + 1):
         batch = draw_patients(dataset, plan.sample_rate, proposal.privacy, secret)
         with torch.no_grad():
-            fakes, labels = _fakes(generator, fakes_per_step, proposal, rng)
+            fakes, labels = draw_fakes(generator, fakes_per_step, proposal, rng)
             told += int((discriminator(fakes, labels) < 0).sum())
         private_step(private, batch, fakes, labels, noise)
         if step % d_steps_per_g_step == 0:
             generator_step(generator, discriminator, adam, proposal, rng)
-            _average(averaged, generator, proposal.train.ema_decay)
+            move_average(averaged, generator, proposal.train.ema_decay)
     return Round(Pair(averaged, discriminator), told / (fakes_per_step * proposal.train.steps_per_round))
-
-
-def generator_step(
-    generator: nn.Module,
-    discriminator: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    proposal: Proposal,
-    rng: torch.Generator,
-) -> None:
-    """Take one non-saturating step of G against D.
-
-    No parameter of this function can hold a patient: what it computes is post-processing of D.
-    """
-    fakes, labels = _fakes(generator, proposal.train.generator_batch, proposal, rng)
-    loss = F.softplus(-discriminator(fakes, labels)).mean()
-    parameters = list(generator.parameters())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-
-
-def _fakes(
-    generator: nn.Module, count: int, proposal: Proposal, rng: torch.Generator
-) -> tuple[Float[Tensor, "count 1 size size"], Int64[Tensor, " count"]]:
-    labels = torch.randint(max(1, len(proposal.image.classes)), (count,), generator=rng)
-    latents = torch.randn(count, proposal.model.latent_dim, generator=rng)
-    return generator(latents, labels), labels
-
-
-@torch.no_grad()
-def _average(averaged: nn.Module, generator: nn.Module, decay: float) -> None:
-    for mean, parameter in zip(averaged.parameters(), generator.parameters(), strict=True):
-        mean.lerp_(parameter, 1 - decay)

@@ -20,6 +20,10 @@ MAX_BATCH = 16_384
 MAX_STEP_IMAGES = 131_072
 """The same for the images of one private step, views and all."""
 
+MAX_SITES = 10_000
+MAX_COHORT_PATIENTS = 100_000_000
+"""Bounds what a run can state of its sites, one or all together."""
+
 MAX_ERRORS = 20
 """Faults of a configuration that are named: a message with thousands must not keep a site busy, nor fill its log."""
 
@@ -62,6 +66,10 @@ class PrivacyConfig(Section):
     """Copies of each image, moved by a few pixels, averaged into the same contribution: they cost no budget."""
     min_patients: Annotated[int, Field(ge=2, le=1_000_000)] = 20
     """A site that declares fewer patients takes no part."""
+    colluding_sites: Annotated[int, Field(ge=0, lt=MAX_SITES)] | Literal["all"] = "all"
+    """With secure-sum: how many sites may pool what they know with the coordinator, or drop out, and the guarantee of
+    the others still holds. `all`: each site's own noise is enough. A number needs that nobody sees the shares of single
+    sites; deployed sites refuse it today."""
 
     @model_validator(mode="after")
     def _one_step_fits_in_memory(self) -> "PrivacyConfig":
@@ -96,8 +104,11 @@ class ModelConfig(Section):
 
 @final
 class TrainConfig(Section):
-    """Local training at a site in one round."""
+    """Training in one round: at each site, or with secure-sum one step of all together."""
 
+    algorithm: Literal["local", "secure-sum"] = "local"
+    """`local`: every site trains both networks, and the weights are averaged. `secure-sum`: a round is one step of one
+    discriminator on the sum of what all sites send; it wants many rounds of one step."""
     steps_per_round: Annotated[int, Field(ge=1, le=100_000)] = 12
     """Private discriminator steps in one round."""
     d_steps_per_g_step: Annotated[int, Field(ge=1, le=5000)] | Literal["adaptive"] = 4
@@ -107,7 +118,7 @@ class TrainConfig(Section):
     generator_batch: Annotated[int, Field(ge=2, le=MAX_BATCH)] = 64
     """Fakes in one generator step."""
     ema_decay: Fraction = 0.9
-    """Decay per generator step of the averaged generator that leaves the site."""
+    """Decay per generator step of the averaged generator: a site's of the round, with secure-sum the run's."""
 
 
 @final
@@ -151,6 +162,28 @@ class Proposal(Section):
     server: ServerConfig = ServerConfig()
     federation: FederationConfig = FederationConfig()
 
+    @model_validator(mode="after")
+    def _algorithm_fits(self) -> "Proposal":
+        train = self.train
+        if train.algorithm == "local":
+            if self.privacy.colluding_sites != "all":
+                raise ValueError(
+                    "privacy.colluding_sites is a number, but with train.algorithm = local no site relies on another; "
+                    "remove it, or train with secure-sum"
+                )
+            return self
+        if train.steps_per_round != 1 or train.d_steps_per_g_step == "adaptive":
+            raise ValueError(
+                "train.algorithm = secure-sum takes one private step a round and a fixed ratio; set "
+                "train.steps_per_round = 1 and train.d_steps_per_g_step to a number"
+            )
+        if self.server != ServerConfig():
+            raise ValueError(
+                "train.algorithm = secure-sum knows no site's own update: it adds, and steps with Adam at "
+                "train.learning_rate_d; leave all of [server] at its defaults"
+            )
+        return self
+
     def digest(self) -> str:
         """Return the SHA-256 of the shared sections, in hexadecimal.
 
@@ -173,7 +206,7 @@ class SimulationConfig(Section):
     """A DICOM folder, an NPZ, or a folder of PNG/JPEG with a CSV index; empty: phantoms."""
     label: str = "auto"
     """Where labels are: `auto`, `none`, `tag:KEYWORD` for DICOM, `column:NAME` for a CSV index."""
-    sites: Annotated[int, Field(ge=1, le=10_000)] = 4
+    sites: Annotated[int, Field(ge=1, le=MAX_SITES)] = 4
     partition: str = "dirichlet:1.0"
     """`iid`, `dirichlet:ALPHA` (skewed classes and sizes) or `by-site-column`."""
     holdout: Fraction = 0.2

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     HELLO = "hello"
     WARMUP = "warmup"
     TRAIN = "train"
+    GRADIENT = "gradient"
 
 
 @final
@@ -32,10 +33,12 @@ class Request:
     Attributes:
         kind: What is asked.
         run_id: The run, chosen once by the coordinator.
-        round: 0 for hello and warm-up, 1... for training rounds.
+        round: 0 for hello and warm-up, 1... for training rounds and gradients.
         proposal: The coordinator's proposal as JSON (`Config.proposal`); the site's policy disposes.
-        settings: What may change from round to round; for training `d_steps_per_g_step`.
-        arrays: Weights by name ("generator.…", "discriminator.…"); empty for hello and warm-up.
+        settings: What may change from round to round: `d_steps_per_g_step` for training,
+            `cohort_sites` and `cohort_patients`, of all sites together for a gradient.
+        arrays: Weights by name ("generator.…", "discriminator.…"), for a gradient the discriminator's only; empty for
+            hello and warm-up.
 
     """
 

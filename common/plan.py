@@ -4,12 +4,14 @@ Everything here is computed from public values, so coordinator, site and dry run
 Out of scope: what a composition costs (common/privacy), what was spent so far (client/ledger).
 """
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 from common.config import Proposal
 from common.errors import ConfigError
 from common.privacy import Charge, epsilon, noise_for
+from common.secure_sum import Cohort, check_integers, noise_shares
 
 
 @final
@@ -25,6 +27,8 @@ class Plan:
         steps: Private steps of all rounds together.
         epsilon: What the whole run costs by PLD; at most the proposal's epsilon.
         delta: The proposal's delta.
+        cohort: With secure-sum all sites together; a step is then one of all of them.
+        noise_shares: Into how many sites' equal parts the noise of a step is split; 1: each site adds all of it.
     """
 
     declared_patients: int
@@ -34,11 +38,22 @@ class Plan:
     steps: int
     epsilon: float
     delta: float
+    cohort: Cohort | None = None
+    noise_shares: int = 1
 
     @property
     def divisor(self) -> float:
         """The public constant by which a clipped sum is divided: expected patients in one step."""
-        return self.sample_rate * self.declared_patients
+        return self.sample_rate * (self.declared_patients if self.cohort is None else self.cohort.patients)
+
+    @property
+    def share_noise_multiplier(self) -> float:
+        """Deviation of the noise that one site adds to its part of a step, over the clip norm.
+
+        Raises:
+            ConfigError: The plan has no training rounds.
+        """
+        return self.charge_of_round(1).noise_multiplier / math.sqrt(self.noise_shares)
 
     def charge_of_warmup(self) -> Charge:
         """Return what the warm-up release costs: one Gaussian release of sensitivity 1.
@@ -61,7 +76,7 @@ class Plan:
         return Charge(self.train_noise_multiplier, self.sample_rate, steps_per_round)
 
 
-def plan(proposal: Proposal, declared_patients: int) -> Plan:
+def plan(proposal: Proposal, declared_patients: int, cohort: Cohort | None = None) -> Plan:
     """Split the proposed epsilon between warm-up and rounds, and calibrate both.
 
     The warm-up alone costs at most `warmup.share` of epsilon; the rounds fill the rest of the joint composition.
@@ -69,32 +84,43 @@ def plan(proposal: Proposal, declared_patients: int) -> Plan:
     Args:
         proposal: The shared sections of the configuration.
         declared_patients: The rounded cohort size that the site made public.
+        cohort: All sites together: with secure-sum, and with that only, the sample rate follows from it. It is known
+            after the warm-up: without it a plan with secure-sum holds nothing else.
 
     Raises:
-        ConfigError: Nothing to do, no patients, too many steps, or no noise multiplier keeps the bound.
+        ConfigError: Nothing to do, no patients, too many steps, or no noise multiplier keeps the bound; a cohort
+            without secure-sum, one of too few sites, or numbers that do not fit.
 
     Guarantees:
         - within_the_proposal: Warm-up and all rounds together cost at most (epsilon, delta).
         - deterministic: The same public values give the same plan.
+        - no_false_cohort_costs_less: Whatever cohort is stated, a round is charged for the rate at which patients are
+          drawn and for the noise that is added, as long as no more sites collude than the proposal says.
     """
     if declared_patients < 1:
         raise ConfigError(f"Expected declared_patients={declared_patients} at least 1.")
     privacy, share, rounds = proposal.privacy, proposal.warmup.share, proposal.federation.rounds
     if rounds == 0 and share == 0:
         raise ConfigError("federation.rounds = 0 and warmup.share = 0 leave nothing to learn; raise one of them.")
-    rate = min(1.0, privacy.batch_patients / declared_patients)
-    steps = rounds * proposal.train.steps_per_round
+    together = proposal.train.algorithm == "secure-sum"
+    if cohort is not None and not together:
+        raise ConfigError("A plan with train.algorithm = local has no cohort: each site trains for itself.")
+    rate = min(1.0, privacy.batch_patients / (declared_patients if cohort is None else cohort.patients))
+    steps = 0 if together and cohort is None else rounds * proposal.train.steps_per_round
     charges: list[Charge] = []
     warmup = train = None
     if share > 0:
         target = privacy.epsilon * (share if rounds else 1.0)
         warmup = noise_for(target, privacy.delta, 1.0, 1)
         charges.append(Charge(warmup, 1.0, 1))
-    if rounds > 0:
+    if steps > 0:
         train = noise_for(privacy.epsilon, privacy.delta, rate, steps, charges)
         charges.append(Charge(train, rate, steps))
+    shares = 1 if cohort is None else noise_shares(cohort, privacy.colluding_sites)
+    if cohort is not None and train is not None:
+        check_integers(privacy, train / math.sqrt(shares))
     cost = epsilon(charges, privacy.delta)
-    return Plan(declared_patients, rate, warmup, train, steps, cost, privacy.delta)
+    return Plan(declared_patients, rate, warmup, train, steps, cost, privacy.delta, cohort, shares)
 
 
 def delta_warning(delta: float, declared_patients: int) -> str | None:

@@ -1,6 +1,6 @@
 """The weights of a pair as named arrays: the form that travels, is averaged and is stored."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,27 +12,29 @@ from common.errors import WireError
 from common.messages import Arrays
 from common.models import Pair
 
+BOTH = ("generator", "discriminator")
+
 
 def get_weights(pair: Pair) -> dict[str, npt.NDArray[Any]]:
     """Copy both networks' weights into arrays named "generator.…" and "discriminator.…"."""
-    return {name: parameter.detach().numpy().copy() for name, parameter in _named(pair)}
+    return {name: parameter.detach().numpy().copy() for name, parameter in named_parameters(pair)}
 
 
-def set_weights(pair: Pair, arrays: Arrays) -> None:
-    """Load named arrays into both networks.
+def set_weights(pair: Pair, arrays: Arrays, networks: Collection[str] = BOTH) -> None:
+    """Load named arrays into both networks, or into the named one.
 
     Raises:
-        WireError: The arrays are not exactly this pair's, float32 and finite.
+        WireError: The arrays are not exactly those of these networks, float32 and finite.
     """
-    check_arrays(arrays, weight_shapes(pair))
+    check_arrays(arrays, weight_shapes(pair, networks))
     with torch.no_grad():
-        for name, parameter in _named(pair):
+        for name, parameter in named_parameters(pair, networks):
             parameter.copy_(torch.from_numpy(np.array(arrays[name])))
 
 
-def weight_shapes(pair: Pair) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight by name."""
-    return {name: tuple(parameter.shape) for name, parameter in _named(pair)}
+def weight_shapes(pair: Pair, networks: Collection[str] = BOTH) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight of these networks by name."""
+    return {name: tuple(parameter.shape) for name, parameter in named_parameters(pair, networks)}
 
 
 def only(arrays: Arrays, network: str) -> dict[str, npt.NDArray[Any]]:
@@ -41,8 +43,8 @@ def only(arrays: Arrays, network: str) -> dict[str, npt.NDArray[Any]]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def check_arrays(arrays: Arrays, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse arrays that are not exactly the expected names and shapes, float32 and finite.
+def check_arrays(arrays: Arrays, expected: Mapping[str, tuple[int, ...]], dtype: type = np.float32) -> None:
+    """Refuse arrays that are not exactly the expected names and shapes, of one dtype and finite.
 
     Raises:
         WireError: A name is missing or extra, a shape or dtype differs, a value is not finite.
@@ -52,12 +54,13 @@ def check_arrays(arrays: Arrays, expected: Mapping[str, tuple[int, ...]]) -> Non
         raise WireError(f"Expected {len(expected)} named arrays; {len(missing)} missing and {len(extra)} extra.")
     for name, shape in expected.items():
         array = arrays[name]
-        if array.shape != shape or array.dtype != np.float32:
-            raise WireError(f"Expected {name} as float32 {shape}, got {array.dtype} {array.shape}.")
+        if array.shape != shape or array.dtype != dtype:
+            raise WireError(f"Expected {name} as {dtype.__name__} {shape}, got {array.dtype} {array.shape}.")
         if not np.isfinite(array).all():
             raise WireError(f"Expected finite values in {name}; some are not.")
 
 
-def _named(pair: Pair) -> list[tuple[str, nn.Parameter]]:
-    networks = {"generator": pair.generator, "discriminator": pair.discriminator}
-    return [(f"{name}.{key}", p) for name, network in networks.items() for key, p in network.named_parameters()]
+def named_parameters(pair: Pair, networks: Collection[str] = BOTH) -> list[tuple[str, nn.Parameter]]:
+    """List the parameters of these networks with the names that their arrays have, in a fixed order."""
+    modules = {"generator": pair.generator, "discriminator": pair.discriminator}
+    return [(f"{name}.{key}", p) for name in BOTH if name in networks for key, p in modules[name].named_parameters()]

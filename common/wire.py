@@ -25,7 +25,13 @@ MAX_SCALARS = 64
 MAX_DIMENSIONS = 8
 MAX_TEXT_CHARACTERS = 256
 
-MESSAGE_TYPES = {Kind.HELLO: "query.hello", Kind.WARMUP: "train.warmup", Kind.TRAIN: "train.round"}
+MESSAGE_TYPES = {
+    Kind.HELLO: "query.hello",
+    Kind.WARMUP: "train.warmup",
+    Kind.TRAIN: "train.round",
+    Kind.GRADIENT: "train.gradient",
+}
+_DTYPES = ("<f4", "<i4")
 
 _REQUEST_KEYS = {"protocol", "kind", "run", "round", "proposal"}
 _REPLY_KEYS = {"protocol", "kind", "run", "round", "refusal"}
@@ -118,14 +124,20 @@ def _array(array: Array) -> npt.NDArray[Any]:
     shape = tuple(array.shape)
     if len(shape) > MAX_DIMENSIONS or any(not 0 <= side <= MAX_TOTAL_BYTES for side in shape):
         raise WireError(f"Expected at most {MAX_DIMENSIONS} dimensions of whole sides that are not negative.")
+    headers = {dtype: _npy_header(dtype, shape) for dtype in _DTYPES}
+    for dtype, header in headers.items():
+        if array.data.startswith(header):  # compared, not parsed: nothing of a message is evaluated
+            body = array.data[len(header) :]
+            if len(body) != math.prod(shape) * 4:
+                raise WireError(f"Expected the bytes of shape {shape} and none left over, got {len(body)} bytes.")
+            return np.frombuffer(body, dtype=dtype).reshape(shape)
+    raise WireError("Expected float32 or int32 arrays in C order with the declared shape, in npy format version 1.0.")
+
+
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     header = io.BytesIO()
-    npy.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    if not array.data.startswith(header.getvalue()):  # compared, not parsed: nothing of a message is evaluated
-        raise WireError("Expected float32 arrays in C order with the declared shape, in npy format version 1.0.")
-    body = array.data[len(header.getvalue()) :]
-    if len(body) != math.prod(shape) * 4:
-        raise WireError(f"Expected the bytes of shape {shape} and none left over, got {len(body)} bytes.")
-    return np.frombuffer(body, dtype=np.float32).reshape(shape)
+    npy.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 def _kind(header: ConfigRecord) -> Kind:

@@ -12,6 +12,7 @@ from client.policy import Policy
 from common.config import Proposal
 from common.messages import Arrays, Kind, Request
 from common.models import build
+from common.secure_sum import Cohort
 from common.weights import get_weights
 
 PROPOSAL = Proposal.model_validate(
@@ -24,6 +25,11 @@ PROPOSAL = Proposal.model_validate(
         "federation": {"rounds": 3},
     }
 )
+TOGETHER = Proposal.model_validate(
+    PROPOSAL.model_dump() | {"train": {"algorithm": "secure-sum", "steps_per_round": 1, "generator_batch": 4}}
+)
+"""The same with secure-sum."""
+COHORT = Cohort(3, 120)
 POLICY = Policy(site="st-mary", declared_patients=40, max_epsilon=8.0, delta=1e-5, min_patients=10, max_rounds=500)
 
 
@@ -56,6 +62,14 @@ def warmup_request(run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Requ
 def train_request(round_: int = 1, run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Request:
     """Make an honest training request."""
     return Request(Kind.TRAIN, run_id, round_, proposal.proposal(), {"d_steps_per_g_step": 1}, make_weights(proposal))
+
+
+def gradient_request(
+    round_: int = 1, run_id: str = "run-1", proposal: Proposal = TOGETHER, cohort: Cohort = COHORT
+) -> Request:
+    """Make an honest request for a gradient of D."""
+    weights = {name: array for name, array in make_weights(proposal).items() if name.startswith("discriminator.")}
+    return Request(Kind.GRADIENT, run_id, round_, proposal.proposal(), cohort.settings(), weights)
 
 
 def numbered(counts: Sequence[int], size: int = 2) -> Dataset:

@@ -69,10 +69,25 @@ def private_optimizer(
     Raises:
         ConfigError: The fast engine does not know a layer; it is named.
     """
-    rows = ROWS[0] if divisor < 1.5 * ROWS[1] else ROWS[1]
-    adder = Adder(discriminator, engine, rows, privacy.max_grad_norm, bf16)
+    adder = make_adder(discriminator, privacy, divisor, engine, bf16)
     adam = torch.optim.Adam(discriminator.parameters(), lr=train.learning_rate_d, betas=(0.5, 0.999), fused=True)
     return PrivateOptimizer(adder, adam, privacy.max_grad_norm, noise_multiplier, divisor)
+
+
+def make_adder(
+    discriminator: nn.Module,
+    privacy: PrivacyConfig,
+    divisor: float,
+    engine: GradientEngine = "fast",
+    bf16: bool = False,
+) -> Adder:
+    """Choose an engine for a discriminator, and how many images pass it at a time. Arguments as above.
+
+    Raises:
+        ConfigError: The fast engine does not know a layer; it is named.
+    """
+    rows = ROWS[0] if divisor < 1.5 * ROWS[1] else ROWS[1]
+    return Adder(discriminator, engine, rows, privacy.max_grad_norm, bf16)
 
 
 def private_step(
@@ -123,7 +138,7 @@ def private_gradient(
     """
     generated = Batch(fakes, fake_labels, torch.arange(len(fakes)), len(fakes))
     private.adder.prepare(fakes.shape[-1])
-    total = private.adder.clipped_sum([(batch, _loss_of_real), (generated, _loss_of_fake)])
+    total = private.adder.clipped_sum([(batch, loss_of_real), (generated, _loss_of_fake)])
     std = private.noise_multiplier * private.max_grad_norm * (1 + rounding(private.divisor))
     noisy = to_public_grid(total.add_(noise((len(total),), std).to(total.device, non_blocking=True)), std)
     gradient = noisy.div_(2 * private.divisor).float()
@@ -144,7 +159,8 @@ def rounding(divisor: float) -> float:
     return _ROUNDING_OF_NORMS + _ROUNDING_OF_SUMS * (2 * divisor + 128)
 
 
-def _loss_of_real(logits: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def loss_of_real(logits: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Return the discriminator's loss on real images, one number an image."""
     return F.softplus(-logits)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from client import agent, channel
+from client import agent, channel, replies
 from client.app import make_app
 from common import wire
 from common.config_text import build_config
@@ -35,7 +35,7 @@ PARTS = {
         (wire, "decode_request"),
         (wire, "encode_reply"),
         (wire, "decode_reply"),
-        (agent, "pack_reply"),
+        (replies, "pack_reply"),
         (channel, "unpack_reply"),
     ),
 }

@@ -23,6 +23,14 @@ REQUESTS = {
     Kind.HELLO: Request(Kind.HELLO, "run-1", 0, "{}"),
     Kind.WARMUP: Request(Kind.WARMUP, "run-1", 0, "{}"),
     Kind.TRAIN: Request(Kind.TRAIN, "run-1", 2, "{}", {"d_steps_per_g_step": 3}, {"w": np.arange(4, dtype=np.float32)}),
+    Kind.GRADIENT: Request(
+        Kind.GRADIENT,
+        "run-1",
+        2,
+        "{}",
+        {"cohort_sites": 3, "cohort_patients": 90},
+        {"w": np.arange(4, dtype=np.float32)},
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from common.errors import ConfigError, PolicyRefusal
 from common.messages import Kind
 from common.plan import plan
 from common.privacy import Charge, epsilon
+from common.secure_sum import Cohort
 
 KEY = SigningKey.from_bytes(bytes(range(32)))
 DELTA = 1e-5
@@ -126,6 +127,17 @@ def test_a_warm_up_alone(ledger):
 def test_a_run_that_cannot_be_planned_is_an_error(ledger):
     with pytest.raises(ConfigError, match="nothing to learn"):
         look_up(RULES, ledger.entries, proposed(federation={"rounds": 0}, warmup={"share": 0.0}))
+
+
+def test_a_run_of_all_sites_together_needs_to_know_them(ledger):
+    together = proposed(train={"algorithm": "secure-sum", "steps_per_round": 1}, federation={"rounds": 50})
+    with pytest.raises(ConfigError, match="--cohort-sites and --cohort-patients"):
+        look_up(RULES, ledger.entries, together)
+    found = look_up(RULES, ledger.entries, together, Cohort(4, 1000)).forecast
+    assert (found.rounds, found.whole, found.plan.sample_rate) == (50, True, 0.064)
+    assert found.epsilon_after == plan(together, 200, Cohort(4, 1000)).epsilon
+    parts = proposed(train={"algorithm": "secure-sum", "steps_per_round": 1}, privacy={"colluding_sites": 1})
+    assert "allow_unmasked_shares" in look_up(RULES, ledger.entries, parts, Cohort(4, 1000)).forecast.refusal
 
 
 def test_json_holds_everything(ledger):

@@ -124,7 +124,7 @@ def test_closed_list_holds_nothing_forbidden_for_any_kind(kind, what):
     assert name not in schema.fields
     values = {int: 1, float: 1.0, str: "st-mary"}
     fields = {known: values[expected] for known, expected in schema.fields.items()}
-    arrays = {"embedding": np.ones((2, 3), np.float32)}
+    arrays = {"embedding": np.ones((2, 3), schema.arrays["embedding"][1])}
     check_egress(Reply(kind, "run", 0, None, fields, arrays), schema)
     refused(Reply(kind, "run", 0, None, {**fields, name: value}, arrays), schema)
     refused(Reply(kind, "run", 0, None, fields, {**arrays, name: np.ones(1, np.float32)}), schema)

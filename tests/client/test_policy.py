@@ -7,6 +7,7 @@ from client.policy import Policy, check_hello, check_plan, check_proposal, check
 from common.config import Proposal
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.plan import Plan
+from common.secure_sum import Cohort
 
 POLICY = Policy(site="st-mary", declared_patients=200, max_epsilon=10.0, delta=1e-5, min_noise_multiplier=0.5)
 PLAN = Plan(200, 0.32, 0.67, 2.5, 96, 9.99, 1e-5)
@@ -87,6 +88,14 @@ def test_plans_without_warmup_or_rounds_pass():
 def test_what_the_site_narrows_binds(bounds, words):
     with pytest.raises(PolicyRefusal, match=words):
         check_proposal(policy(**bounds), Proposal())
+
+
+def test_a_part_of_the_noise_is_enough_only_where_the_policy_says_so():
+    parts = dataclasses.replace(PLAN, cohort=Cohort(5, 1000), noise_shares=2)
+    with pytest.raises(PolicyRefusal, match=r"parts of the noise=2 <= 1 \(allow_unmasked_shares is false"):
+        check_plan(POLICY, parts)
+    check_plan(POLICY, dataclasses.replace(parts, noise_shares=1))
+    check_plan(policy(allow_unmasked_shares=True), parts)
 
 
 def test_everybody_in_every_step_only_where_the_policy_says_so():

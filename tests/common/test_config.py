@@ -96,3 +96,32 @@ def test_config_file_missing_and_broken(tmp_path) -> None:
     (tmp_path / "broken.toml").write_text("[privacy\nepsilon=")
     with pytest.raises(ConfigError, match="not TOML"):
         read_config(tmp_path / "broken.toml")
+
+
+TOGETHER = {"train": {"algorithm": "secure-sum", "steps_per_round": 1}}
+
+
+def test_secure_sum_is_a_key_and_local_the_default() -> None:
+    assert build_config({}).train.algorithm == "local"
+    config = build_config(TOGETHER, {"privacy.colluding_sites": 2})
+    assert (config.train.algorithm, config.privacy.colluding_sites) == ("secure-sum", 2)
+    assert build_config(TOGETHER).privacy.colluding_sites == "all"
+    assert parse_proposal(config.proposal()) == Proposal.model_validate_json(config.proposal())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.steps_per_round": 2}, "train.steps_per_round = 1"),
+        ({"train.d_steps_per_g_step": "adaptive"}, "train.d_steps_per_g_step"),
+        ({"server.optimizer": "adam"}, r"\[server\]"),
+        ({"server.aggregation": "median", "federation.min_sites": 3}, r"\[server\]"),
+        ({"train.algorithm": "local", "privacy.colluding_sites": 1}, "privacy.colluding_sites"),
+        ({"privacy.colluding_sites": -1}, "privacy.colluding_sites"),
+        ({"privacy.colluding_sites": "some"}, "privacy.colluding_sites"),
+        ({"train.algorithm": "secret-sum"}, "train.algorithm"),
+    ],
+)
+def test_secure_sum_refuses_what_does_not_fit(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_config(TOGETHER, changes)

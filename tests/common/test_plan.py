@@ -1,11 +1,14 @@
 """The plan of a run: within the proposal, the same from the same public values, and refused when it cannot be."""
 
+import dataclasses
+
 import pytest
 
 from common.config import Proposal
 from common.errors import ConfigError
 from common.plan import delta_warning, plan
-from common.privacy import epsilon
+from common.privacy import Charge, epsilon
+from common.secure_sum import Cohort
 
 DELTA = 1e-5
 
@@ -66,3 +69,55 @@ def test_delta_warning():
         assert warning is not None
         assert "1/200" in warning
         assert "5e-04" in warning
+
+
+TOGETHER = {"algorithm": "secure-sum", "steps_per_round": 1}
+
+
+def test_plan_of_a_cohort_is_the_same_at_every_site():
+    proposal = changed(train=TOGETHER, federation={"rounds": 100})
+    small, large = (plan(proposal, declared, Cohort(5, 1000)) for declared in (50, 400))
+    assert (small.sample_rate, small.divisor, small.steps) == (0.064, 64.0, 100)
+    assert small == dataclasses.replace(large, declared_patients=50)
+    assert small.share_noise_multiplier == small.train_noise_multiplier
+    assert 9.98 < epsilon([small.charge_of_warmup(), Charge(small.train_noise_multiplier, 0.064, 100)], DELTA) <= 10.0
+
+
+def test_plan_splits_the_noise_and_not_the_charge():
+    whole, parts = (
+        plan(changed(train=TOGETHER, privacy={"colluding_sites": t}), 50, Cohort(5, 1000)) for t in ("all", 1)
+    )
+    assert (whole.noise_shares, parts.noise_shares) == (1, 4)
+    assert whole.charge_of_round(1) == parts.charge_of_round(1)
+    assert parts.share_noise_multiplier == parts.train_noise_multiplier / 2
+    assert epsilon([Charge(2 * parts.share_noise_multiplier, 0.064, 8)], DELTA) <= 10.0  # what four honest sites add
+
+
+@pytest.mark.parametrize("cohort", [Cohort(1, 50), Cohort(2, 120), Cohort(9000, 10**8)])
+def test_no_false_cohort_costs_less_than_it_gives(cohort):
+    """Rate and noise of the charge are those of the draw and of the sum, and the whole is within the proposal."""
+    agreed = plan(changed(train=TOGETHER), 50, cohort)
+    charge = agreed.charge_of_round(1)
+    assert (charge.sample_rate, charge.noise_multiplier) == (agreed.sample_rate, agreed.train_noise_multiplier)
+    assert agreed.share_noise_multiplier * agreed.noise_shares**0.5 == pytest.approx(charge.noise_multiplier)
+    assert epsilon([agreed.charge_of_warmup(), *[charge] * agreed.steps], DELTA) == agreed.epsilon <= 10.0
+
+
+def test_plan_without_a_cohort_holds_the_warm_up_alone():
+    before = plan(changed(train=TOGETHER), 50)
+    assert (before.steps, before.train_noise_multiplier) == (0, None)
+    after = plan(changed(train=TOGETHER), 50, Cohort(3, 200))
+    assert before.charge_of_warmup() == after.charge_of_warmup()
+    with pytest.raises(ConfigError, match="no training rounds"):
+        before.share_noise_multiplier  # noqa: B018
+    nothing = plan(changed(train=TOGETHER, warmup={"share": 0.0}), 50)
+    assert (nothing.epsilon, nothing.warmup_noise_multiplier) == (0.0, None)
+
+
+def test_plan_refuses_a_cohort_that_does_not_fit():
+    with pytest.raises(ConfigError, match="local has no cohort"):
+        plan(Proposal(), 50, Cohort(3, 200))
+    with pytest.raises(ConfigError, match="below the number of sites"):
+        plan(changed(train=TOGETHER, privacy={"colluding_sites": 3}), 50, Cohort(3, 200))
+    with pytest.raises(ConfigError, match="in one share"):
+        plan(changed(train=TOGETHER, privacy={"batch_patients": 16_384}), 50, Cohort(3, 10**6))

@@ -123,3 +123,20 @@ def test_unknown_refusal_code_is_refused() -> None:
     header = {"protocol": 1, "kind": "train", "run": "run", "round": 1, "refusal": "patient 123 failed"}
     with pytest.raises(WireError):
         wire.decode_reply(_message(header))
+
+
+def test_whole_numbers_travel_as_they_are() -> None:
+    request = wire.encode_request(Request(Kind.GRADIENT, "run", 1, "{}"), 7, 60.0)
+    numbers = np.array([-(2**31) + 1, -1, 0, 2**24 + 1, 2**31 - 1], np.int32)
+    reply = Reply(Kind.GRADIENT, "run", 1, None, {}, {"gradient": numbers})
+    decoded = wire.decode_reply(wire.encode_reply(reply, request)).arrays["gradient"]
+    assert decoded.dtype == np.int32
+    np.testing.assert_array_equal(decoded, numbers)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.float64, ">i4", ">f4", np.int16, np.bool_])
+def test_no_other_numbers_travel(dtype: object) -> None:
+    request = wire.encode_request(Request(Kind.GRADIENT, "run", 1, "{}"), 7, 60.0)
+    reply = Reply(Kind.GRADIENT, "run", 1, None, {}, {"gradient": np.ones(4, dtype)})
+    with pytest.raises(WireError, match="float32 or int32"):
+        wire.decode_reply(wire.encode_reply(reply, request))

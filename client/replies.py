@@ -1,0 +1,94 @@
+"""The stored outcomes of charges: a repeated request gets the same bytes, a charge has one outcome, even after a kill.
+
+A charge's secret stands on disk until its outcome is stored. Out of scope: what is released (client/agent) and the
+record of it (client/journal).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+
+from client.channel import pack_reply, unpack_reply
+from common.crypto import KeyStream
+from common.errors import PolicyRefusal, RefusalCode
+from common.files import write_atomic
+from common.messages import Kind, Reply, Request
+
+KEPT_REPLIES = 2
+SECRET_BYTES = 32
+
+Released = Collection[tuple[str, Kind, int]]
+"""Run, kind and round of everything that stands in the journal."""
+
+
+def request_digest(request: Request) -> str:
+    """Return the SHA-256 of all that a request asks, its run aside, in hexadecimal."""
+    parts = [request.kind.value, str(request.round), request.proposal]
+    parts += [json.dumps(dict(request.settings), sort_keys=True)]
+    sha = hashlib.sha256("\0".join(parts).encode())
+    for name in sorted(request.arrays):
+        array = np.ascontiguousarray(request.arrays[name])
+        sha.update(f"\0{name}\0{array.dtype}\0{array.shape}\0".encode() + array.tobytes())
+    return sha.hexdigest()
+
+
+def secret_of_charge(folder: Path, request: Request, draw: Callable[[], KeyStream]) -> KeyStream:
+    """Return the stream of a charge: the one that stands on disk, or a new one, which stands there from then on.
+
+    Raises:
+        StorageError: The disk does not take it.
+    """
+    path = _path(folder, request.run_id, request.kind, request.round).with_suffix(".secret")
+    if not path.exists():
+        write_atomic(path, draw().read(SECRET_BYTES), 0o600)
+    return KeyStream(path.read_bytes())
+
+
+def stored_reply(folder: Path, request: Request, digest: str, released: Released) -> Reply | None:
+    """Return the reply that this very request got before, if it is still stored.
+
+    Raises:
+        PolicyRefusal: The round was answered to another request, or its answer is no longer stored.
+    """
+    path = _path(folder, request.run_id, request.kind, request.round)
+    if path.exists():
+        stored_digest, _, frame = path.read_bytes().partition(b"\n")
+        if stored_digest == digest.encode():
+            path.with_suffix(".secret").unlink(missing_ok=True)  # a kill may have left it beside its outcome
+            return unpack_reply(frame)
+        raise PolicyRefusal(RefusalCode.REPLAYED, f"Round {request.round} was already answered to another request.")
+    if (request.run_id, request.kind, request.round) in released:
+        raise PolicyRefusal(RefusalCode.REPLAYED, f"Round {request.round} was answered; its reply is no longer stored.")
+    return None
+
+
+def store_reply(folder: Path, reply: Reply, digest: str) -> None:
+    """Store the one outcome of a charge, and forget the charge's secret.
+
+    Raises:
+        StorageError: The disk does not take it; the secret stays, so that the same outcome comes again.
+    """
+    path = _path(folder, reply.run_id, reply.kind, reply.round)
+    write_atomic(path, digest.encode() + b"\n" + pack_reply(reply), 0o600)
+    path.with_suffix(".secret").unlink(missing_ok=True)
+
+
+def forget_old_replies(folder: Path, request: Request, released: Released) -> None:
+    """Keep the last replies of a run, and every one that does not stand in the journal: it has not left yet."""
+    of_run = (number for run_id, kind, number in released if (run_id, kind) == (request.run_id, request.kind))
+    old = sorted(number for number in of_run if number < request.round)[: 1 - KEPT_REPLIES]
+    names = {_name(request.run_id, request.kind, number) for number in old}
+    for path in folder.iterdir():  # few files, however many rounds there were
+        if path.name in names:
+            path.unlink(missing_ok=True)
+
+
+def _path(folder: Path, run_id: str, kind: Kind, round_: int) -> Path:
+    return folder / _name(run_id, kind, round_)
+
+
+def _name(run_id: str, kind: Kind, round_: int) -> str:
+    return f"{run_id}-{kind.value}-{round_:06d}.reply"
