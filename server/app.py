@@ -19,11 +19,12 @@ from common.flower_run import run_path
 from common.sheets import save_sheet
 from server import checkpoint, display
 from server.exchange import PERMANENT
-from server.records import Progress, RoundRecord, read_records, write_records
+from server.records import Progress, RoundRecord, append_record, is_landmark, read_records, write_records
 from server.results import write_results
 from server.roster import greet, wait_for_sites
 from server.rounds import averaged_pair, train, warm_up
 from server.run_folder import RunFolder, open_run
+from server.secure_sum import train_together
 
 ATTEMPTS_A_ROUND = 3
 RETRY_AFTER_S = 2.0
@@ -58,7 +59,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
     """
     config, folder = job.config, job.folder
     state = checkpoint.load_latest(folder.checkpoints)
-    records = [record for record in read_records(folder.metrics) if state and record.round <= state.round]
+    write_records(folder.metrics, [r for r in read_records(folder.metrics) if state and r.round <= state.round])
     wait_for_sites(grid, config)
     members = greet(grid, config, folder.run_id, {})
     attempts = 0
@@ -68,7 +69,8 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
             events = warm_up(grid, config, members, folder.run_id)  # 1 the one-shot release, and the fit to it
         else:
             members = greet(grid, config, folder.run_id, members)  # 1 who
-            events = train(grid, config, members, state)  # 2 weights out, updates in, combined, stepped
+            one_round = train if config.train.algorithm == "local" else train_together
+            events = one_round(grid, config, members, state)  # 2 weights out, updates in, combined, stepped
         for event in events:
             if isinstance(event, Progress):
                 yield event
@@ -85,9 +87,9 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
                 job.stop.wait(RETRY_AFTER_S)
                 continue
             state, attempts = after, 0
-            records.append(record)
-            write_records(folder.metrics, records)
-            save_sheet(folder.samples / f"round-{number:04d}.png", averaged_pair(config, state).generator, config)
+            append_record(folder.metrics, record)
+            if is_landmark(number, config.federation.rounds):
+                save_sheet(folder.samples / f"round-{number:04d}.png", averaged_pair(config, state).generator, config)
             checkpoint.save(folder.checkpoints, state)  # 4 only now is the round real
             yield record
 
@@ -149,9 +151,12 @@ def _all_refuse(record: RoundRecord) -> str:
 
 def _too_few(config: Config, record: RoundRecord) -> str:
     codes = ", ".join(f"{site}: {code}" for site, code in record.refused.items()) or "nobody answered"
+    colluding = config.privacy.colluding_sites
+    missing = "" if colluding == "all" else f", and at most privacy.colluding_sites={colluding} may be missing"
     return (
         f"Round {record.round} heard {len(record.sites)} sites in {ATTEMPTS_A_ROUND} attempts; "
-        f"federation.min_sites={config.federation.min_sites} are needed ({codes}). Mend the sites, then use --resume."
+        f"federation.min_sites={config.federation.min_sites} are needed{missing} ({codes}). "
+        "Mend the sites, then use --resume."
     )
 
 

@@ -33,10 +33,11 @@ class State:
         round: The last finished round; 0 after the warm-up.
         weights: Global weights of both networks.
         averaged: Their moving average over rounds; its generator is the result.
-        optimizer: Moments of the server optimiser.
+        optimizer: Moments of the server optimiser; with secure-sum of the Adams of both networks.
         d_steps_per_g_step: The rung of the ladder, or the fixed number.
         fake_accuracy: Moving average that the ladder reads.
         g_steps_on_rung: Generator steps since the last change of rung.
+        cohort: With secure-sum the sites of the run with their declared patients, fixed after the warm-up.
     """
 
     run_id: str
@@ -48,6 +49,7 @@ class State:
     d_steps_per_g_step: int = 1
     fake_accuracy: float = 1.0
     g_steps_on_rung: int = 0
+    cohort: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def save(folder: Path, state: State) -> None:
@@ -65,6 +67,7 @@ def save(folder: Path, state: State) -> None:
         "d_steps_per_g_step": state.d_steps_per_g_step,
         "fake_accuracy": state.fake_accuracy,
         "g_steps_on_rung": state.g_steps_on_rung,
+        "cohort": dict(state.cohort),
     }
     groups = {"weights": state.weights, "averaged": state.averaged}
     groups |= {"first": state.optimizer.first, "second": state.optimizer.second}

@@ -10,11 +10,10 @@ from rich.table import Table
 
 from common.command import run_command
 from common.config_text import build_config, read_config
-from common.messages import size_bytes
 from common.plan import delta_warning, plan
-from common.weights import get_weights
+from common.secure_sum import Cohort, noise_shares
 from server.report import write_report
-from server.rounds import initial_pair
+from server.rounds import round_bytes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -34,18 +33,23 @@ def print_plan(
     proposed = build_config(read_config(config) if config is not None else {})
     if not proposed.image.classes:
         proposed = build_config(proposed.model_dump(), {"image.classes": ("all",)})
+    together = proposed.train.algorithm == "secure-sum"
+    cohort = Cohort(len(patients), sum(patients)) if together else None
     table = Table(title=f"epsilon {proposed.privacy.epsilon:g} at delta {proposed.privacy.delta:g}")
     for column in ("declared patients", "sample rate", "sigma warm-up", "sigma", "steps"):
         table.add_column(column, justify="right")
     for declared in patients:
-        agreed = plan(proposed, declared)
+        agreed = plan(proposed, declared, cohort)
         noises = (agreed.warmup_noise_multiplier, agreed.train_noise_multiplier)
         cells = [f"{noise:.3f}" if noise else "-" for noise in noises]
         table.add_row(str(declared), f"{agreed.sample_rate:.4f}", *cells, str(agreed.steps))
         if warning := delta_warning(proposed.privacy.delta, declared):
             print(f"warning: {warning}", file=sys.stderr)
     Console().print(table)
-    print(f"bytes per round and site: {size_bytes(get_weights(initial_pair(proposed))):,} down and as many up")
+    if cohort is not None:
+        shares = noise_shares(cohort, proposed.privacy.colluding_sites)
+        print(f"secure-sum of these {cohort.sites} sites; of a step's noise each adds one part in {shares}")
+    print(f"bytes per round and site: {round_bytes(proposed):,} down and as many up")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

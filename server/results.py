@@ -6,7 +6,7 @@ Out of scope: drawing the report (server/report), what a release costs (common/p
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from common.config import Config
 from common.errors import StorageError
 from common.files import write_atomic
 from common.generate import file_names
+from common.plan import plan
+from common.secure_sum import GRID, Cohort
 from common.sheets import class_row, label_width, write_label, write_png
 from server.checkpoint import State
 from server.records import RoundRecord, SiteRelease
@@ -38,6 +40,19 @@ _NOISE = (
     "Drawn and added in float64, the noisy sum rounded to a public grid of 2^-16 of its deviation, then to float32; "
     "each number is the sum of four normal numbers over two, against attacks on the low bits of floating-point noise "
     "(Holohan and Braghin 2021, arXiv 2107.10138); there is no exact argument as for noise on integers"
+)
+_TOGETHER = {
+    "warm_up": _MECHANISM["warm_up"],
+    "training": "One step of one discriminator a round, of all sites together (secure-sum). Poisson sampling of "
+    "patients with one public rate at all sites; each sampled patient's mean gradient is clipped to max_grad_norm; "
+    "each site adds its share of Gaussian noise to its sum and rounds to a public grid; the coordinator adds the whole "
+    "numbers, divides by a public constant and steps; it alone has the generator, which is post-processing",
+}
+_NOISE_TOGETHER = (
+    "Drawn and added in float64, then rounded to whole steps of 2^-16 max_grad_norm. The sum of rounded normal numbers "
+    "has, up to less than e^-40,000, the law of a rounded normal number with rounding noise of public law on top: "
+    "post-processing of the Gaussian mechanism (docs/decisions/0011). Each number is the sum of four normal numbers "
+    "over two, against attacks on the low bits of floating-point noise; draws in float64 are normal but for rounding"
 )
 _NOT_COVERED = (
     "What is true of the population as a whole, with or without any one patient: that is what the generator learns.",
@@ -65,7 +80,7 @@ def write_results(
     Raises:
         StorageError: A file could not be written, or a sheet could not be read.
     """
-    card = privacy_card(config, records, secrets)
+    card = privacy_card(config, records, secrets, state.cohort)
     spent = {name: site["epsilon_spent"] for name, site in card["sites"].items()}
     generator = averaged_pair(config, state).generator
     save_generator(folder.path, generator, config, folder.run_id, state.round, spent)
@@ -75,14 +90,24 @@ def write_results(
     write_report(folder.path)
 
 
-def privacy_card(config: Config, records: Sequence[RoundRecord], secrets: str) -> dict[str, Any]:
+def privacy_card(
+    config: Config, records: Sequence[RoundRecord], secrets: str, declared: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Put the guarantee of a run into plain values, ready for JSON.
+
+    Args:
+        config: The run's configuration.
+        records: Its rounds.
+        secrets: Where noise and sampling came from, in words.
+        declared: With secure-sum the declared patients of every site of the run.
 
     Guarantees:
         - worst_site: The stated epsilon is the largest that any site reported.
         - rounded_up: The sentence never states less epsilon than was spent.
     """
-    sites = {name: _site(records, name) for name in sorted({name for record in records for name in record.sites})}
+    together = config.train.algorithm == "secure-sum"
+    kind = "gradient" if together else "train"
+    sites = {name: _site(records, name, kind) for name in sorted({name for record in records for name in record.sites})}
     worst = max((site["epsilon_spent"] for site in sites.values()), default=0.0)
     return {
         "version": 1,
@@ -92,11 +117,12 @@ def privacy_card(config: Config, records: Sequence[RoundRecord], secrets: str) -
         "epsilon_max": worst,
         "delta": config.privacy.delta,
         "sites": sites,
-        "mechanism": _MECHANISM | {"max_grad_norm": config.privacy.max_grad_norm},
+        "mechanism": (_TOGETHER if together else _MECHANISM) | {"max_grad_norm": config.privacy.max_grad_norm},
+        "secure_sum": _secure_sum(config, declared) if together and declared else None,
         "accountant": "PLD, dp-accounting, pessimistic: an upper bound",
-        "trust_model": "local noise: the guarantee holds against the coordinator and all other sites",
+        "trust_model": _trust_model(config, len(declared or {})),
         "randomness": secrets,
-        "noise": _NOISE,
+        "noise": _NOISE_TOGETHER if together else _NOISE,
         "not_covered": list(_NOT_COVERED),
     }
 
@@ -132,7 +158,41 @@ def thin_out(items: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Pa
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
-def _site(records: Sequence[RoundRecord], name: str) -> dict[str, Any]:
+def _secure_sum(config: Config, declared: Mapping[str, int]) -> dict[str, Any]:
+    cohort = Cohort(len(declared), sum(declared.values()))
+    agreed = plan(config, min(declared.values()), cohort)
+    return {
+        "cohort_sites": cohort.sites,
+        "cohort_patients": cohort.patients,
+        "colluding_sites": config.privacy.colluding_sites,
+        "noise_multiplier": agreed.train_noise_multiplier,
+        "sample_rate": agreed.sample_rate,
+        "noise_shares": agreed.noise_shares,
+        "noise_multiplier_of_a_share": agreed.share_noise_multiplier if agreed.steps else None,
+        "grid_step": GRID * config.privacy.max_grad_norm,
+        "assumption": _assumption(config, cohort.sites),
+    }
+
+
+def _assumption(config: Config, sites: int) -> str:
+    colluding = config.privacy.colluding_sites
+    if colluding == "all" or colluding >= sites - 1:
+        return "none: each site's own noise carries the guarantee"
+    return (
+        f"only the sum over the sites is seen, and at most {colluding} of {sites} sites collude with the coordinator "
+        "or drop out. Nothing in this release hides the shares of single sites, so the figures hold in simulation only"
+    )
+
+
+def _trust_model(config: Config, sites: int) -> str:
+    local = "local noise: the guarantee holds against the coordinator and all other sites"
+    if config.train.algorithm == "local":
+        return local
+    assumed = _assumption(config, sites)
+    return local if assumed.startswith("none") else f"distributed noise. ASSUMPTION: {assumed}"
+
+
+def _site(records: Sequence[RoundRecord], name: str, kind: str) -> dict[str, Any]:
     released = [(record.round, record.sites[name]) for record in records if name in record.sites]
     last = released[-1][1]
     counts = Counter((number == 0, _terms(release)) for number, release in released)
@@ -142,7 +202,7 @@ def _site(records: Sequence[RoundRecord], name: str) -> dict[str, Any]:
         "epsilon_allowed": last.epsilon_allowed,
         "releases": [
             {
-                "kind": "warm-up" if warmup else "train",
+                "kind": "warm-up" if warmup else kind,
                 "noise_multiplier": noise_multiplier,
                 "sample_rate": sample_rate,
                 "steps": steps,

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from common.config import Config
-from common.errors import WireError
+from common.errors import FederationError, WireError
 from common.features import feature_dim, feature_map
 from common.messages import Arrays, Kind, Reply, Request, size_bytes
 from common.models import Pair, build
 from common.privacy import Charge
-from common.weights import check_arrays, get_weights, set_weights
+from common.weights import check_arrays, get_weights, only, set_weights
 from server import aggregation, robust
 from server.aggregation import MeanState
 from server.checkpoint import State
@@ -71,7 +71,7 @@ def releases(
             heard.refused[member.name] = answer.code
             continue
         try:
-            check_arrays(reply.arrays, shapes)
+            check_arrays(reply.arrays, shapes, np.int32 if request.kind is Kind.GRADIENT else np.float32)
             heard.sites[member.name] = _release(member, reply, config, request.kind)
         except WireError:
             heard.refused[member.name] = "malformed-reply"
@@ -98,7 +98,7 @@ def warm_up(grid: Grid, config: Config, members: Members, run_id: str) -> Iterat
             variance += member.plan.charge_of_warmup().noise_multiplier ** 2
             yield Progress(0, len(heard.sites), len(members), "sites", dict(heard.sites))
         if len(heard.sites) < config.federation.min_sites:
-            yield None, _record(0, heard, None, loss, started)
+            yield None, make_record(0, heard, None, loss, started)
             return
         rng = torch.Generator().manual_seed(config.federation.seed + 1)
         noisy_sum, noise_std = torch.from_numpy(total), math.sqrt(variance)
@@ -107,8 +107,28 @@ def warm_up(grid: Grid, config: Config, members: Members, run_id: str) -> Iterat
             loss = fit.loss
             yield Progress(0, fit.step, config.warmup.steps, "fit", dict(heard.sites))
     weights = get_weights(pair)
-    state = State(run_id, config.digest(), 0, weights, weights, d_steps_per_g_step=first_rung(config.train))
-    yield state, _record(0, heard, None, loss, started)
+    together = config.train.algorithm == "secure-sum"
+    cohort = cohort_of(config, members, heard) if together else {}
+    state = State(
+        run_id, config.digest(), 0, weights, weights, d_steps_per_g_step=first_rung(config.train), cohort=cohort
+    )
+    yield state, make_record(0, heard, None, loss, started)
+
+
+def cohort_of(config: Config, members: Members, heard: Heard) -> dict[str, int]:
+    """Fix who takes part in a run with secure-sum: those who gave the warm-up, or without one, all who may.
+
+    Raises:
+        FederationError: Nobody may.
+    """
+    names = heard.sites if config.warmup.share > 0 else members
+    declared = {name: members[name].declared_patients for name in names}
+    cohort = {name: patients for name, patients in declared.items() if patients >= config.privacy.min_patients}
+    if not cohort:
+        raise FederationError(
+            f"No site declares privacy.min_patients={config.privacy.min_patients} patients. Lower it, or ask others."
+        )
+    return cohort
 
 
 def train(grid: Grid, config: Config, members: Members, state: State) -> Iterator[Progress | Outcome]:
@@ -127,15 +147,23 @@ def train(grid: Grid, config: Config, members: Members, state: State) -> Iterato
             updates.append(arrays)
         yield Progress(number, len(heard.sites), len(members), "sites", dict(heard.sites))
     if len(heard.sites) < config.federation.min_sites:
-        yield None, _record(number, heard, state.d_steps_per_g_step, 0.0, started)
+        yield None, make_record(number, heard, state.d_steps_per_g_step, 0.0, started)
         return
     combined = mean.mean if not updates else robust.combine(config.server.aggregation, updates)
     moved, optimizer = aggregation.step(config.server, state.weights, combined, state.optimizer)
     averaged = aggregation.average(state.averaged, moved, config.server.ema_decay)
     change = aggregation.norm(moved[name] - state.weights[name] for name in moved)
-    record = _record(number, heard, state.d_steps_per_g_step, change, started)
+    record = make_record(number, heard, state.d_steps_per_g_step, change, started)
     after = replace(state, round=number, weights=moved, averaged=averaged, optimizer=optimizer)
     yield climb(config.train, after, record.fake_accuracy if record.fake_accuracy is not None else 1.0), record
+
+
+def round_bytes(config: Config) -> int:
+    """Return the bytes of weights that a round sends to a site; as many come back."""
+    arrays = get_weights(initial_pair(config))
+    if config.train.algorithm == "secure-sum":
+        arrays = only(arrays, "discriminator")
+    return size_bytes(arrays)
 
 
 def averaged_pair(config: Config, state: State) -> Pair:
@@ -157,7 +185,8 @@ def _release(member: Member, reply: Reply, config: Config, kind: Kind) -> SiteRe
     return SiteRelease(member.declared_patients, noise, rate, steps, spent, allowed)
 
 
-def _record(number: int, heard: Heard, d_steps: int | None, change: float, started: float) -> RoundRecord:
+def make_record(number: int, heard: Heard, d_steps: int | None, change: float, started: float) -> RoundRecord:
+    """Put what a round heard and did into its record."""
     accuracy = sum(heard.fake_accuracy) / len(heard.fake_accuracy) if heard.fake_accuracy else None
     seconds = round(time.monotonic() - started, 3)
     return RoundRecord(number, heard.sites, heard.refused, accuracy, d_steps, change, seconds, heard.upload_bytes)

@@ -18,12 +18,11 @@ from common.config import Config
 from common.config_text import build_config, read_config, to_toml
 from common.errors import ExitCode
 from common.generate import generate_images
-from common.messages import size_bytes
 from common.plan import delta_warning, plan
-from common.weights import get_weights
+from common.secure_sum import Cohort
 from server.app import Job
 from server.report import write_report
-from server.rounds import initial_pair
+from server.rounds import round_bytes
 from server.run_folder import RunFolder, latest_folder, next_folder, open_run, stored_tree
 from simulations.engines import check_engine, run_job
 from simulations.evaluate import evaluate, save_evaluation
@@ -222,13 +221,14 @@ def _print_plan(federation: Federation) -> None:
     table = Table(title=f"Plan: {config.federation.rounds} rounds, delta {config.privacy.delta:g}")
     for column in ("site", "patients", "images", "declared", "q", "sigma warm-up", "sigma", "steps", "epsilon"):
         table.add_column(column, justify="left" if column == "site" else "right")
+    cohort = _cohort(federation)
     for index, part in enumerate(federation.sites):
         declared = declared_patients(patients_in(part))
         cells = [site_name(index), str(patients_in(part)), str(len(part.records)), str(declared)]
         if declared < config.privacy.min_patients:
             table.add_row(*cells, "takes no part: fewer than privacy.min_patients")
             continue
-        agreed = plan(config, declared)
+        agreed = plan(config, declared, cohort)
         noise = [
             f"{sigma:.3f}" if sigma else "-"
             for sigma in (agreed.warmup_noise_multiplier, agreed.train_noise_multiplier)
@@ -238,9 +238,19 @@ def _print_plan(federation: Federation) -> None:
         print(f"not usable in the data: {describe(federation.refused)}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    weights_bytes = size_bytes(get_weights(initial_pair(config)))
+    weights_bytes = round_bytes(config)
     console.print(f"held out: {patients_in(federation.held_out)} patients")
     console.print(f"bytes per round and site: {weights_bytes:,} down, {weights_bytes:,} up")
+
+
+def _cohort(federation: Federation) -> Cohort | None:
+    """Return the cohort that the hospitals will be, with secure-sum, if all of them answer."""
+    config = federation.config
+    if config.train.algorithm == "local":
+        return None
+    sizes = [declared_patients(patients_in(part)) for part in federation.sites]
+    taking_part = [size for size in sizes if size >= config.privacy.min_patients]
+    return Cohort(len(taking_part), sum(taking_part))
 
 
 if __name__ == "__main__":

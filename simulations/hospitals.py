@@ -207,6 +207,7 @@ def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path
         max_reply_bytes=MAX_BODY_BYTES,
         max_steps_per_round=config.train.steps_per_round,
         min_patients=config.privacy.min_patients,
+        allow_unmasked_shares=config.privacy.colluding_sites != "all",
         max_rounds=max(1, config.federation.rounds),
     )
     home = create_home(folder, SiteConfig(data="data", gradients=config.performance.gradients), policy)
