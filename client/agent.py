@@ -34,6 +34,7 @@ from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
 from common.models import Pair, build
 from common.noise import gaussian, to_public_grid
 from common.plan import Plan, plan
+from common.privacy import Charge
 from common.secure_sum import Cohort, parse_cohort
 from common.weights import BOTH, check_arrays, get_weights, set_weights
 
@@ -130,6 +131,7 @@ def _private(site: Site, request: Request) -> Reply:
         allowed = journal.release_schema(request.kind, journal.reply_shapes(proposal, pair))
         policy.check_reply(site.policy, allowed.size_bytes)
         cost = agreed.charge_of_warmup() if pair is None else agreed.charge_of_round(proposal.train.steps_per_round)
+        _require_one_price(site, request, cost)
         charge = ChargeRequest(request.run_id, request.round, request.kind, digest)
         spent = site.ledger.charge(charge, cost, site.policy.max_epsilon, site.policy.delta)
         secret = secret_of_charge(replies, request, lambda: site.secrets(digest))
@@ -209,6 +211,22 @@ def _cohort(site: Site, request: Request, proposal: Proposal) -> Cohort | None:
     if request.kind is not Kind.GRADIENT:
         return None
     return parse_cohort(request.settings, site.policy.declared_patients, proposal.privacy.min_patients)
+
+
+def _require_one_price(site: Site, request: Request, cost: Charge) -> None:
+    """Refuse a gradient at another price than the run's first: one cohort a run.
+
+    Else a coordinator could choose rate and noise anew in each round by what it has seen, and every other price in the
+    ledger makes all later accounts slower.
+    """
+    before = [entry for entry in site.ledger.entries if entry.request.run_id == request.run_id]
+    gradients = [entry.charge for entry in before if entry.request.kind is request.kind is Kind.GRADIENT]
+    if gradients and gradients[0] != cost:
+        raise PolicyRefusal(
+            RefusalCode.POLICY,
+            f"Expected round {request.round} at the price of the run's first, {gradients[0]}, got {cost}: the cohort or "
+            "the proposal changed. Start another run.",
+        )
 
 
 def _weights_of(site: Site, request: Request, proposal: Proposal) -> tuple[Pair | None, torch.Generator]:

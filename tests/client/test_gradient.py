@@ -122,14 +122,20 @@ def test_another_cohort_in_the_same_round_is_a_replay(site):
     assert (len(charges(site)), len(released(site))) == (1, 1)
 
 
-def test_another_cohort_in_a_later_round_is_charged_for_what_it_is(site):
-    """No false cohort costs less than it gives: the rate and the noise that are charged are those that are used."""
+def test_another_cohort_in_a_later_round_is_refused_before_the_charge(site):
     assert answer(site, gradient_request(1)).refusal is None
+    assert answer(site, gradient_request(2, cohort=Cohort(9, 1000))).refusal is RefusalCode.POLICY
+    assert (len(charges(site)), len(released(site))) == (1, 1)
+    assert answer(site, gradient_request(2)).refusal is None
+
+
+def test_any_cohort_is_charged_for_what_it_is(site):
+    """No false cohort costs less than it gives: the rate and the noise that are charged are those that are used."""
     more = Cohort(9, 1000)
-    assert answer(site, gradient_request(2, cohort=more)).refusal is None
+    assert answer(site, gradient_request(1, cohort=more)).refusal is None
     agreed = plan(TOGETHER, 40, more)
     assert agreed.train_noise_multiplier < plan(TOGETHER, 40, COHORT).train_noise_multiplier
-    assert charges(site)[1] == Charge(agreed.train_noise_multiplier, 4 / 1000, 1)
+    assert charges(site)[0] == Charge(agreed.train_noise_multiplier, 4 / 1000, 1)
 
 
 SETTINGS = {
