@@ -224,8 +224,8 @@ def _require_one_price(site: Site, request: Request, cost: Charge) -> None:
     if gradients and gradients[0] != cost:
         raise PolicyRefusal(
             RefusalCode.POLICY,
-            f"Expected round {request.round} at the price of the run's first, {gradients[0]}, got {cost}: the cohort or "
-            "the proposal changed. Start another run.",
+            f"Expected round {request.round} at the price of the run's first, {gradients[0]}, got {cost}: the cohort "
+            "or the proposal changed. Start another run.",
         )
 
 
