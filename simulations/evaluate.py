@@ -40,7 +40,7 @@ class Training:
     batch: int
 
 
-BRIEF = Training(steps=300, batch=64)
+BRIEF = Training(steps=150, batch=64)
 """After a simulation, where a person waits."""
 FULL = Training(steps=1000, batch=128)
 """In the quality benchmark: 99 % on MNIST, an AUC of 0.99 on chest X-rays, when trained on real images."""
