@@ -5,7 +5,6 @@ what leaves, store the reply, write the journal, answer. Imports no flwr and ope
 sends, a refusal is a code; the reason stays in the site's own log.
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from common.config_text import parse_proposal
 from common.crypto import KeyStream, SigningKey, load_key
 from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.features import feature_map
+from common.generator_step import reproducible
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
 from common.models import Pair, build
 from common.noise import gaussian, to_public_grid
@@ -246,12 +246,6 @@ def _warmup(dataset: Dataset, proposal: Proposal, agreed: Plan, secret: KeyStrea
     std = agreed.charge_of_warmup().noise_multiplier
     noisy = to_public_grid(sums + gaussian(secret, tuple(sums.shape), std), std)
     return {"embedding": noisy.float().numpy()}
-
-
-def reproducible(seed: int, site: str, round_: int) -> torch.Generator:
-    """Return the generator of a site's round for everything that is not secret: initial weights, latents, fakes."""
-    digest = hashlib.sha256(f"{seed}/{site}/{round_}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _released(site: Site) -> set[tuple[str, Kind, int]]:

@@ -4,12 +4,20 @@ No function here has a parameter that can hold a patient: all of it is post-proc
 it in local training, the coordinator with secure-sum.
 """
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from common.config import Proposal
+
+
+def reproducible(seed: int, who: str, round_: int) -> torch.Generator:
+    """Return the generator of a round, at a site or the coordinator, for all that is not secret: latents, fakes."""
+    digest = hashlib.sha256(f"{seed}/{who}/{round_}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def generator_step(

@@ -4,7 +4,6 @@ G never leaves the coordinator; the sites get D's weights alone. Everything here
 scope: the shares and their noise (client/dp/share), the numbers of the mechanism (common/secure_sum).
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from common.config import Config
-from common.generator_step import draw_fakes, generator_step, move_average
+from common.generator_step import draw_fakes, generator_step, move_average, reproducible
 from common.messages import Kind, Request
 from common.models import Pair
 from common.plan import plan
@@ -91,7 +90,7 @@ def step_together(config: Config, state: State, total: npt.NDArray[np.int64], di
     pair, number = initial_pair(config), state.round + 1
     set_weights(pair, state.weights)
     generator, discriminator = pair.generator.train(), pair.discriminator.train()
-    rng = _rng(config, number)
+    rng = reproducible(config.federation.seed, "coordinator", number)
     count = max(1, round(divisor))
     with torch.no_grad():
         fakes, labels = draw_fakes(generator, count, config, rng)
@@ -151,11 +150,6 @@ def _asked(config: Config, members: Members, state: State, cohort: Cohort) -> Me
     """Return the members of the cohort that are here, with the plan that follows from it; nobody else is asked."""
     here = {name: member for name, member in members.items() if member.declared_patients == state.cohort.get(name)}
     return {name: replace(member, plan=plan(config, member.declared_patients, cohort)) for name, member in here.items()}
-
-
-def _rng(config: Config, number: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{config.federation.seed}/coordinator/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _adam(pair: Pair, network: str, learning_rate: float, moments: OptimizerState, steps: int) -> torch.optim.Adam:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.config import WarmupConfig
 from common.features import CONSTANT, FeatureMap, features
+from common.generator_step import move_average
 
 _EMA_DECAY = 0.95
 _CREDIBLE = 2.0
@@ -103,7 +104,7 @@ def fit_generator(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        _move_average(average, generator, min(_EMA_DECAY, 1 - 1 / step))
+        move_average(average, generator, min(_EMA_DECAY, 1 - 1 / step))
         yield Progress(step, loss.item())
     generator.load_state_dict(average.state_dict())
 
@@ -122,9 +123,3 @@ def _distance(
 
 def _schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-
-
-def _move_average(average: nn.Module, current: nn.Module, decay: float) -> None:
-    with torch.no_grad():
-        for kept, new in zip(average.parameters(), current.parameters(), strict=True):
-            kept.lerp_(new, 1 - decay)

@@ -9,47 +9,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context
 
-from client.app import make_app
 from common.config import Config
 from common.config_text import build_config
 from common.errors import ConfigError, FederationError, RefusalCode
-from common.messages import Kind, Reply, Request
+from common.messages import Kind, Request, Scalar
 from common.secure_sum import GRID, Cohort
 from common.weights import get_weights
 from server import checkpoint
-from server.app import Job, federate
 from server.checkpoint import State
 from server.records import RoundRecord
 from server.rounds import initial_pair
-from server.run_folder import open_run
 from server.secure_sum import clipped_sum_of_fakes, least_sites, step_together
-from simulations.local_grid import LocalGrid
+from tests.function_sites import SMALL_RUN, run_sites
 
 Answer = Callable[[Request], RefusalCode | np.ndarray]
 
 
 def _config(**changes: object) -> Config:
-    base = {
-        "image.size": 28,
-        "image.classes": ("a", "b"),
-        "model.name": "mlp",
-        "model.generator_width": 8,
-        "model.discriminator_width": 8,
+    own = {
         "train.algorithm": "secure-sum",
         "train.steps_per_round": 1,
         "train.d_steps_per_g_step": 2,
         "train.generator_batch": 4,
         "privacy.batch_patients": 8,
         "privacy.max_grad_norm": 0.5,
-        "warmup.share": 0.0,
-        "federation.rounds": 3,
-        "federation.connect_timeout_s": 5.0,
-        "simulation.sites": 3,
         "performance.threads": 1,
     }
-    return build_config({}, base | changes)
+    return build_config({}, {**SMALL_RUN, **own, **changes})
 
 
 def _start(config: Config) -> State:
@@ -111,7 +98,7 @@ def test_first_step_goes_against_the_gradient_of_sum_and_fakes() -> None:
 
 
 def test_public_divisor_and_grid_make_the_gradient() -> None:
-    """Without momentum to hide it: the first moment of Adam is a tenth... (1 - beta1) of the gradient."""
+    """Without momentum to hide it: the first moment of Adam after one step is half the gradient: 1 - beta1."""
     config = _config()
     state = _start(config)
     zero, one = np.zeros(_numbers(state), np.int64), np.zeros(_numbers(state), np.int64)
@@ -162,25 +149,12 @@ def test_a_number_of_colluding_sites_is_how_many_may_be_missing() -> None:
     assert [least_sites(_config(**{"privacy.colluding_sites": t}), five) for t in (0, 1, 4)] == [5, 4, 1]
 
 
-def _site(index: int, behaviour: Answer, request: Request) -> Reply:
-    if request.kind is Kind.HELLO:
-        fields = {"site": f"site-{index}", "declared_patients": 100 * (index + 1), "protocol": 1}
-        return Reply(request.kind, request.run_id, request.round, None, fields)
-    answer = behaviour(request)
-    if isinstance(answer, RefusalCode):
-        return Reply(request.kind, request.run_id, request.round, answer)
-    fields = {"epsilon_spent": 1.0, "epsilon_allowed": 10.0}
-    return Reply(request.kind, request.run_id, request.round, None, fields, {"gradient": answer})
+def _release(index: int, request: Request, answer: np.ndarray) -> tuple[dict[str, Scalar], dict[str, np.ndarray]]:
+    return {"epsilon_spent": 1.0, "epsilon_allowed": 10.0}, {"gradient": answer}
 
 
 def _run(tmp_path: Path, config: Config, behaviours: list[Answer]) -> list[RoundRecord]:
-    def connect(context: Context) -> Callable[[Request], Reply]:
-        index = int(context.node_config["partition-id"])
-        return functools.partial(_site, index, behaviours[index])
-
-    grid = LocalGrid(make_app(connect), len(behaviours))
-    job = Job(config, open_run(tmp_path / "run", config, resume=False))
-    return [event for event in federate(grid, job) if isinstance(event, RoundRecord)]
+    return run_sites(tmp_path, config, behaviours, _release)
 
 
 def _well(request: Request) -> np.ndarray:

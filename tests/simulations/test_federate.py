@@ -6,60 +6,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context
 
-from client.app import make_app
 from common.config import Config
 from common.config_text import build_config
 from common.errors import FederationError, RefusalCode
 from common.features import feature_dim, feature_map
-from common.messages import Kind, Reply, Request
+from common.messages import Kind, Request, Scalar
 from common.weights import get_weights
 from server import checkpoint
-from server.app import Job, federate
 from server.records import RoundRecord, read_records
 from server.rounds import initial_pair
-from server.run_folder import open_run
-from simulations.local_grid import LocalGrid
+from tests.function_sites import SMALL_RUN, run_sites
 
 Behaviour = Callable[[Request], RefusalCode | dict[str, np.ndarray] | None]
 
 
 def _config(**changes: object) -> Config:
-    base = {
-        "image.size": 28,
-        "image.classes": ("a", "b"),
-        "model.name": "mlp",
-        "model.generator_width": 8,
-        "model.discriminator_width": 8,
-        "warmup.share": 0.0,
-        "federation.rounds": 3,
-        "federation.connect_timeout_s": 5.0,
-        "simulation.sites": 3,
-    }
-    return build_config({}, base | changes)
+    return build_config({}, {**SMALL_RUN, **changes})
 
 
-def _site(index: int, behaviour: Behaviour, request: Request) -> Reply:
-    if request.kind is Kind.HELLO:
-        fields = {"site": f"site-{index}", "declared_patients": 100 * (index + 1), "protocol": 1}
-        return Reply(request.kind, request.run_id, request.round, None, fields)
-    answer = behaviour(request)
-    if isinstance(answer, RefusalCode):
-        return Reply(request.kind, request.run_id, request.round, answer)
+def _release(
+    index: int, request: Request, answer: dict[str, np.ndarray] | None
+) -> tuple[dict[str, Scalar], dict[str, np.ndarray]]:
     arrays = answer if answer is not None else {name: array + index for name, array in request.arrays.items()}
-    fields = {"epsilon_spent": 1.0, "epsilon_allowed": 10.0, "fake_accuracy": 0.5, "d_steps_per_g_step": 1}
-    return Reply(request.kind, request.run_id, request.round, None, fields, arrays)
+    return {"epsilon_spent": 1.0, "epsilon_allowed": 10.0, "fake_accuracy": 0.5, "d_steps_per_g_step": 1}, arrays
 
 
 def _run(tmp_path: Path, config: Config, behaviours: list[Behaviour]) -> list[RoundRecord]:
-    def connect(context: Context) -> Callable[[Request], Reply]:
-        index = int(context.node_config["partition-id"])
-        return functools.partial(_site, index, behaviours[index])
-
-    grid = LocalGrid(make_app(connect), len(behaviours))
-    job = Job(config, open_run(tmp_path / "run", config, resume=False))
-    return [event for event in federate(grid, job) if isinstance(event, RoundRecord)]
+    return run_sites(tmp_path, config, behaviours, _release)
 
 
 def _well(request: Request) -> None:
