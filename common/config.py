@@ -11,7 +11,7 @@ from typing import Annotated, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-IMAGE_SIZES = (28, 32, 64)
+IMAGE_SIZES = (28, 32, 64, 128)
 MAX_CLASSES = 64
 MAX_PROPOSAL_BYTES = 65_536
 MAX_BATCH = 16_384
@@ -44,9 +44,11 @@ class Section(BaseModel):
 
 @final
 class ImageConfig(Section):
-    """What an image is: grey, `size` x `size` pixels in [-1, 1], one of `classes`."""
+    """What an image is: `channels` x `size` x `size` pixels in [-1, 1], one of `classes`."""
 
-    size: Literal[28, 32, 64] = 32
+    size: Literal[28, 32, 64, 128] = 32
+    channels: Literal[1, 3] = 1
+    """1: grey, 3: red, green and blue."""
     classes: Annotated[tuple[str, ...], Field(max_length=MAX_CLASSES)] = ()
     """Class names in the order of their numbers; empty: the simulator takes those it finds."""
 
