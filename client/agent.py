@@ -165,7 +165,7 @@ def _release(
     if pair is None:
         arrays = _warmup(dataset, proposal, agreed, secret)
     elif request.kind is Kind.GRADIENT:
-        share = gradient_share(dataset, pair.discriminator, proposal, agreed, secret, site.gradients)
+        share = gradient_share(dataset, pair.discriminator, proposal, agreed, secret, rng, site.gradients)
         arrays = {"gradient": share}
     else:
         d_steps = int(request.settings["d_steps_per_g_step"])

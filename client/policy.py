@@ -13,7 +13,7 @@ from typing import Annotated, Literal, final
 
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from common.config import Positive, Proposal, Section
+from common.config import ModelName, Positive, Proposal, Section
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.files import write_atomic
 from common.plan import Plan
@@ -75,9 +75,9 @@ class Policy(Section):
     """For simulation only. With train.algorithm = "secure-sum" and a number as privacy.colluding_sites each site adds
     only its part of the noise, which is enough only if nobody, the coordinator included, sees the share of a single
     site. Nothing hides single shares in this release, so true would void the guarantee."""
-    allowed_models: tuple[Literal["mlp", "dcgan"], ...] = ("mlp", "dcgan")
+    allowed_models: tuple[ModelName, ...] = ("mlp", "dcgan", "resnet", "unet", "vae")
     """The architectures that this site trains; no other code than this release's is ever run."""
-    allowed_image_sizes: tuple[Literal[28, 32, 64], ...] = (28, 32, 64)
+    allowed_image_sizes: tuple[Literal[28, 32, 64, 128], ...] = (28, 32, 64)
     """Sides of an image in pixels; larger images show more of a patient. The images must be imported at that size too.
     """
 

@@ -17,6 +17,7 @@ from common.config import GradientEngine, Proposal
 from common.crypto import KeyStream
 from common.generator_step import draw_fakes, generator_step, move_average
 from common.models import Pair
+from common.models.vae import renew_noise
 from common.noise import gaussian
 from common.plan import Plan
 
@@ -28,7 +29,7 @@ class Round:
 
     Attributes:
         pair: The trained discriminator and the averaged generator.
-        fake_accuracy: Share of fakes that D tells to be fakes, over the round.
+        fake_accuracy: Share of fakes that D tells to be fakes, over the round; 0 where there are none.
     """
 
     pair: Pair
@@ -54,7 +55,7 @@ def train_round(
         plan: Sample rate, noise multiplier and divisor, all public.
         d_steps_per_g_step: Private steps for each generator step.
         secret: The source of the patient draw and of the noise.
-        rng: Reproducible: latents and classes of fakes.
+        rng: Reproducible: latents and classes of fakes, a step's public noise.
         gradients: How gradients of single patients are computed (client/dp).
 
     Returns:
@@ -68,14 +69,15 @@ def train_round(
     )
     noise = functools.partial(gaussian, secret)
     adam = torch.optim.Adam(generator.parameters(), lr=proposal.train.learning_rate_g, betas=(0.5, 0.999))
-    fakes_per_step, told = max(1, round(plan.divisor)), 0
+    fakes_per_step, told = max(1, round(plan.divisor)) if private.losses.of_fake else 0, 0
     for step in range(1, proposal.train.steps_per_round + 1):
         batch = draw_patients(dataset, plan.sample_rate, proposal.privacy, secret)
         with torch.no_grad():
             fakes, labels = draw_fakes(generator, fakes_per_step, proposal, rng)
             told += int((discriminator(fakes, labels) < 0).sum())
+        renew_noise(discriminator, rng)
         private_step(private, batch, fakes, labels, noise)
         if step % d_steps_per_g_step == 0:
             generator_step(generator, discriminator, adam, proposal, rng)
             move_average(averaged, generator, proposal.train.ema_decay)
-    return Round(Pair(averaged, discriminator), told / (fakes_per_step * proposal.train.steps_per_round))
+    return Round(Pair(averaged, discriminator), told / max(1, fakes_per_step * proposal.train.steps_per_round))

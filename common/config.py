@@ -30,6 +30,7 @@ MAX_ERRORS = 20
 ROBUST_MINIMUM = {"median": 3, "trimmed-mean": 5, "krum": 5}
 """Updates that a robust rule needs to outvote one of them."""
 
+ModelName = Literal["mlp", "dcgan", "resnet", "unet", "vae"]
 GradientEngine = Literal["fast", "opacus"]
 LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -98,7 +99,7 @@ class WarmupConfig(Section):
 class ModelConfig(Section):
     """The generator/discriminator pair (common/models)."""
 
-    name: Literal["mlp", "dcgan"] = "dcgan"
+    name: ModelName = "dcgan"
     latent_dim: Annotated[int, Field(ge=2, le=1024)] = 64
     generator_width: Annotated[int, Field(ge=8, le=256)] = 32
     discriminator_width: Annotated[int, Field(ge=8, le=256)] = 16
@@ -115,6 +116,9 @@ class TrainConfig(Section):
     """Private discriminator steps in one round."""
     d_steps_per_g_step: Annotated[int, Field(ge=1, le=5000)] | Literal["adaptive"] = 4
     """Private steps for each generator step, or the ladder that reads the accuracy on fakes."""
+    loss: Literal["logistic", "wasserstein"] = "logistic"
+    """Of an adversarial pair (common/losses). `wasserstein`: the difference of the critic's means; its weights are kept
+    within a public bound after every step. The vae has its own and leaves this alone."""
     learning_rate_d: LearningRate = 5e-4
     learning_rate_g: LearningRate = 1e-4
     generator_batch: Annotated[int, Field(ge=2, le=MAX_BATCH)] = 64
@@ -183,6 +187,21 @@ class Proposal(Section):
             raise ValueError(
                 "train.algorithm = secure-sum knows no site's own update: it adds, and steps with Adam at "
                 "train.learning_rate_d; leave all of [server] at its defaults"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> "Proposal":
+        train, adversarial = self.train, self.model.name != "vae"
+        if train.loss != "logistic" and not adversarial:
+            raise ValueError(
+                "model.name = vae has no adversary and a loss of its own, the evidence lower bound; remove "
+                f"train.loss = {train.loss}"
+            )
+        if train.d_steps_per_g_step == "adaptive" and (train.loss != "logistic" or not adversarial):
+            raise ValueError(
+                "train.d_steps_per_g_step = adaptive reads how many fakes D tells, which it does only with "
+                "train.loss = logistic and a model other than vae; set a number"
             )
         return self
 

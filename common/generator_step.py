@@ -7,11 +7,12 @@ it in local training, the coordinator with secure-sum.
 import hashlib
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from common.config import Proposal
+from common.losses import losses_of
+from common.models import vae
 
 
 def reproducible(seed: int, who: str, round_: int) -> torch.Generator:
@@ -27,9 +28,12 @@ def generator_step(
     proposal: Proposal,
     rng: torch.Generator,
 ) -> None:
-    """Take one non-saturating step of G against D."""
+    """Take one step of G against D: non-saturating, or up the critic; from a private autoencoder copy the decoder."""
+    if isinstance(discriminator, vae.Discriminator):
+        generator.load_state_dict(discriminator.decoder.state_dict())
+        return
     fakes, labels = draw_fakes(generator, proposal.train.generator_batch, proposal, rng)
-    loss = F.softplus(-discriminator(fakes, labels)).mean()
+    loss = losses_of(discriminator, proposal.train).of_generator(discriminator(fakes, labels)).mean()
     parameters = list(generator.parameters())
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
@@ -38,7 +42,7 @@ def generator_step(
 
 def draw_fakes(
     generator: nn.Module, count: int, proposal: Proposal, rng: torch.Generator
-) -> tuple[Float[Tensor, "count 1 size size"], Int64[Tensor, " count"]]:
+) -> tuple[Float[Tensor, "count channels size size"], Int64[Tensor, " count"]]:
     """Draw labels, latents and with them images from a generator; only `rng` is random."""
     labels = torch.randint(max(1, len(proposal.image.classes)), (count,), generator=rng)
     latents = torch.randn(count, proposal.model.latent_dim, generator=rng)

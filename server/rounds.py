@@ -17,6 +17,7 @@ from common.errors import FederationError, WireError
 from common.features import feature_dim, feature_map
 from common.messages import Arrays, Kind, Reply, Request, size_bytes
 from common.models import Pair, build
+from common.models.vae import take_over_decoder
 from common.privacy import Charge
 from common.weights import check_arrays, get_weights, only, set_weights
 from server import aggregation, robust
@@ -77,8 +78,8 @@ def releases(
             heard.refused[member.name] = "malformed-reply"
             continue
         heard.upload_bytes += size_bytes(reply.arrays)
-        accuracy = reply.fields.get("fake_accuracy")
-        heard.fake_accuracy += [accuracy] if isinstance(accuracy, float) and 0 <= accuracy <= 1 else []
+        accuracy, adversary = reply.fields.get("fake_accuracy"), config.model.name != "vae"
+        heard.fake_accuracy += [accuracy] if adversary and isinstance(accuracy, float) and 0 <= accuracy <= 1 else []
         yield member, reply.arrays
 
 
@@ -106,6 +107,7 @@ def warm_up(grid: Grid, config: Config, members: Members, run_id: str) -> Iterat
         for fit in fit_generator(pair.generator, noisy_sum, noise_std, features, config.warmup, latent, rng):
             loss = fit.loss
             yield Progress(0, fit.step, config.warmup.steps, "fit", dict(heard.sites))
+        take_over_decoder(pair.discriminator, pair.generator)
     weights = get_weights(pair)
     together = config.train.algorithm == "secure-sum"
     cohort = cohort_of(config, members, heard) if together else {}

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from common.config import Config
 from common.generator_step import draw_fakes, generator_step, move_average, reproducible
+from common.losses import Loss, bound_weights, losses_of
 from common.messages import Kind, Request
 from common.models import Pair
 from common.plan import plan
@@ -55,7 +55,7 @@ def train_together(grid: Grid, config: Config, members: Members, state: State) -
         return
     divisor = plan(config, min(state.cohort.values()), cohort).divisor
     after, told = step_together(config, state, total, divisor)
-    heard.fake_accuracy.append(told)
+    heard.fake_accuracy += [] if told is None else [told]
     change = aggregation.norm(after.weights[name] - state.weights[name] for name in after.weights)
     yield after, make_record(number, heard, state.d_steps_per_g_step, change, started)
 
@@ -70,7 +70,9 @@ def least_sites(config: Config, cohort: Cohort) -> int:
     return max(config.federation.min_sites, cohort.sites - missing)
 
 
-def step_together(config: Config, state: State, total: npt.NDArray[np.int64], divisor: float) -> tuple[State, float]:
+def step_together(
+    config: Config, state: State, total: npt.NDArray[np.int64], divisor: float
+) -> tuple[State, float | None]:
     """Step D on the sum of all shares and on as many fakes; step G and its average when it is their turn.
 
     Args:
@@ -80,7 +82,7 @@ def step_together(config: Config, state: State, total: npt.NDArray[np.int64], di
         divisor: Public: expected patients. The sum of reals and fakes is divided by twice this, whoever answered.
 
     Returns:
-        The state after the round, and the share of its fakes that D told to be fakes before the step.
+        The state after the round, and the share of its fakes that D told to be fakes before the step; None without any.
 
     Guarantees:
         - deterministic: State and sum decide the result, bit for bit with the same number of threads; fakes follow from
@@ -91,18 +93,19 @@ def step_together(config: Config, state: State, total: npt.NDArray[np.int64], di
     set_weights(pair, state.weights)
     generator, discriminator = pair.generator.train(), pair.discriminator.train()
     rng = reproducible(config.federation.seed, "coordinator", number)
-    count = max(1, round(divisor))
-    with torch.no_grad():
-        fakes, labels = draw_fakes(generator, count, config, rng)
-        told = int((discriminator(fakes, labels) < 0).sum()) / count
+    losses, told = losses_of(discriminator, config.train), None
     norm = config.privacy.max_grad_norm
-    reals = torch.from_numpy(total).double() * (GRID * norm)
-    gradient = ((reals + clipped_sum_of_fakes(discriminator, fakes, labels, norm)) / (2 * divisor)).float()
+    both = torch.from_numpy(total).double() * (GRID * norm)
+    if losses.of_fake is not None:
+        fakes, labels, told = _draw_and_tell(pair, max(1, round(divisor)), config, rng)
+        both += clipped_sum_of_fakes(discriminator, fakes, labels, losses.of_fake, norm)
+    gradient = (both / (2 * divisor)).float()
     adam_d = _adam(pair, "discriminator", config.train.learning_rate_d, state.optimizer, state.round)
     parameters = list(discriminator.parameters())
     for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view(parameter.shape)
     adam_d.step()
+    bound_weights(discriminator, losses)
     moments, averaged = _moments(pair, "discriminator", adam_d), dict(state.averaged)
     if number % state.d_steps_per_g_step == 0:
         steps_before = state.round // state.d_steps_per_g_step
@@ -120,8 +123,9 @@ def step_together(config: Config, state: State, total: npt.NDArray[np.int64], di
 
 def clipped_sum_of_fakes(
     discriminator: nn.Module,
-    fakes: Float[Tensor, "fakes 1 size size"],
+    fakes: Float[Tensor, "fakes channels size size"],
     labels: Int64[Tensor, " fakes"],
+    of_fake: Loss,
     max_grad_norm: float,
 ) -> Float64[Tensor, " gradient"]:
     """Clip the gradient of each fake as a patient's is clipped, and add them up, flat.
@@ -133,7 +137,7 @@ def clipped_sum_of_fakes(
 
     def loss(weights: Mapping[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         logits = torch.func.functional_call(discriminator, dict(weights), (image[None], label[None]))
-        return F.softplus(logits).squeeze(0)
+        return of_fake(logits).squeeze(0)
 
     of_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
     total = torch.zeros(sum(parameter.numel() for parameter in parameters.values()), dtype=torch.float64)
@@ -146,6 +150,15 @@ def clipped_sum_of_fakes(
     return total
 
 
+def _draw_and_tell(
+    pair: Pair, count: int, config: Config, rng: torch.Generator
+) -> tuple[Float[Tensor, "count channels size size"], Int64[Tensor, " count"], float]:
+    """Draw fakes with their labels, and return with them the share that D tells to be fakes."""
+    with torch.no_grad():
+        fakes, labels = draw_fakes(pair.generator, count, config, rng)
+        return fakes, labels, int((pair.discriminator(fakes, labels) < 0).sum()) / count
+
+
 def _asked(config: Config, members: Members, state: State, cohort: Cohort) -> Members:
     """Return the members of the cohort that are here, with the plan that follows from it; nobody else is asked."""
     here = {name: member for name, member in members.items() if member.declared_patients == state.cohort.get(name)}
@@ -156,7 +169,7 @@ def _adam(pair: Pair, network: str, learning_rate: float, moments: OptimizerStat
     """Make the Adam of a network as it stood after so many steps."""
     named = named_parameters(pair, (network,))
     adam = torch.optim.Adam([parameter for _, parameter in named], lr=learning_rate, betas=BETAS)
-    for name, parameter in named if steps else ():
+    for name, parameter in named if named[0][0] in moments.first else ():
         adam.state[parameter] = {
             "step": torch.tensor(float(steps)),
             "exp_avg": torch.from_numpy(np.array(moments.first[name])),
@@ -167,7 +180,8 @@ def _adam(pair: Pair, network: str, learning_rate: float, moments: OptimizerStat
 
 def _moments(pair: Pair, network: str, adam: torch.optim.Adam) -> OptimizerState:
     def of(key: str) -> dict[str, npt.NDArray[Any]]:
-        return {name: adam.state[parameter][key].numpy() for name, parameter in named_parameters(pair, (network,))}
+        named = named_parameters(pair, (network,))
+        return {name: adam.state[parameter][key].numpy() for name, parameter in named if parameter in adam.state}
 
     return OptimizerState(of("exp_avg"), of("exp_avg_sq"))
 

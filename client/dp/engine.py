@@ -1,16 +1,13 @@
 """What an engine is: it turns images of a discriminator into contributions of patients to its gradient."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from client.dp.contributions import Contribution, Unformed
 from client.dp.packing import Chunk
-
-Loss = Callable[[Float[Tensor, " rows"]], Float[Tensor, " rows"]]
-"""Loss of each row from its logit."""
+from common.losses import Loss as Loss
 
 
 class Engine(ABC):

@@ -6,7 +6,7 @@ their rows differently (on one machine: two rows), so what a shape does is tried
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,16 @@ from client.dp.packing import Chunk
 _DRAWS = 3
 
 
-def same_at_every_place(make: Callable[[nn.Module], Engine], discriminator: nn.Module, rows: int, size: int) -> bool:
+def same_at_every_place(
+    make: Callable[[nn.Module], Engine], discriminator: nn.Module, rows: int, shape: Sequence[int]
+) -> bool:
     """Try random images and weights at all places of chunks of `rows` images, for every number of slots.
 
     Args:
         make: Makes the engine that is tried.
         discriminator: Its layers are tried, not its weights.
         rows: Images in a chunk.
-        size: Side of an image in pixels.
+        shape: Of an image: channels, then its sides in pixels.
 
     Returns:
         Whether all patients of the same images contribute the same bits and have norms of the same bits.
@@ -37,7 +39,7 @@ def same_at_every_place(make: Callable[[nn.Module], Engine], discriminator: nn.M
     for slots in [1 << power for power in range(rows.bit_length() - 1)]:
         for _ in range(_DRAWS):
             _fill(tried, rng)
-            images = torch.rand(slots, 1, size, size, generator=rng).mul_(2).sub_(1).repeat(rows // slots, 1, 1, 1)
+            images = torch.rand(slots, *shape, generator=rng).mul_(2).sub_(1).repeat(rows // slots, 1, 1, 1)
             weights = torch.full((rows,), 1 / slots)
             chunk = Chunk(images, torch.zeros(rows, dtype=torch.int64), weights, slots)
             if not _all_the_same(engine, chunk.to(device)):

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Int32
 
+from client.dp.engine import Loss
 from client.dp.packing import Batch
-from client.dp.step import Noise, loss_of_real, rounding
+from client.dp.step import Noise, rounding
 from client.dp.sums import Adder
 from common.secure_sum import GRID
 
@@ -18,13 +19,20 @@ _LARGEST = 2**31 - 1
 
 
 def integer_share(
-    adder: Adder, batch: Batch, max_grad_norm: float, noise_multiplier: float, divisor: float, noise: Noise
+    adder: Adder,
+    batch: Batch,
+    of_real: Loss,
+    max_grad_norm: float,
+    noise_multiplier: float,
+    divisor: float,
+    noise: Noise,
 ) -> Int32[np.ndarray, " gradient"]:
     """Clip each sampled patient's gradient, add them up, add noise and round to the public grid.
 
     Args:
         adder: From `make_adder`.
         batch: The sampled patients' images; none is a legal batch.
+        of_real: The discriminator's loss on real images.
         max_grad_norm: Bound on each patient's contribution.
         noise_multiplier: Deviation of this share's noise over the clipping norm.
         divisor: Public: expected patients of all sites in a step. All sites widen their noise by the same part, else
@@ -42,8 +50,8 @@ def integer_share(
         - empty_batch_is_noise: With no patient sampled the share is the same noise.
         - always_fits: Whatever the weights, every number fits into 32 bits; what does not is cut.
     """
-    adder.prepare(batch.images.shape[-1])
-    engine_order = adder.clipped_sum([(batch, loss_of_real)])
+    adder.prepare(batch.images.shape[1:])
+    engine_order = adder.clipped_sum([(batch, of_real)])
     total = torch.cat([part.flatten() for part in adder.by_parameter(engine_order)]).cpu()
     std = noise_multiplier * max_grad_norm * (1 + rounding(divisor))
     steps = total.add_(noise((len(total),), std)).div_(GRID * max_grad_norm).round_()

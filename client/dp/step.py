@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from client.dp.packing import Batch
 from client.dp.sums import Adder
 from common.config import GradientEngine, PrivacyConfig, TrainConfig
+from common.losses import Losses, bound_weights, losses_of
 from common.noise import to_public_grid
 
 ROWS = (32, 64)
@@ -32,9 +32,10 @@ Noise = Callable[[tuple[int, ...], float], Float64[Tensor, "..."]]
 @final
 @dataclass(frozen=True)
 class PrivateOptimizer:
-    """A discriminator with its engines and its Adam, and the public numbers of the mechanism."""
+    """A discriminator with its engines, its losses and its Adam, and the public numbers of the mechanism."""
 
     adder: Adder
+    losses: Losses
     adam: torch.optim.Adam
     max_grad_norm: float
     noise_multiplier: float
@@ -60,7 +61,7 @@ def private_optimizer(
     Args:
         discriminator: Layers that the engine knows; nothing that mixes images of a batch.
         privacy: The clipping norm.
-        train: Learning rate.
+        train: Learning rate and loss.
         noise_multiplier: Standard deviation of the noise over the clipping norm.
         divisor: Public: expected sampled patients. The sum of reals and as many fakes is divided by twice this.
         engine: `fast`, or `opacus` for the reference; both give the same sums to the precision of a float.
@@ -71,7 +72,8 @@ def private_optimizer(
     """
     adder = make_adder(discriminator, privacy, divisor, engine, bf16)
     adam = torch.optim.Adam(discriminator.parameters(), lr=train.learning_rate_d, betas=(0.5, 0.999), fused=True)
-    return PrivateOptimizer(adder, adam, privacy.max_grad_norm, noise_multiplier, divisor)
+    losses = losses_of(discriminator, train)
+    return PrivateOptimizer(adder, losses, adam, privacy.max_grad_norm, noise_multiplier, divisor)
 
 
 def make_adder(
@@ -93,28 +95,29 @@ def make_adder(
 def private_step(
     private: PrivateOptimizer,
     batch: Batch,
-    fakes: Float[Tensor, "fakes 1 size size"],
+    fakes: Float[Tensor, "fakes channels size size"],
     fake_labels: Int64[Tensor, " fakes"],
     noise: Noise,
 ) -> None:
-    """Take one step of D on the sampled patients and on fakes: Adam on `private_gradient`.
+    """Take one step of D on the sampled patients and on fakes: Adam on `private_gradient`, and the loss' bound.
 
     Args:
         private: From `private_optimizer`.
         batch: The sampled patients' images; none is a legal batch.
-        fakes: Generated images.
+        fakes: Generated images; nothing where the loss has no part for them.
         fake_labels: Their classes.
         noise: Where the noise comes from: secret in deployment.
     """
     private_gradient(private, batch, fakes, fake_labels, noise)
     private.adam.step()
     private.adam.zero_grad(set_to_none=True)
+    bound_weights(private.discriminator, private.losses)
 
 
 def private_gradient(
     private: PrivateOptimizer,
     batch: Batch,
-    fakes: Float[Tensor, "fakes 1 size size"],
+    fakes: Float[Tensor, "fakes channels size size"],
     fake_labels: Int64[Tensor, " fakes"],
     noise: Noise,
 ) -> None:
@@ -136,9 +139,12 @@ def private_gradient(
     Source: Abadi et al. 2016, algorithm 1, with patients as the unit; fakes are clipped like patients, as in
         Bie et al. 2023 (arXiv 2302.02936), which keeps the two halves of the loss in balance and costs nothing.
     """
-    generated = Batch(fakes, fake_labels, torch.arange(len(fakes)), len(fakes))
-    private.adder.prepare(fakes.shape[-1])
-    total = private.adder.clipped_sum([(batch, loss_of_real), (generated, _loss_of_fake)])
+    batches = [(batch, private.losses.of_real)]
+    if private.losses.of_fake is not None:
+        generated = Batch(fakes, fake_labels, torch.arange(len(fakes)), len(fakes))
+        batches.append((generated, private.losses.of_fake))
+    private.adder.prepare(batch.images.shape[1:])
+    total = private.adder.clipped_sum(batches)
     std = private.noise_multiplier * private.max_grad_norm * (1 + rounding(private.divisor))
     noisy = to_public_grid(total.add_(noise((len(total),), std).to(total.device, non_blocking=True)), std)
     gradient = noisy.div_(2 * private.divisor).float()
@@ -157,12 +163,3 @@ def rounding(divisor: float) -> float:
         divisor: Expected sampled patients.
     """
     return _ROUNDING_OF_NORMS + _ROUNDING_OF_SUMS * (2 * divisor + 128)
-
-
-def loss_of_real(logits: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """Return the discriminator's loss on real images, one number an image."""
-    return F.softplus(-logits)
-
-
-def _loss_of_fake(logits: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    return F.softplus(logits)

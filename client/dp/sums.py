@@ -5,9 +5,10 @@ Out of scope: noise and scale (step).
 
 import copy
 import functools
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Barrier
 from typing import final
@@ -68,20 +69,21 @@ class Adder:
         self._engines: list[Engine] = []
         self._pool = _pool(self.threads) if self.threads > 1 else None
 
-    def prepare(self, size: int) -> None:
-        """Find how many rows a chunk may have for images of this size, and make the engines; the second time is free.
+    def prepare(self, shape: Sequence[int]) -> None:
+        """Find how many rows a chunk may have for images of this shape, and make the engines; the second time is free.
 
         Args:
-            size: Side of an image in pixels.
+            shape: Of an image: channels, then its sides in pixels.
         """
         if self._engines:
             return
-        tried = (self.discriminator, self._name, self.rows, size, self.threads, self._device, self._bf16)
+        tried = (self.discriminator, self._name, self.rows, tuple(shape), self.threads, self._device, self._bf16)
         key = tuple(map(str, tried))
         if key not in _rows_found:
-            _rows_found[key] = self._find_rows(size)
+            _rows_found[key] = self._find_rows(shape)
         self.rows = _rows_found[key]
-        shared = {id(parameter): parameter for parameter in self.discriminator.parameters()}
+        own = itertools.chain(self.discriminator.parameters(), self.discriminator.buffers())
+        shared = {id(tensor): tensor for tensor in own}
         others = [copy.deepcopy(self.discriminator, dict(shared)) for _ in range(self.threads - 1)]
         self._engines = [self._engine(network, self.rows) for network in (self.discriminator, *others)]
 
@@ -100,15 +102,15 @@ class Adder:
         """Cut the flat gradient into the shapes of the parameters, in their order."""
         return self._engines[0].by_parameter(gradient)
 
-    def _find_rows(self, size: int) -> int:
+    def _find_rows(self, shape: Sequence[int]) -> int:
         numbers = sum(parameter.numel() for parameter in self.discriminator.parameters())
         rows = self.rows
-        while rows > 1 and (rows * numbers * 4 > _FORMED_BYTES or not self._agrees(rows, size)):
+        while rows > 1 and (rows * numbers * 4 > _FORMED_BYTES or not self._agrees(rows, shape)):
             rows //= 2
         return rows
 
-    def _agrees(self, rows: int, size: int) -> bool:
-        arguments = (functools.partial(self._engine, rows=rows), self.discriminator, rows, size)
+    def _agrees(self, rows: int, shape: Sequence[int]) -> bool:
+        arguments = (functools.partial(self._engine, rows=rows), self.discriminator, rows, shape)
         if self._pool is None:
             return same_at_every_place(*arguments)
         return self._pool.submit(same_at_every_place, *arguments).result()  # on a thread as in the real step

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from common.config import ImageConfig, ModelConfig
-from common.models import dcgan, mlp
+from common.errors import ConfigError
+from common.models import dcgan, mlp, resnet, unet, vae
+
+MAX_PARAMETERS = 1 << 27
+"""Of both networks of a pair together: bounds what a proposal can make a site allocate, 512 MiB."""
+
+_MODULES = {"dcgan": dcgan, "mlp": mlp, "resnet": resnet, "unet": unet, "vae": vae}
 
 
 @final
@@ -24,19 +30,41 @@ def build(config: ModelConfig, image: ImageConfig, number_of_classes: int, rng: 
 
     Args:
         config: Name, latent length and widths.
-        image: The image size.
+        image: Size and channels.
         number_of_classes: How many labels there are, at least 1.
         rng: The only source of the weights.
+
+    Raises:
+        ConfigError: The pair would have more than `MAX_PARAMETERS` weights.
 
     Guarantees:
         - own_seed: Equal generator states give equal weights, and the global random state is neither read nor moved.
         - opacus_layers: The discriminator holds only layers whose per-sample gradients Opacus knows, each used once.
+        - bounded: Weights are counted before memory is taken for them.
     """
-    module = {"dcgan": dcgan, "mlp": mlp}[config.name]
+    empty = outline(config, image, number_of_classes)
+    pair = Pair(_fill(empty.generator, rng), _fill(empty.discriminator, rng))
+    vae.take_over_decoder(pair.discriminator, pair.generator)
+    return pair
+
+
+def outline(config: ModelConfig, image: ImageConfig, number_of_classes: int) -> Pair:
+    """Build a pair that has shapes and no weights, and takes no memory for them; arguments as in `build`.
+
+    Raises:
+        ConfigError: The pair would have more than `MAX_PARAMETERS` weights.
+    """
+    module = _MODULES[config.name]
     with torch.device("meta"):  # no weights are drawn here, so the global generator is left alone
-        generator = module.Generator(image.size, number_of_classes, config.latent_dim, config.generator_width)
-        discriminator = module.Discriminator(image.size, number_of_classes, config.discriminator_width)
-    return Pair(_fill(generator, rng), _fill(discriminator, rng))
+        generator = module.Generator(image, number_of_classes, config)
+        discriminator = module.Discriminator(image, number_of_classes, config)
+    count = sum(parameter.numel() for network in (generator, discriminator) for parameter in network.parameters())
+    if count > MAX_PARAMETERS:
+        raise ConfigError(
+            f"Expected at most {MAX_PARAMETERS:,} weights of model.name={config.name} at {image.size} pixels, got "
+            f"{count:,}. Lower model.generator_width or model.discriminator_width."
+        )
+    return Pair(generator, discriminator)
 
 
 def _fill(model: nn.Module, rng: torch.Generator) -> nn.Module:
@@ -51,4 +79,6 @@ def _fill(model: nn.Module, rng: torch.Generator) -> nn.Module:
         elif isinstance(layer, nn.GroupNorm):
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
+    for buffer in model.buffers():
+        nn.init.zeros_(buffer)
     return model

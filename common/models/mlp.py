@@ -7,43 +7,47 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from common.config import ImageConfig, ModelConfig
+
 _SLOPE = 0.2
 
 
 @final
 class Generator(nn.Module):
-    """Latent and label to an image through two hidden layers of 8 x `width`."""
+    """Latent and label to an image through two hidden layers of 8 x `generator_width`."""
 
-    def __init__(self, size: int, number_of_classes: int, latent_dim: int, width: int) -> None:
+    def __init__(self, image: ImageConfig, number_of_classes: int, config: ModelConfig) -> None:
         super().__init__()
-        self._size, self._classes = size, number_of_classes
-        self.first = nn.Linear(latent_dim + number_of_classes, 8 * width)
-        self.second = nn.Linear(8 * width, 8 * width)
-        self.last = nn.Linear(8 * width, size**2)
+        self._shape, self._classes = (image.channels, image.size, image.size), number_of_classes
+        width = 8 * config.generator_width
+        self.first = nn.Linear(config.latent_dim + number_of_classes, width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, image.channels * image.size**2)
 
     def forward(
         self, latent: Float[Tensor, "batch latent"], labels: Int[Tensor, "batch"]
-    ) -> Float[Tensor, "batch 1 size size"]:
+    ) -> Float[Tensor, "batch channels size size"]:
         """Return images in [-1, 1]."""
         onehot = F.one_hot(labels, self._classes).to(latent.dtype)
         hidden = F.leaky_relu(self.first(torch.cat([latent, onehot], dim=1)), _SLOPE)
         hidden = F.leaky_relu(self.second(hidden), _SLOPE)
-        return torch.tanh(self.last(hidden)).view(-1, 1, self._size, self._size)
+        return torch.tanh(self.last(hidden)).view(-1, *self._shape)
 
 
 @final
 class Discriminator(nn.Module):
-    """Image and label to a logit through two hidden layers of 4 x `width`."""
+    """Image and label to a logit through two hidden layers of 4 x `discriminator_width`."""
 
-    def __init__(self, size: int, number_of_classes: int, width: int) -> None:
+    def __init__(self, image: ImageConfig, number_of_classes: int, config: ModelConfig) -> None:
         super().__init__()
-        self.first = nn.Linear(size**2, 4 * width)
-        self.label = nn.Embedding(number_of_classes, 4 * width)
-        self.second = nn.Linear(4 * width, 4 * width)
-        self.last = nn.Linear(4 * width, 1)
+        width = 4 * config.discriminator_width
+        self.first = nn.Linear(image.channels * image.size**2, width)
+        self.label = nn.Embedding(number_of_classes, width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, 1)
 
     def forward(
-        self, images: Float[Tensor, "batch 1 size size"], labels: Int[Tensor, "batch"]
+        self, images: Float[Tensor, "batch channels size size"], labels: Int[Tensor, "batch"]
     ) -> Float[Tensor, "batch"]:
         """Return one logit per image, high for real."""
         hidden = F.leaky_relu(self.first(images.flatten(1)) + self.label(labels), _SLOPE)

@@ -54,7 +54,9 @@ def share(dataset, proposal=TOGETHER, cohort=COHORT, noise=None, key=bytes(32)):
         agreed = dataclasses.replace(agreed, train_noise_multiplier=noise)
     pair = build(proposal.model, proposal.image, 2, torch.Generator().manual_seed(3))
     before = [parameter.clone() for parameter in pair.discriminator.parameters()]
-    made = gradient_share(dataset, pair.discriminator, proposal, agreed, KeyStream(key))
+    made = gradient_share(
+        dataset, pair.discriminator, proposal, agreed, KeyStream(key), torch.Generator().manual_seed(4)
+    )
     assert all(torch.equal(old, new) for old, new in zip(before, pair.discriminator.parameters(), strict=True))
     return made
 

@@ -47,7 +47,7 @@ def test_unknown_key_names_the_nearest(tree: dict, near: str) -> None:
         ("simulation.partition", "dirichlet:inf"),
         ("simulation.partition", "unequal"),
         ("federation.rounds", -1),
-        ("model.name", "resnet"),
+        ("model.name", "biggan"),
         ("server.aggregation", "sum"),
     ],
 )

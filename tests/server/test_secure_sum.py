@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common.config import Config
 from common.config_text import build_config
@@ -67,11 +68,11 @@ def test_fakes_are_clipped_one_by_one(name: str) -> None:
     labels = torch.arange(40) % 2
     norms, expected = [], 0.0
     for image, label in zip(images, labels, strict=True):
-        loss = torch.nn.functional.softplus(discriminator(image[None], label[None])).sum()
+        loss = F.softplus(discriminator(image[None], label[None])).sum()
         gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]).double()
         norms.append(float(gradient.norm()))
         expected = expected + gradient * min(1.0, 0.8 * norms[0] / norms[-1])
-    made = clipped_sum_of_fakes(discriminator, images, labels, 0.8 * norms[0])
+    made = clipped_sum_of_fakes(discriminator, images, labels, F.softplus, 0.8 * norms[0])
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
     assert made.norm() < 40 * 0.8 * norms[0]
 
@@ -79,9 +80,9 @@ def test_fakes_are_clipped_one_by_one(name: str) -> None:
 def test_a_fake_whose_gradient_is_not_finite_counts_as_zero() -> None:
     discriminator = initial_pair(_config()).discriminator
     images, labels = torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64)
-    alone = clipped_sum_of_fakes(discriminator, images[:1], labels[:1], 0.5)
+    alone = clipped_sum_of_fakes(discriminator, images[:1], labels[:1], F.softplus, 0.5)
     images[1] = torch.inf
-    torch.testing.assert_close(clipped_sum_of_fakes(discriminator, images, labels, 0.5), alone)
+    torch.testing.assert_close(clipped_sum_of_fakes(discriminator, images, labels, F.softplus, 0.5), alone)
 
 
 def test_first_step_goes_against_the_gradient_of_sum_and_fakes() -> None:

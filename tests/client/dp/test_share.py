@@ -11,13 +11,15 @@ from scipy import stats
 
 from client.dp import Batch, integer_share, make_adder
 from client.dp.step import rounding
-from common.config import ImageConfig, ModelConfig, PrivacyConfig
+from common.config import ImageConfig, ModelConfig, PrivacyConfig, TrainConfig
 from common.crypto import KeyStream
+from common.losses import losses_of
 from common.models import build
 from common.noise import gaussian
 from common.secure_sum import GRID
 
 KEY = bytes(range(32))
+TRAIN = TrainConfig()
 CLASSES = 3
 EMPTY = Batch(torch.empty(0, 1, 28, 28), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), 0)
 
@@ -48,7 +50,8 @@ def without(batch, patient):
 
 def share(batch, model=None, *, clip=1.0, noise=0.0, divisor=4.0, key=KEY, engine="fast"):
     adder = make_adder(model or network(), PrivacyConfig(max_grad_norm=clip), divisor, engine)
-    return integer_share(adder, batch, clip, noise, divisor, functools.partial(gaussian, KeyStream(key)))
+    secret = functools.partial(gaussian, KeyStream(key))
+    return integer_share(adder, batch, losses_of(adder.discriminator, TRAIN).of_real, clip, noise, divisor, secret)
 
 
 @settings(deadline=None, derandomize=True, max_examples=20)

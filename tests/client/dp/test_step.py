@@ -150,7 +150,7 @@ def test_company_changes_nothing(name, size, scale, slots, engine, divisor):
         for parameter in model.parameters():
             parameter.mul_(scale)
     mine, private = images(slots, size, seed=3), prepared(model, engine=engine, divisor=divisor)
-    private.adder.prepare(size)
+    private.adder.prepare((1, size, size))
     rows = private.adder.rows
     assert rows == (32 if divisor < 96 else 64)
     weights = torch.full((rows,), 1 / slots)
@@ -251,7 +251,7 @@ def test_company_changes_nothing_where_weights_cancel(name, size, width, engine)
     config = ModelConfig(name=name, latent_dim=2, generator_width=8, discriminator_width=width)
     model = build(config, ImageConfig(size=size), CLASSES, rng(1)).discriminator
     private = prepared(model, divisor=500.0, engine=engine)
-    private.adder.prepare(size)
+    private.adder.prepare((1, size, size))
     (one, other), _ = images(2, size, seed=3)
     hidden, rows = [], private.adder.rows
     places, labels = one.expand(rows, -1, -1, -1), torch.zeros(rows, dtype=torch.int64)
