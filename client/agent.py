@@ -241,7 +241,7 @@ def _weights_of(site: Site, request: Request, proposal: Proposal) -> tuple[Pair 
 
 
 def _warmup(dataset: Dataset, proposal: Proposal, agreed: Plan, secret: KeyStream) -> dict[str, npt.NDArray[Any]]:
-    features = feature_map(proposal.image.size)
+    features = feature_map(proposal.image.size, proposal.image.channels)
     sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), features)
     std = agreed.charge_of_warmup().noise_multiplier
     noisy = to_public_grid(sums + gaussian(secret, tuple(sums.shape), std), std)

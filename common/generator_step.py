@@ -38,7 +38,7 @@ def generator_step(
 
 def draw_fakes(
     generator: nn.Module, count: int, proposal: Proposal, rng: torch.Generator
-) -> tuple[Float[Tensor, "count 1 size size"], Int64[Tensor, " count"]]:
+) -> tuple[Float[Tensor, "count channels size size"], Int64[Tensor, " count"]]:
     """Draw labels, latents and with them images from a generator; only `rng` is random."""
     labels = torch.randint(max(1, len(proposal.image.classes)), (count,), generator=rng)
     latents = torch.randn(count, proposal.model.latent_dim, generator=rng)

@@ -120,7 +120,7 @@ def step_together(config: Config, state: State, total: npt.NDArray[np.int64], di
 
 def clipped_sum_of_fakes(
     discriminator: nn.Module,
-    fakes: Float[Tensor, "fakes 1 size size"],
+    fakes: Float[Tensor, "fakes channels size size"],
     labels: Int64[Tensor, " fakes"],
     max_grad_norm: float,
 ) -> Float64[Tensor, " gradient"]:

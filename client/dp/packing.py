@@ -26,7 +26,7 @@ class Batch:
         number_of_patients: Sampled patients. Sensitive: never leaves the step.
     """
 
-    images: Float[Tensor, "images 1 size size"]
+    images: Float[Tensor, "images channels size size"]
     labels: Int64[Tensor, " images"]
     patients: Int64[Tensor, " images"]
     number_of_patients: int
@@ -44,7 +44,7 @@ class Chunk:
         slots: Adjacent rows of one patient.
     """
 
-    images: Float[Tensor, "rows 1 size size"]
+    images: Float[Tensor, "rows channels size size"]
     labels: Int64[Tensor, " rows"]
     weights: Float[Tensor, " rows"]
     slots: int
