@@ -119,4 +119,6 @@ def _check_form(dataset: Dataset) -> None:
         raise IntakeError("Expected images of uint8, labels and patients of int64. Run the intake again.")
     square = images.ndim == 4 and images.shape[1] in IMAGE_CHANNELS and images.shape[2] == images.shape[3]
     if not square or labels.shape != images.shape[:1] or patients.shape != images.shape[:1] or images.size == 0:
-        raise IntakeError("Expected images x 1 or 3 channels x size x size with one label and one patient each, and at least one.")
+        raise IntakeError(
+            "Expected images x 1 or 3 channels x size x size with one label and one patient each, and at least one."
+        )

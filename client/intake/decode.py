@@ -70,9 +70,7 @@ def _wanted(records: Sequence[Record], classes: Sequence[str], refused: Counter[
     return sorted((record for record in records if record.label in known), key=attrgetter("patient"))
 
 
-def _squares(
-    records: Sequence[Record], size: int, channels: int, decoder: DecoderProcess
-) -> Iterator[Square | str]:
+def _squares(records: Sequence[Record], size: int, channels: int, decoder: DecoderProcess) -> Iterator[Square | str]:
     """Yield for each record its pixels or the reason why it is refused; an NPZ is opened once."""
     for path, group in groupby(records, key=attrgetter("path")):
         rows = [record.row for record in group]
