@@ -62,7 +62,7 @@ def _some(rows: range, at_most: int, secret: KeyStream) -> Int64[np.ndarray, " s
 def _moved(
     images: UInt8[np.ndarray, "images channels size size"], stays: np.ndarray, secret: KeyStream
 ) -> UInt8[np.ndarray, "images channels size size"]:
-    """Move each image that does not stay by up to a sixteenth of its side, all channels alike; its border is repeated."""
+    """Move each image that does not stay by up to a sixteenth of its side, in all channels; its border is repeated."""
     count, channels, size, _ = images.shape
     most = max(1, round(size * _LARGEST_SHIFT))
     shifts = np.floor(uniform(secret, 2 * count) * (2 * most + 1)).astype(np.int64).reshape(2, count) - most

@@ -4,8 +4,8 @@ Accepted: `images` (N,H,W), (N,H,W,1), (N,H,W,3) or (N,1,H,W) with `patient_id` 
 and `site`; or the MNIST form `x_train` with `y_train`, where each image is a person of its own.
 
 How values become levels, image by image: uint8 as it is; uint16 stretched between the image's own minimum and maximum,
-all colours together, since the depth is not stated; floats in [-1, 1] when a value is below 0, else in [0, 1] when none is above 1,
-else in [0, 255]. Store uint8 where this rule could guess wrong.
+all colours together, since the depth is not stated; floats in [-1, 1] when a value is below 0, else in [0, 1] when none
+is above 1, else in [0, 255]. Store uint8 where this rule could guess wrong.
 """
 
 import lzma

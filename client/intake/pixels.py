@@ -1,7 +1,7 @@
 """Pixel values on their way to 0..255 in a small square. One image at a time: no statistic crosses patients.
 
-What an image is and what is asked of it may differ: colour that is asked as grey becomes luminance, grey that is asked as
-colour becomes three equal channels.
+What an image is and what is asked may differ: colour asked as grey becomes luminance, grey asked as colour becomes
+three equal channels.
 
 Out of scope: reading files.
 """

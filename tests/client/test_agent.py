@@ -11,8 +11,8 @@ import torch
 from client import journal
 from client.agent import answer, open_site
 from client.channel import pack_reply
-from client.journal import check_egress, content_digest, release_schema
 from client.home import import_images, load_images
+from client.journal import check_egress, content_digest, release_schema
 from client.ledger import ChargeRequest, read_ledger
 from common.config_text import parse_proposal
 from common.crypto import KeyStream
@@ -126,7 +126,8 @@ def test_images_in_another_form_cost_nothing_and_the_log_says_how_to_mend_it(sit
     for request in (warmup, train):
         caplog.clear()
         assert_refused(answer(site, changed(request, "image", **image)), RefusalCode.NO_DATA)
-        asked = f"{form['size']} px in {'colour' if form['channels'] == 3 else 'grey'} (classes {', '.join(form['classes'])})"
+        names, colour = form["classes"], {1: "grey", 3: "colour"}[form["channels"]]
+        asked = f"{form['size']} px in {colour} (classes {', '.join(names)})"
         assert (
             f"Expected imported images of {asked}, this site has 28 px in grey (classes clear, opacity)" in caplog.text
         )

@@ -14,7 +14,8 @@ from common.config_text import build_config, to_toml
 from common.crypto import load_key
 from common.errors import ExitCode, StorageError
 from common.messages import Kind, Request
-from common.privacy import Charge
+from common.plan import plan
+from common.privacy import Charge, epsilon
 
 
 @pytest.fixture
@@ -164,12 +165,13 @@ def test_budget_of_the_whole_of_a_part_and_of_nothing(run, tiny_home, planned):
     assert "this site can join: nothing of it; then spent: epsilon 0.000" in out
 
 
-def test_budget_says_when_the_warm_up_is_over_it(run, tiny_home, planned):
+def test_budget_says_when_the_warm_up_is_over_it(run, tiny_home, planned, tiny_proposal):
     site = open_site(tiny_home)
-    site.ledger.charge(ChargeRequest("earlier", 1, Kind.TRAIN, "digest"), Charge(0.68, 1.0, 1), 8.0, 1e-5)
+    site.ledger.charge(ChargeRequest("earlier", 1, Kind.TRAIN, "digest"), Charge(0.65, 1.0, 1), 8.0, 1e-5)
     left = 8.0 - site.ledger.spent(1e-5)
     _, out, _ = run("budget", tiny_home.folder, "--config", planned)
-    assert f"over budget: the warm-up alone asks for epsilon 4.000, {left:.3f} is left" in out
+    alone = epsilon([plan(tiny_proposal, 40).charge_of_warmup()], 1e-5)
+    assert f"over budget: the warm-up alone asks for epsilon {alone:.3f}, {left:.3f} is left" in out
     assert len(site.ledger.entries) == 1
 
 

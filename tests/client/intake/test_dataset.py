@@ -9,7 +9,6 @@ from jaxtyping import TypeCheckError
 from client.intake import Dataset, Form, Record, Scan, load, read_form, save
 from common.errors import IntakeError, StorageError
 
-
 CLASSES = ("clear", "nodule", "mass")
 
 
