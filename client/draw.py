@@ -62,10 +62,10 @@ def _some(rows: range, at_most: int, secret: KeyStream) -> Int64[np.ndarray, " s
 def _moved(
     images: UInt8[np.ndarray, "images channels size size"], stays: np.ndarray, secret: KeyStream
 ) -> UInt8[np.ndarray, "images channels size size"]:
-    """Move each image that does not stay by up to a sixteenth of its side, in all channels; its border is repeated."""
-    count, channels, size, _ = images.shape
+    """Move each image that does not stay by up to a sixteenth of its side; its border is repeated."""
+    count, _, size, _ = images.shape
     most = max(1, round(size * _LARGEST_SHIFT))
     shifts = np.floor(uniform(secret, 2 * count) * (2 * most + 1)).astype(np.int64).reshape(2, count) - most
     lines, columns = np.clip(np.arange(size) + np.where(stays, 0, shifts)[:, :, None], 0, size - 1)
-    rows, planes = np.arange(count)[:, None, None, None], np.arange(channels)[None, :, None, None]
-    return images[rows, planes, lines[:, None, :, None], columns[:, None, None, :]]
+    moved = images[np.arange(count)[:, None, None], :, lines[:, :, None], columns[:, None, :]]
+    return np.ascontiguousarray(np.moveaxis(moved, -1, 1))

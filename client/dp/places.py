@@ -19,9 +19,7 @@ from client.dp.packing import Chunk
 _DRAWS = 3
 
 
-def same_at_every_place(
-    make: Callable[[nn.Module], Engine], discriminator: nn.Module, rows: int, size: int, channels: int
-) -> bool:
+def same_at_every_place(make: Callable[[nn.Module], Engine], discriminator: nn.Module, rows: int, size: int) -> bool:
     """Try random images and weights at all places of chunks of `rows` images, for every number of slots.
 
     Args:
@@ -29,7 +27,6 @@ def same_at_every_place(
         discriminator: Its layers are tried, not its weights.
         rows: Images in a chunk.
         size: Side of an image in pixels.
-        channels: Of an image.
 
     Returns:
         Whether all patients of the same images contribute the same bits and have norms of the same bits.
@@ -40,8 +37,7 @@ def same_at_every_place(
     for slots in [1 << power for power in range(rows.bit_length() - 1)]:
         for _ in range(_DRAWS):
             _fill(tried, rng)
-            images = torch.rand(slots, channels, size, size, generator=rng).mul_(2).sub_(1)
-            images = images.repeat(rows // slots, 1, 1, 1)
+            images = torch.rand(slots, 1, size, size, generator=rng).mul_(2).sub_(1).repeat(rows // slots, 1, 1, 1)
             weights = torch.full((rows,), 1 / slots)
             chunk = Chunk(images, torch.zeros(rows, dtype=torch.int64), weights, slots)
             if not _all_the_same(engine, chunk.to(device)):

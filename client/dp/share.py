@@ -42,7 +42,7 @@ def integer_share(
         - empty_batch_is_noise: With no patient sampled the share is the same noise.
         - always_fits: Whatever the weights, every number fits into 32 bits; what does not is cut.
     """
-    adder.prepare(batch.images.shape[-1], batch.images.shape[1])
+    adder.prepare(batch.images.shape[-1])
     engine_order = adder.clipped_sum([(batch, loss_of_real)])
     total = torch.cat([part.flatten() for part in adder.by_parameter(engine_order)]).cpu()
     std = noise_multiplier * max_grad_norm * (1 + rounding(divisor))

@@ -93,7 +93,7 @@ def make_adder(
 def private_step(
     private: PrivateOptimizer,
     batch: Batch,
-    fakes: Float[Tensor, "fakes channels size size"],
+    fakes: Float[Tensor, "fakes 1 size size"],
     fake_labels: Int64[Tensor, " fakes"],
     noise: Noise,
 ) -> None:
@@ -114,7 +114,7 @@ def private_step(
 def private_gradient(
     private: PrivateOptimizer,
     batch: Batch,
-    fakes: Float[Tensor, "fakes channels size size"],
+    fakes: Float[Tensor, "fakes 1 size size"],
     fake_labels: Int64[Tensor, " fakes"],
     noise: Noise,
 ) -> None:
@@ -137,7 +137,7 @@ def private_gradient(
         Bie et al. 2023 (arXiv 2302.02936), which keeps the two halves of the loss in balance and costs nothing.
     """
     generated = Batch(fakes, fake_labels, torch.arange(len(fakes)), len(fakes))
-    private.adder.prepare(fakes.shape[-1], fakes.shape[1])
+    private.adder.prepare(fakes.shape[-1])
     total = private.adder.clipped_sum([(batch, loss_of_real), (generated, _loss_of_fake)])
     std = private.noise_multiplier * private.max_grad_norm * (1 + rounding(private.divisor))
     noisy = to_public_grid(total.add_(noise((len(total),), std).to(total.device, non_blocking=True)), std)

@@ -68,19 +68,18 @@ class Adder:
         self._engines: list[Engine] = []
         self._pool = _pool(self.threads) if self.threads > 1 else None
 
-    def prepare(self, size: int, channels: int = 1) -> None:
+    def prepare(self, size: int) -> None:
         """Find how many rows a chunk may have for images of this size, and make the engines; the second time is free.
 
         Args:
             size: Side of an image in pixels.
-            channels: 1 for grey images, 3 for colour.
         """
         if self._engines:
             return
-        tried = (self.discriminator, self._name, self.rows, size, channels, self.threads, self._device, self._bf16)
+        tried = (self.discriminator, self._name, self.rows, size, self.threads, self._device, self._bf16)
         key = tuple(map(str, tried))
         if key not in _rows_found:
-            _rows_found[key] = self._find_rows(size, channels)
+            _rows_found[key] = self._find_rows(size)
         self.rows = _rows_found[key]
         shared = {id(parameter): parameter for parameter in self.discriminator.parameters()}
         others = [copy.deepcopy(self.discriminator, dict(shared)) for _ in range(self.threads - 1)]
@@ -101,15 +100,15 @@ class Adder:
         """Cut the flat gradient into the shapes of the parameters, in their order."""
         return self._engines[0].by_parameter(gradient)
 
-    def _find_rows(self, size: int, channels: int) -> int:
+    def _find_rows(self, size: int) -> int:
         numbers = sum(parameter.numel() for parameter in self.discriminator.parameters())
         rows = self.rows
-        while rows > 1 and (rows * numbers * 4 > _FORMED_BYTES or not self._agrees(rows, size, channels)):
+        while rows > 1 and (rows * numbers * 4 > _FORMED_BYTES or not self._agrees(rows, size)):
             rows //= 2
         return rows
 
-    def _agrees(self, rows: int, size: int, channels: int) -> bool:
-        arguments = (functools.partial(self._engine, rows=rows), self.discriminator, rows, size, channels)
+    def _agrees(self, rows: int, size: int) -> bool:
+        arguments = (functools.partial(self._engine, rows=rows), self.discriminator, rows, size)
         if self._pool is None:
             return same_at_every_place(*arguments)
         return self._pool.submit(same_at_every_place, *arguments).result()  # on a thread as in the real step
