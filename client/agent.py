@@ -40,6 +40,8 @@ from common.weights import BOTH, check_arrays, get_weights, set_weights
 
 LOG = logging.getLogger("fedmedgan.agent")
 MAX_D_STEPS = 5000
+_MAX_LOGGED = 4000
+"""Characters of one reason in the log: a proposal may name classes of thousands."""
 _RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 Secrets = Callable[[str], KeyStream]
@@ -126,7 +128,7 @@ def _private(site: Site, request: Request) -> Reply:
     released, replies = _released(site), site.home.replies
     reply = stored_reply(replies, request, digest, released)
     if reply is None:
-        require_images(site.home, proposal.image.classes, proposal.image.size)
+        require_images(site.home, proposal.image.classes, proposal.image.size, proposal.image.channels)
         pair, rng = _weights_of(site, request, proposal)  # what does not decode is refused before it costs anything
         allowed = journal.release_schema(request.kind, journal.reply_shapes(proposal, pair))
         policy.check_reply(site.policy, allowed.size_bytes)
@@ -160,7 +162,7 @@ def _release(
     spent: float,
 ) -> Reply:
     """Touch the patients, once the charge stands."""
-    dataset = load_images(site.home, proposal.image.classes, proposal.image.size)
+    dataset = load_images(site.home, proposal.image.classes, proposal.image.size, proposal.image.channels)
     fields: dict[str, Scalar] = {"epsilon_spent": spent, "epsilon_allowed": site.policy.max_epsilon}
     if pair is None:
         arrays = _warmup(dataset, proposal, agreed, secret)
@@ -177,7 +179,9 @@ def _release(
 
 def _refusal(request: Request, error: FedmedganError) -> Reply:
     code = error.code if isinstance(error, PolicyRefusal) else _code(error)
-    text = str(error).replace("\n", " | ")  # what came in a message cannot write lines of its own into the log
+    # What came in a message can neither write lines of its own into the log nor command the terminal that shows it.
+    said = str(error)[:_MAX_LOGGED].replace("\n", " | ")
+    text = "".join(letter if letter.isprintable() else "?" for letter in said)
     LOG.warning("%s round %d refused (%s): %s", request.kind, request.round, code, text)
     return Reply(request.kind, request.run_id, request.round, code)
 
@@ -241,7 +245,7 @@ def _weights_of(site: Site, request: Request, proposal: Proposal) -> tuple[Pair 
 
 
 def _warmup(dataset: Dataset, proposal: Proposal, agreed: Plan, secret: KeyStream) -> dict[str, npt.NDArray[Any]]:
-    features = feature_map(proposal.image.size)
+    features = feature_map(proposal.image.size, proposal.image.channels)
     sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), features)
     std = agreed.charge_of_warmup().noise_multiplier
     noisy = to_public_grid(sums + gaussian(secret, tuple(sums.shape), std), std)

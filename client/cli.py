@@ -15,7 +15,16 @@ from rich.table import Table
 
 from client import budget, journal, policy
 from client.agent import open_site
-from client.home import Home, SiteConfig, create_home, head_copy, import_images, load_images, require_books
+from client.home import (
+    Home,
+    SiteConfig,
+    create_home,
+    head_copy,
+    import_images,
+    load_images,
+    require_books,
+    require_images,
+)
 from client.intake.records import parse_label
 from client.intake.refusals import describe
 from client.ledger import Ledger, read_ledger
@@ -29,12 +38,16 @@ from common.crypto import load_key
 from common.errors import ConfigError, ExitCode, IntakeError, StorageError
 from common.files import write_atomic
 from common.plan import delta_warning
+from common.privacy import epsilon
 from common.secure_sum import Cohort, parse_cohort
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 records = typer.Typer(no_args_is_help=True, help="Show, verify or export the record of every release.")
 app.add_typer(records, name="journal")
+
+_UNNAMED = ("all",)
+"""The classes of a planned run whose configuration names none."""
 
 HomeArgument = Annotated[Path, typer.Argument(help="The site's home folder.")]
 
@@ -75,16 +88,20 @@ def import_(
     home: HomeArgument,
     classes: Annotated[str, typer.Option(help="Class names of the run, comma-separated, in its order.")],
     size: Annotated[int, typer.Option(help="Side of an image in pixels: 28, 32 or 64.")] = 32,
+    channels: Annotated[int, typer.Option(help="1: grey, colour becomes luminance; 3: colour, grey stays grey.")] = 1,
 ) -> None:
     """Read the site's images into its home, ready for a run; say what was refused and why."""
     opened = Home(home)
     minimum = policy.load(opened.policy).min_patients
     names = [name.strip() for name in classes.split(",")]
-    refused = import_images(opened, names, size, minimum)
-    found = load_images(opened, names, size)
-    by_class = ", ".join(f"{name} {int((found.labels == number).sum())}" for number, name in enumerate(names))
+    refused = import_images(opened, names, size, minimum, channels)
+    found = load_images(opened, names, size, channels)
+    counts = {name: int((found.labels == number).sum()) for number, name in enumerate(names)}
+    by_class = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"imported {len(found.images)} images of {found.number_of_patients} patients; by class: {by_class}")
     print(f"refused: {describe(refused) if refused else 'nothing'}")
+    if absent := [name for name, count in counts.items() if not count]:
+        print(f"warning: no image here has the class {', '.join(absent)}; check the spelling", file=sys.stderr)
 
 
 @app.command("serve")
@@ -148,8 +165,9 @@ def show_budget(
     _print(table)
     total = f"of {found.max_epsilon:g} at delta {found.delta:g}"
     print(f"spent: epsilon {found.spent:.3f} {total}; left: {found.left:.3f}")
-    if found.forecast is not None:
-        _print_forecast(found.forecast)
+    if proposal is not None and found.forecast is not None:
+        _print_forecast(found.forecast, found.left)
+        _print_images(Home(home), proposal)
     if json_file is not None:
         _require_outside(home, json_file)
         write_atomic(json_file, (json.dumps(found.as_json(), indent=1) + "\n").encode())
@@ -226,10 +244,10 @@ def _planned(path: Path) -> Proposal:
     planned = build_config(read_config(path))
     if planned.image.classes:
         return planned
-    return build_config(planned.model_dump(), {"image.classes": ("all",)})  # they count in the bytes of a reply only
+    return build_config(planned.model_dump(), {"image.classes": _UNNAMED})  # they count in the bytes of a reply only
 
 
-def _print_forecast(planned: budget.Forecast) -> None:
+def _print_forecast(planned: budget.Forecast, left: float) -> None:
     agreed = planned.plan
     noises = (("warm-up", agreed.warmup_noise_multiplier), ("training", agreed.train_noise_multiplier))
     noise = ", ".join(f"noise of the {name} {sigma:.3f}" for name, sigma in noises if sigma is not None)
@@ -237,6 +255,18 @@ def _print_forecast(planned: budget.Forecast) -> None:
     print(f"planned run alone: epsilon {agreed.epsilon:.3f}")
     print(f"policy: {'allows it' if planned.refusal is None else 'refuses it: ' + planned.refusal}")
     print(f"this site can join: {_extent(planned)}; then spent: epsilon {planned.epsilon_after:.3f}")
+    if planned.warmup is False and planned.refusal is None:
+        alone = epsilon([agreed.charge_of_warmup()], agreed.delta)
+        print(f"over budget: the warm-up alone asks for epsilon {alone:.3f}, {left:.3f} is left")
+
+
+def _print_images(home: Home, proposal: Proposal) -> None:
+    image = proposal.image
+    try:
+        require_images(home, image.classes, image.size, image.channels)
+        print("images: imported")
+    except IntakeError as error:
+        print(f"images: {error if image.classes != _UNNAMED else 'not looked for, since the run names no classes'}")
 
 
 def _extent(planned: budget.Forecast) -> str:

@@ -14,6 +14,7 @@ Out of scope: what the policy allows (client/policy), what an image is (client/i
 import fcntl
 import hashlib
 import json
+import shlex
 import tomllib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from client import journal
 from client import policy as policies
-from client.intake import Dataset, load, read, save, scan
+from client.intake import Dataset, Form, load, read, read_form, save, scan
 from client.ledger import open_ledger
 from client.policy import Policy
 from common.config import GradientEngine
 from common.crypto import SigningKey, load_key, save_key
 from common.errors import ConfigError, IntakeError, StorageError
 from common.files import make_folder, write_atomic
+
+_MAX_FORMS = 8
+"""Imported data sets that a refusal names."""
 
 
 @final
@@ -94,9 +98,10 @@ class Home:
         """Return the path of the site's own log: reasons in full, never sent anywhere."""
         return self.folder / "agent.log"
 
-    def dataset(self, classes: Sequence[str], size: int) -> Path:
-        """Return the path of the imported training set for these classes and this size."""
-        name = hashlib.sha256(json.dumps([list(classes), size]).encode()).hexdigest()[:16]
+    def dataset(self, classes: Sequence[str], size: int, channels: int = 1) -> Path:
+        """Return the path of the imported training set for these classes, this size and these channels."""
+        form = [list(classes), size] if channels == 1 else [list(classes), size, channels]
+        name = hashlib.sha256(json.dumps(form).encode()).hexdigest()[:16]
         return self.folder / f"dataset-{name}.safetensors"
 
 
@@ -168,19 +173,28 @@ def head_copy(home: Home) -> Path | None:
     return Path(site.head_copy) if site.head_copy is not None else None
 
 
-def require_images(home: Home, classes: Sequence[str], size: int) -> None:
-    """Refuse classes and sizes that were never imported, before anything is charged.
+def require_images(home: Home, classes: Sequence[str], size: int, channels: int = 1) -> None:
+    """Refuse classes, sizes and channels that were never imported, before anything is charged.
+
+    Which of the classes have patients here is no ground for a refusal: it would tell the coordinator.
 
     Raises:
-        IntakeError: No training set is imported for them.
+        IntakeError: No training set is imported for them; the message says what is, and how to import what is asked.
     """
-    if not home.dataset(classes, size).exists():
-        raise IntakeError(
-            f"No training set of {len(classes)} classes at {size} px is imported at this site. Import the images first."
-        )
+    if home.dataset(classes, size, channels).exists():
+        return
+    there = [form for path in sorted(home.folder.glob("dataset-*.safetensors")) if (form := read_form(path))]
+    names = shlex.quote(",".join(classes))  # may come from a message and end in a shell
+    raise IntakeError(
+        f"Expected imported images of {_described(Form(tuple(classes), size, channels))}, this site has "
+        f"{'; '.join(map(_described, there[:_MAX_FORMS])) or 'none'}. If they can be had, import them: fedmedgan-site "
+        f"import {shlex.quote(str(home.folder))} --classes {names} --size {size} --channels {channels}"
+    )
 
 
-def import_images(home: Home, classes: Sequence[str], size: int, min_patients: int) -> Mapping[str, int]:
+def import_images(
+    home: Home, classes: Sequence[str], size: int, min_patients: int, channels: int = 1
+) -> Mapping[str, int]:
     """Read the site's images once and keep them in the home, ready for training.
 
     Args:
@@ -188,6 +202,7 @@ def import_images(home: Home, classes: Sequence[str], size: int, min_patients: i
         classes: Class names in the order of their numbers.
         size: Side of an image in pixels.
         min_patients: Fewer usable patients are an error.
+        channels: 1 for grey, 3 for colour; images that are the other are converted.
 
     Returns:
         How many files were refused, by reason. For the site's own eyes.
@@ -197,24 +212,30 @@ def import_images(home: Home, classes: Sequence[str], size: int, min_patients: i
         ConfigError: site.toml is missing or wrong.
     """
     site = read_site_config(home)
-    dataset, refused = read(scan(home.folder / site.data, site.label), classes, size)
+    dataset, refused = read(scan(home.folder / site.data, site.label), classes, size, channels)
     if dataset.number_of_patients < min_patients:
         raise IntakeError(
             f"Expected at least min_patients={min_patients} usable patients at this site, found "
             f"{dataset.number_of_patients}. Add patients, or lower privacy.min_patients and the policy's min_patients."
         )
-    save(dataset, home.dataset(classes, size))
+    save(dataset, home.dataset(classes, size, channels), classes)
     return refused
 
 
-def load_images(home: Home, classes: Sequence[str], size: int) -> Dataset:
+def load_images(home: Home, classes: Sequence[str], size: int, channels: int = 1) -> Dataset:
     """Load the imported training set.
 
     Raises:
-        IntakeError: It was never imported for these classes and this size.
+        IntakeError: It was never imported for these classes, this size and these channels, or the file holds others.
     """
-    require_images(home, classes, size)
-    return load(home.dataset(classes, size))
+    require_images(home, classes, size, channels)
+    dataset = load(home.dataset(classes, size, channels))
+    if dataset.images.shape[1:] != (channels, size, size) or dataset.labels.max() >= len(classes):
+        raise IntakeError(
+            f"Expected images of {_described(Form(tuple(classes), size, channels))}, the file holds others: it was "
+            "renamed or copied from elsewhere. Import the images again."
+        )
+    return dataset
 
 
 def read_site_config(home: Home) -> SiteConfig:
@@ -232,6 +253,12 @@ def read_site_config(home: Home) -> SiteConfig:
         raise ConfigError(
             f"Could not read site.toml in the home folder: {type(error).__name__}. Write it anew: data = PATH"
         ) from error
+
+
+def _described(form: Form) -> str:
+    colour = {1: "grey", 3: "colour"}[form.channels]
+    classes = "classes unknown" if form.classes is None else f"classes {', '.join(form.classes)}"
+    return f"{form.size} px in {colour} ({classes})"
 
 
 def _require_outside(folder: Path, site: SiteConfig) -> None:

@@ -93,7 +93,12 @@ def reply_shapes(proposal: Proposal, pair: Pair | None) -> dict[str, tuple[int, 
         return {"gradient": (sum(parameter.numel() for parameter in pair.discriminator.parameters()),)}
     if pair is not None:
         return weight_shapes(pair)
-    return {"embedding": (len(proposal.image.classes), feature_dim(feature_map(proposal.image.size)))}
+    return {
+        "embedding": (
+            len(proposal.image.classes),
+            feature_dim(feature_map(proposal.image.size, proposal.image.channels)),
+        )
+    }
 
 
 def release_schema(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> Release:

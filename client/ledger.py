@@ -157,10 +157,13 @@ def _affordable(charges: list[Charge], max_epsilon: float, delta: float) -> floa
     except ConfigError as error:  # more steps than can be accounted for
         raise PolicyRefusal(RefusalCode.OVER_BUDGET, str(error)) from error
     if not after <= max_epsilon:
+        spent, alone = epsilon(charges[:-1], delta), epsilon(charges[-1:], delta)
         raise PolicyRefusal(
             RefusalCode.OVER_BUDGET,
-            f"Expected epsilon <= {max_epsilon:g} at delta = {delta:g} after this charge, got {after:.4f}: the data "
-            "set's budget does not allow it. Only the privacy officer can raise max_epsilon of policy.toml.",
+            f"Expected epsilon <= {max_epsilon:g} at delta = {delta:g} after this charge, got {after:.4f}: "
+            f"{max(0.0, max_epsilon - spent):.4f} is left of the data set's budget ({spent:.4f} is spent), and this "
+            f"charge alone asks for {alone:.4f}. Ask the coordinator for a smaller run; only the privacy officer can "
+            "raise max_epsilon of policy.toml.",
         )
     return after
 

@@ -81,6 +81,9 @@ class Policy(Section):
     """Sides of an image in pixels; larger images show more of a patient. The images must be imported at that size too.
     """
 
+    allowed_channels: tuple[Literal[1, 3], ...] = (1, 3)
+    """1: grey images, 3: colour, which shows more of a patient. The images must be imported like that too."""
+
     @model_validator(mode="after")
     def _pairs_that_cannot_both_hold(self) -> "Policy":
         if self.min_grad_norm > self.max_grad_norm:
@@ -160,6 +163,7 @@ def check_proposal(policy: Policy, proposal: Proposal) -> None:
     _at_least("declared_patients", policy.declared_patients, "min_patients", least)
     _one_of("model.name", proposal.model.name, "allowed_models", policy.allowed_models)
     _one_of("image.size", proposal.image.size, "allowed_image_sizes", policy.allowed_image_sizes)
+    _one_of("image.channels", proposal.image.channels, "allowed_channels", policy.allowed_channels)
 
 
 def check_plan(policy: Policy, plan: Plan) -> None:

@@ -12,7 +12,7 @@ _CHUNK = 256
 
 
 def embedding_sum(
-    images: UInt8[np.ndarray, "images 1 size size"],
+    images: UInt8[np.ndarray, "images channels size size"],
     labels: Int[np.ndarray, "images"],
     patients: Shaped[np.ndarray, "images"],
     number_of_classes: int,
@@ -21,7 +21,7 @@ def embedding_sum(
     """Add up every patient's mean of onehot(class) x features. Private until noise is added.
 
     Args:
-        images: Grey pixels, 0 to 255.
+        images: Pixels, 0 to 255, as many channels as the map is for.
         labels: Class number of each image, below `number_of_classes`.
         patients: What tells the patients apart, of any sortable type.
         number_of_classes: Rows of the sum.

@@ -48,7 +48,7 @@ class GeneratorInfo(Section):
 
 def draw(
     generator: nn.Module, labels: Int64[Tensor, " count"], latent_dim: int, rng: torch.Generator, batch: int = 256
-) -> UInt8[np.ndarray, "count size size"]:
+) -> UInt8[np.ndarray, "count size size *colours"]:
     """Draw one image for each label.
 
     Args:
@@ -59,7 +59,7 @@ def draw(
         batch: Images computed at a time.
 
     Returns:
-        Grey pixels from 0 (for -1) to 255 (for 1), rounded.
+        Pixels from 0 (for -1) to 255 (for 1), rounded, as `pictures` gives them.
 
     Guarantees:
         - same_again: Equal weights, labels and generator states give equal images.
@@ -70,10 +70,15 @@ def draw(
     parts: list[npt.NDArray[np.uint8]] = []
     with torch.no_grad():
         for chunk in labels.split(batch):
-            images = generator(torch.randn(len(chunk), latent_dim, generator=rng), chunk).squeeze(1)
+            images = generator(torch.randn(len(chunk), latent_dim, generator=rng), chunk)
             parts.append(((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
     generator.train(was_training)
-    return np.concatenate(parts)
+    return pictures(np.concatenate(parts))
+
+
+def pictures(images: UInt8[np.ndarray, "count channels size size"]) -> UInt8[np.ndarray, "count size size *colours"]:
+    """Put pixels as files hold them: grey without an axis of channels, colour with red, green and blue last."""
+    return images[:, 0] if images.shape[1] == 1 else np.ascontiguousarray(np.moveaxis(images, 1, 3))
 
 
 def save_generator(

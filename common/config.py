@@ -12,6 +12,7 @@ from typing import Annotated, Literal, final
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 IMAGE_SIZES = (28, 32, 64, 128)
+IMAGE_CHANNELS = (1, 3)
 MAX_CLASSES = 64
 MAX_PROPOSAL_BYTES = 65_536
 MAX_BATCH = 16_384

@@ -1,7 +1,8 @@
 """The public feature map of the warm-up: pixels and edges, seen through random cosines, never longer than 1.
 
-Every party builds the same map from the image size and a seed; nothing in it comes from data. Out of scope: summing
-over patients (client/warmup) and fitting to the sums (server/warmup).
+Every party builds the same map from size and channels of an image and a seed; nothing in it comes from data. Colour is
+seen by the pixel cosines, edges in the mean of the channels. Out of scope: summing over patients (client/warmup) and
+fitting to the sums (server/warmup).
 """
 
 import math
@@ -40,7 +41,7 @@ class FeatureMap:
 
     Attributes:
         size: Pixels along each side of an image.
-        pixel_frequencies: One column per cosine over the flattened image.
+        pixel_frequencies: One column per cosine over the flattened image, all channels.
         edge_filters: Gabor pairs (even, odd), alternating.
         edge_frequencies: One column per cosine over the pooled edge strengths.
     """
@@ -51,18 +52,19 @@ class FeatureMap:
     edge_frequencies: Float[Tensor, "strengths cosines"]
 
 
-def feature_map(size: int, seed: int = 0) -> FeatureMap:
-    """Build the map for images of `size` x `size` pixels.
+def feature_map(size: int, channels: int = 1, seed: int = 0) -> FeatureMap:
+    """Build the map for images of `channels` x `size` x `size` pixels; its length does not depend on the channels.
 
     Args:
         size: Pixels along each side, at least 16.
+        channels: 1 for grey images, 3 for colour.
         seed: A public seed; everybody in a run uses the same.
 
     Guarantees:
         - public: Equal arguments give equal maps, and nothing but the arguments enters, no global seed either.
     """
     rng = torch.Generator().manual_seed(seed)
-    pixels = min(size, _PIXEL_SIDE) ** 2
+    pixels = channels * min(size, _PIXEL_SIDE) ** 2
     filters = _gabor_filters()
     strengths = _octaves(size) * _ORIENTATIONS * _cells(size) ** 2
     return FeatureMap(
@@ -78,12 +80,12 @@ def feature_dim(fm: FeatureMap) -> int:
     return 1 + 2 * fm.pixel_frequencies.shape[1] + fm.edge_frequencies.shape[0] + 2 * fm.edge_frequencies.shape[1]
 
 
-def features(fm: FeatureMap, images: Float[Tensor, "batch 1 size size"]) -> Float[Tensor, "batch dim"]:
+def features(fm: FeatureMap, images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch dim"]:
     """Map images to feature vectors.
 
     Args:
         fm: The map.
-        images: Pixels in [-1, 1].
+        images: Pixels in [-1, 1], as many channels as the map is for.
 
     Returns:
         One vector per image; the first coordinate is the constant `CONSTANT`.
@@ -114,7 +116,11 @@ def _cosines(
     return torch.cat([angles.cos(), angles.sin()], dim=1) / math.sqrt(frequencies.shape[1])
 
 
-def _edge_strengths(fm: FeatureMap, images: Float[Tensor, "batch 1 size size"]) -> Float[Tensor, "batch strengths"]:
+def _edge_strengths(
+    fm: FeatureMap, images: Float[Tensor, "batch channels size size"]
+) -> Float[Tensor, "batch strengths"]:
+    if images.shape[1] > 1:
+        images = images.mean(dim=1, keepdim=True)
     pooled: list[Tensor] = []
     for _ in range(_octaves(fm.size)):
         images = images.contiguous(memory_format=torch.channels_last)

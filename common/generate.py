@@ -105,7 +105,7 @@ def spread_labels(shares: Sequence[float], count: int) -> Int64[Tensor, " count"
 
 def write_images(
     folder: Path,
-    images: UInt8[np.ndarray, "count size size"],
+    images: UInt8[np.ndarray, "count size size *colours"],
     labels: Int64[Tensor, " count"],
     classes: Sequence[str],
     form: Form,
@@ -114,7 +114,7 @@ def write_images(
 
     Args:
         folder: Made when it does not exist.
-        images: Grey pixels.
+        images: Pixels, grey or in colour, as `draw` gives them.
         labels: Their class numbers.
         classes: Names in the order of their numbers.
         form: "png" marks every image as synthetic in its text chunk; "npz" holds `images`, `labels` and `classes`.

@@ -38,10 +38,11 @@ def save_sheet(path: Path, generator: nn.Module, config: Config) -> None:
     labels = torch.arange(len(classes)).repeat_interleave(_COLUMNS)
     images = draw(generator, labels, config.model.latent_dim, torch.Generator().manual_seed(_SHEET_SEED))
     margin, step = label_width(classes), _CELL_PX + _GAP_PX
-    sheet = Image.new("L", (margin + _COLUMNS * step, len(classes) * step), 255)
-    for number, pixels in enumerate(images):
+    cells = [Image.fromarray(pixels) for pixels in images]
+    sheet = Image.new(cells[0].mode, (margin + _COLUMNS * step, len(classes) * step), "white")
+    for number, image in enumerate(cells):
         row, column = divmod(number, _COLUMNS)
-        cell = Image.fromarray(pixels).resize((_CELL_PX, _CELL_PX), Image.Resampling.BICUBIC)
+        cell = image.resize((_CELL_PX, _CELL_PX), Image.Resampling.BICUBIC)
         sheet.paste(cell, (margin + column * step, row * step))
     for row, name in enumerate(classes):
         write_label(sheet, name, row * step, step)
@@ -65,7 +66,7 @@ def write_label(sheet: Image.Image, name: str, top: int, height: int) -> None:
     font = ImageFont.load_default(_LABEL_FONT_PX)
     while len(name) > 1 and font.getlength(name) > _MAX_LABEL_PX - 16:
         name = name.rstrip("…")[:-1] + "…"
-    ImageDraw.Draw(sheet).text((8, top + height // 2), name, fill=0, font=font, anchor="lm")
+    ImageDraw.Draw(sheet).text((8, top + height // 2), name, fill="black", font=font, anchor="lm")
 
 
 def write_png(path: Path, image: Image.Image, text: str = MARK) -> None:

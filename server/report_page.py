@@ -54,7 +54,7 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 {% set sites = card.sites %}
 <h1>{{ name }}</h1>
 <p>
-{{ sites|length }} {{ "site" if sites|length == 1 else "sites" }} trained one generator of grey images of
+{{ sites|length }} {{ "site" if sites|length == 1 else "sites" }} trained one generator of {{ "grey" if config.image.channels == 1 else "colour" }} images of
 {{ config.image.size }} x {{ config.image.size }} pixels in {{ config.image.classes|length }}
 {{ "class" if config.image.classes|length == 1 else "classes" }}
 ({{ config.image.classes[:8]|join(", ") }}{{ ", …" if config.image.classes|length > 8 }}):

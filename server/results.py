@@ -144,7 +144,7 @@ def write_class_sheets(samples: Path, classes: Sequence[str]) -> None:
     for number, file in enumerate(file_names(classes)):
         rows = {label: class_row(sheet, number, classes).reduce(2) for label, sheet in sheets.items()}
         height, width = max(row.height for row in rows.values()), max(row.width for row in rows.values())
-        stacked = Image.new("L", (margin + width, len(rows) * height), 255)
+        stacked = Image.new(next(iter(rows.values())).mode, (margin + width, len(rows) * height), "white")
         for place, (label, row) in enumerate(rows.items()):
             stacked.paste(row, (margin, place * height))
             write_label(stacked, label, place * height, height)
@@ -228,7 +228,7 @@ def _statement(epsilon: float, delta: float) -> str:
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=["PNG"]) as sheet:
-            return sheet.convert("L")
+            return sheet.convert("L" if sheet.mode == "L" else "RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise StorageError(
             f"The sheet {path} does not read ({type(error).__name__}). Delete it, then run the same command again."

@@ -90,7 +90,7 @@ def warm_up(grid: Grid, config: Config, members: Members, run_id: str) -> Iterat
     pair, heard = initial_pair(config), Heard()
     loss = 0.0
     if config.warmup.share > 0:
-        features = feature_map(config.image.size)
+        features = feature_map(config.image.size, config.image.channels)
         shape = (len(config.image.classes), feature_dim(features))
         total, variance = np.zeros(shape), 0.0
         request = Request(Kind.WARMUP, run_id, 0, config.proposal())

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from client.intake import Dataset
-from common.artefact import draw
+from common.artefact import draw, pictures
 from common.config import Config
 from common.files import write_atomic
 
@@ -87,7 +87,7 @@ def evaluate(config: Config, generator: nn.Module, held_out: Dataset) -> Evaluat
         labels = torch.randint(len(config.image.classes), (SYNTHETIC_IMAGES,), generator=rng)
         images = draw(generator, labels, config.model.latent_dim, rng)
         classifier = train_classifier(images, labels, len(config.image.classes), rng)
-        scores.append(score(classifier, held_out.images[:, 0], held_out.labels))
+        scores.append(score(classifier, pictures(held_out.images), held_out.labels))
     aucs = [one.auc for one in scores if one.auc is not None]
     return Evaluation(
         float(np.mean(aucs)) if aucs else None,
@@ -105,7 +105,7 @@ def save_evaluation(path: Path, evaluation: Evaluation) -> None:
 
 
 def train_classifier(
-    images: UInt8[np.ndarray, "images size size"],
+    images: UInt8[np.ndarray, "images size size *colours"],
     labels: Int64[Tensor, " images"],
     classes: int,
     rng: torch.Generator,
@@ -114,7 +114,7 @@ def train_classifier(
     """Train a small CNN on images that are moved by a pixel now and then.
 
     Args:
-        images: Grey, 0 to 255.
+        images: Grey or colour, 0 to 255, as `draw` gives them.
         labels: Class numbers.
         classes: How many there are.
         rng: The only source of randomness.
@@ -126,7 +126,7 @@ def train_classifier(
     Guarantees:
         - deterministic: Equal arguments, generator states and thread counts give equal weights.
     """
-    model = _classifier(classes, images.shape[1])
+    model = _classifier(classes, *_inputs(torch.from_numpy(images[:1])).shape[1:3])
     _initialise(model, rng)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     pixels = torch.from_numpy(images)
@@ -141,7 +141,7 @@ def train_classifier(
 
 
 def score(
-    classifier: nn.Module, images: UInt8[np.ndarray, "images size size"], labels: Int64[np.ndarray, " images"]
+    classifier: nn.Module, images: UInt8[np.ndarray, "images size size *colours"], labels: Int64[np.ndarray, " images"]
 ) -> Scores:
     """Test a classifier on images."""
     logits = apply(classifier, images)
@@ -154,9 +154,9 @@ def score(
 
 @torch.no_grad()
 def apply(
-    model: nn.Module, images: UInt8[np.ndarray, "images size size"], batch: int = 512
+    model: nn.Module, images: UInt8[np.ndarray, "images size size *colours"], batch: int = 512
 ) -> Float[np.ndarray, "images outputs"]:
-    """Return a network's outputs for grey images, a batch at a time."""
+    """Return a network's outputs for images, a batch at a time."""
     return torch.cat([model(_inputs(part)) for part in torch.from_numpy(images).split(batch)]).numpy()
 
 
@@ -166,9 +166,9 @@ def area_under_roc(scores: Float[np.ndarray, " images"], positive: np.ndarray) -
     return float((wins > 0).mean() + 0.5 * (wins == 0).mean())
 
 
-def _classifier(classes: int, size: int) -> nn.Sequential:
+def _classifier(classes: int, channels: int, size: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 32, 5, stride=2, padding=2),
+        nn.Conv2d(channels, 32, 5, stride=2, padding=2),
         nn.ReLU(),
         nn.Conv2d(32, 64, 3, padding=1),
         nn.ReLU(),
@@ -193,7 +193,9 @@ def _initialise(model: nn.Module, rng: torch.Generator) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=rng) * (2 / parameter[0].numel()) ** 0.5)
 
 
-def _shifted(inputs: Float[Tensor, "images 1 size size"], rng: torch.Generator) -> Float[Tensor, "images 1 size size"]:
+def _shifted(
+    inputs: Float[Tensor, "images channels size size"], rng: torch.Generator
+) -> Float[Tensor, "images channels size size"]:
     """Move a whole batch by one draw; the border is repeated."""
     size = inputs.shape[-1]
     top, left = torch.randint(2 * SHIFT_PX + 1, (2,), generator=rng).tolist()
@@ -201,5 +203,6 @@ def _shifted(inputs: Float[Tensor, "images 1 size size"], rng: torch.Generator) 
     return padded[:, :, top : top + size, left : left + size]
 
 
-def _inputs(images: UInt8[Tensor, "images size size"]) -> Float[Tensor, "images 1 size size"]:
-    return images[:, None].float() / 127.5 - 1
+def _inputs(images: UInt8[Tensor, "images size size *colours"]) -> Float[Tensor, "images channels size size"]:
+    planes = images[:, None] if images.ndim == 3 else images.movedim(3, 1)
+    return planes.float() / 127.5 - 1

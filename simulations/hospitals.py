@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -27,7 +27,7 @@ from client.policy import Policy
 from common.config import Config
 from common.config_text import build_config
 from common.crypto import KeyStream
-from common.errors import IntakeError
+from common.errors import ConfigError, IntakeError
 from common.files import make_folder, write_atomic
 from common.messages import Reply, Request
 from simulations.partition import assign, hold_out, place
@@ -39,6 +39,8 @@ MIN_NOISE_MULTIPLIER = 0.05
 """A researcher may ask for any epsilon that can be calibrated; real sites ask for more noise by default, and bound
 sample rate, steps and size of a reply."""
 _READY = "ready.json"
+_MAX_NAMED = 10
+"""Labels in one message."""
 
 
 @final
@@ -81,7 +83,7 @@ def draw_federation(config: Config) -> Federation:
 
     Raises:
         IntakeError: The data cannot be used, or there are fewer patients than hospitals.
-        ConfigError: The partition does not fit the data.
+        ConfigError: The partition does not fit the data, or `image.classes` names one that no patient has.
     """
     seed, simulation = config.federation.seed, config.simulation
     phantoms: dict[tuple[str, str], PhantomPatient] = {}
@@ -103,13 +105,24 @@ def draw_federation(config: Config) -> Federation:
             f"Expected at least {max(2, simulation.sites)} patients for simulation.sites={simulation.sites} hospitals, "
             f"found {patients_in(everything)}. Lower --sites or give more patients."
         )
-    classes = config.image.classes or tuple(sorted({r.label for r in everything.records if r.label is not None}))
-    tree = config.model_dump()
-    config = build_config(tree, {"image.classes": classes if simulation.data else config.image.classes or CLASSES})
+    found = tuple(sorted({r.label for r in everything.records if r.label is not None})) if simulation.data else CLASSES
+    _require_classes(config, found)
+    config = build_config(config.model_dump(), {"image.classes": config.image.classes or found})
     rest, held_out = hold_out(everything, simulation.holdout, seed)
     return Federation(
         config, assign(rest, simulation.sites, simulation.partition, seed), held_out, phantoms, everything.refused
     )
+
+
+def _require_classes(config: Config, found: Sequence[str]) -> None:
+    """Refuse a class that nobody has: it would be learned from noise alone, and only a simulator can tell."""
+    if absent := [name for name in config.image.classes if name not in found]:
+        named, labels = (", ".join(map(repr, names[:_MAX_NAMED])) for names in (absent, found))
+        more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+        raise ConfigError(
+            f"Expected image.classes among the labels of the data, got {named}, which no patient has. The labels are "
+            f"{labels}{more}. Mend image.classes, or name where labels are with --label."
+        )
 
 
 def build_hospitals(federation: Federation, out: Path) -> Iterator[str]:
@@ -186,15 +199,16 @@ def held_out_images(config: Config, out: Path) -> Dataset | None:
     home = Home(out / "hospitals" / HOLDOUT)
     if not home.folder.exists():
         return None
-    if not home.dataset(config.image.classes, config.image.size).exists():
+    classes, size, channels = config.image.classes, config.image.size, config.image.channels
+    if not home.dataset(classes, size, channels).exists():
         write_atomic(home.folder / "site.toml", b'data = "data"\n')
-        import_images(home, config.image.classes, config.image.size, min_patients=1)
-    return load_images(home, config.image.classes, config.image.size)
+        import_images(home, classes, size, 1, channels)
+    return load_images(home, classes, size, channels)
 
 
 def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path) -> tuple[Dataset, Mapping[str, int]]:
     config = federation.config
-    classes, size = config.image.classes, config.image.size
+    classes, size, channels = config.image.classes, config.image.size, config.image.channels
     data = make_folder(folder / "data")
     _write_images(federation, part, data, index)
     policy = Policy(
@@ -211,8 +225,8 @@ def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path
         max_rounds=max(1, config.federation.rounds),
     )
     home = create_home(folder, SiteConfig(data="data", gradients=config.performance.gradients), policy)
-    refused = import_images(home, classes, size, min_patients=1)
-    usable = load_images(home, classes, size)
+    refused = import_images(home, classes, size, 1, channels)
+    usable = load_images(home, classes, size, channels)
     declared = declared_patients(usable.number_of_patients)
     policies.save(home.policy, policy.model_copy(update={"declared_patients": declared}))
     return usable, refused

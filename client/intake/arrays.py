@@ -3,9 +3,9 @@
 Accepted: `images` (N,H,W), (N,H,W,1), (N,H,W,3) or (N,1,H,W) with `patient_id` and, as there are, `labels`, `issuer`
 and `site`; or the MNIST form `x_train` with `y_train`, where each image is a person of its own.
 
-How values become grey levels, image by image: uint8 as it is; uint16 stretched between the image's own minimum and
-maximum, since the depth is not stated; floats in [-1, 1] when a value is below 0, else in [0, 1] when none is above 1,
-else in [0, 255]. Store uint8 where this rule could guess wrong.
+How values become levels, image by image: uint8 as it is; uint16 stretched between the image's own minimum and maximum,
+all colours together, since the depth is not stated; floats in [-1, 1] when a value is below 0, else in [0, 1] when none
+is above 1, else in [0, 255]. Store uint8 where this rule could guess wrong.
 """
 
 import lzma
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from jaxtyping import Float, Num
 from numpy.lib import format as npy
 
-from client.intake.pixels import Grey, Square, check_size, fit, full_range, luminance
+from client.intake.pixels import Levels, Square, check_size, fit, full_range
 from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag
 from client.intake.refusals import Reason, Refused
 from common.errors import IntakeError
@@ -93,7 +93,7 @@ def load_stack(path: Path) -> npt.NDArray[Any]:
         return _read(archive, name)
 
 
-def decode_rows(path: Path, rows: Sequence[int], size: int) -> Iterator[Square | str]:
+def decode_rows(path: Path, rows: Sequence[int], size: int, channels: int = 1) -> Iterator[Square | str]:
     """Yield each image, resized, or the reason why it is refused.
 
     Raises:
@@ -103,18 +103,20 @@ def decode_rows(path: Path, rows: Sequence[int], size: int) -> Iterator[Square |
     for row in rows:
         image = stack[row]
         try:
-            yield image if image.dtype == np.uint8 and image.shape == (size, size) else fit(_grey(image), size)
+            as_it_is = image.dtype == np.uint8 and image.shape == (size, size) and channels == 1
+            yield image[None] if as_it_is else fit(_levels(_picture(image)), size, channels)
         except Refused as refusal:
             yield refusal.reason
 
 
-def _grey(image: Num[np.ndarray, "..."]) -> Grey:
-    if image.ndim == 3 and image.shape[-1] == 3:
-        return luminance(_levels(image.reshape(image.shape[0], -1)).reshape(image.shape))
-    return _levels(image.reshape(image.shape[-2:] if image.shape[-1] > 1 else image.shape[:2]))
+def _picture(image: Num[np.ndarray, "..."]) -> Num[np.ndarray, "rows columns *colours"]:
+    """Drop the axis of a single channel, which may be the first or the last."""
+    if image.ndim == 2 or image.shape[-1] == 3:
+        return image
+    return image.reshape(image.shape[-2:] if image.shape[-1] > 1 else image.shape[:2])
 
 
-def _levels(values: Num[np.ndarray, "rows columns"]) -> Grey:
+def _levels(values: Num[np.ndarray, "rows columns *colours"]) -> Levels:
     if values.dtype == np.uint8:
         return values.astype(np.float32)
     if values.dtype.kind == "u":
@@ -122,7 +124,7 @@ def _levels(values: Num[np.ndarray, "rows columns"]) -> Grey:
     return _float_levels(values)
 
 
-def _float_levels(values: Float[np.ndarray, "rows columns"]) -> Grey:
+def _float_levels(values: Float[np.ndarray, "rows columns *colours"]) -> Levels:
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise Refused(Reason.NOT_FINITE)

@@ -1,7 +1,8 @@
 """A folder of DICOM files, single-frame. Out of scope: multi-frame, deflated data sets, PACS, de-identification.
 
 From stored values to grey levels, image by image: modality LUT or rescale, then the first VOI LUT or window, else the
-image's own full range; MONOCHROME1 is inverted last and once. Colour becomes luminance.
+image's own full range; MONOCHROME1 is inverted last and once. Colours (RGB, YBR, a palette) become red, green and blue,
+from none to full; windows are for grey images.
 
 Source: DICOM PS3.3 C.11.1 (modality LUT), C.11.2 (VOI LUT), C.7.6.3.1.2 (photometric interpretation).
 """
@@ -24,7 +25,7 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, JPEGExtended12Bit, RLELossless, UID_dictionary
 
-from client.intake.pixels import MAX_FILE_BYTES, Grey, check_size, full_range, luminance
+from client.intake.pixels import MAX_FILE_BYTES, Grey, Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Scan
 from client.intake.refusals import Reason, Refused
 from client.intake.table import Row, read_table
@@ -32,6 +33,9 @@ from common.errors import ConfigError, IntakeError
 
 LABELS_FILE = "labels.csv"
 AUTO_TAG = "AdmittingDiagnosesDescription"
+
+_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+"""What pydicom hands over as red, green and blue, as its decoders or itself convert it."""
 
 _HEADER = ["PatientID", "IssuerOfPatientID", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"]
 
@@ -99,8 +103,8 @@ def is_compressed(path: Path) -> bool:
         return False
 
 
-def decode(path: Path) -> Grey:
-    """Read the image of one DICOM file as grey levels.
+def decode(path: Path) -> Levels:
+    """Read the image of one DICOM file as grey or colour levels.
 
     Raises:
         Refused: Damaged, too large, without an image, of several frames, or without its decoder.
@@ -114,12 +118,12 @@ def decode(path: Path) -> Grey:
         if "PixelData" not in dataset:
             raise Refused(Reason.NO_IMAGE)
         _check_decoder(dataset)
-        grey = _present(pixel_array(dataset), dataset)
+        levels = _present(pixel_array(dataset), dataset)
     except _DAMAGED as error:
         raise Refused(Reason.PIXELS) from error
-    if grey.ndim != 2:  # such as a palette for pixels that are colours already
+    if levels.ndim != 2 and levels.shape[2:] != (3,):  # such as a palette for pixels that are colours already
         raise Refused(Reason.PIXELS)
-    return grey
+    return levels
 
 
 def _walk(folder: Path, refused: Counter[str]) -> Iterator[Path]:
@@ -186,13 +190,16 @@ def _check_decoder(dataset: Dataset) -> None:
         raise Refused(Reason.NO_DECODER, name)
 
 
-def _present(stored: Num[np.ndarray, "..."], dataset: Dataset) -> Grey:
+def _present(stored: Num[np.ndarray, "..."], dataset: Dataset) -> Levels:
     photometric = str(dataset.PhotometricInterpretation)
     if photometric == "PALETTE COLOR":
         colour = apply_color_lut(stored, dataset)
-        return luminance(colour[..., :3]) * np.float32(255 / np.iinfo(colour.dtype).max)
+        return colour[..., :3].astype(np.float32) * np.float32(255 / np.iinfo(colour.dtype).max)
     if stored.ndim == 3:
-        return luminance(stored) * np.float32(255 / (2 ** int(dataset.BitsStored) - 1))
+        bits = int(dataset.BitsStored)
+        if photometric not in _COLOURS or (photometric != "RGB" and bits != 8):  # pydicom knows no other as colours
+            raise Refused(Reason.PIXELS)
+        return stored.astype(np.float32) * np.float32(255 / (2**bits - 1))
     grey = _view(_modality(stored, dataset), dataset)
     return np.float32(255) - grey if photometric == "MONOCHROME1" else grey
 

@@ -8,12 +8,11 @@ import struct
 import zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from client.intake.pixels import MAX_FILE_BYTES, Grey, check_size, full_range, luminance
+from client.intake.pixels import MAX_FILE_BYTES, Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag
 from client.intake.refusals import Reason, Refused
 from client.intake.table import Row, Table, read_table
@@ -68,8 +67,8 @@ def scan_index(folder: Path, index: Path, label: LabelSource) -> Scan:
     return Scan(tuple(records), dict(refused))
 
 
-def decode(path: Path) -> Grey:
-    """Read one PNG or JPEG file as grey levels.
+def decode(path: Path) -> Levels:
+    """Read one PNG or JPEG file as grey or colour levels.
 
     8-bit files as they are (alpha is dropped), deeper ones stretched between the image's own minimum and maximum.
 
@@ -83,20 +82,19 @@ def decode(path: Path) -> Grey:
             check_size(image.height, image.width)
             if getattr(image, "n_frames", 1) != 1:
                 raise Refused(Reason.MULTI_FRAME)
-            return _grey(image)
+            return _levels(image)
     except Image.DecompressionBombError as error:
         raise Refused(Reason.TOO_LARGE) from error
     except _DAMAGED as error:
         raise Refused(Reason.PIXELS) from error
 
 
-def _grey(image: Image.Image) -> Grey:
+def _levels(image: Image.Image) -> Levels:
     if image.mode in ("L", "LA", "1"):
         return np.asarray(image.convert("L"), dtype=np.float32)
     if image.mode.startswith(("I", "F")):
         return full_range(np.asarray(image))
-    colour: Any = np.asarray(image.convert("RGB"))
-    return luminance(colour)
+    return np.asarray(image.convert("RGB"), dtype=np.float32)
 
 
 def _inside(root: Path, name: str) -> Path:

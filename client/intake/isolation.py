@@ -22,6 +22,8 @@ from client.intake.refusals import Reason, Refused, quiet
 
 TIMEOUT_S = 120.0
 _MAX_REASON_BYTES = 200
+_FORM = ">HB"
+_FORM_BYTES = struct.calcsize(_FORM)
 
 # Not multiprocessing.Process: that imports the caller's main module again, which runs a plain script twice.
 _PROGRAM = """
@@ -35,8 +37,8 @@ serve(Connection(int(sys.argv[1])))
 def serve(connection: Connection) -> None:
     """Decode one file after the other until the other end hangs up; runs in the child.
 
-    Messages are plain bytes, never pickles: a request is the side as two bytes and the path, a reply is `+` and the
-    pixels or `-` and the reason.
+    Messages are plain bytes, never pickles: a request is the side as two bytes, the channels as one and the path, a
+    reply is `+` and the pixels or `-` and the reason.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the image
     with quiet():
@@ -45,9 +47,10 @@ def serve(connection: Connection) -> None:
                 request = connection.recv_bytes()
             except EOFError:
                 return
-            (size,) = struct.unpack(">H", request[:2])
+            size, channels = struct.unpack(_FORM, request[:_FORM_BYTES])
             try:
-                connection.send_bytes(b"+" + fit(decode(Path(os.fsdecode(request[2:]))), size).tobytes())
+                levels = decode(Path(os.fsdecode(request[_FORM_BYTES:])))
+                connection.send_bytes(b"+" + fit(levels, size, channels).tobytes())
             except Refused as refusal:
                 connection.send_bytes(b"-" + refusal.reason.encode())
 
@@ -81,19 +84,19 @@ class DecoderProcess:
         """End the child."""
         self._stop()
 
-    def square(self, path: Path, size: int) -> Square | str:
+    def square(self, path: Path, size: int, channels: int = 1) -> Square | str:
         """Return a file's image, resized, or the reason why it is refused."""
         connection = self._connection()
         try:
-            connection.send_bytes(struct.pack(">H", size) + os.fsencode(path))
+            connection.send_bytes(struct.pack(_FORM, size, channels) + os.fsencode(path))
             if not connection.poll(self._timeout_s):
                 raise EOFError
-            reply = connection.recv_bytes(size * size + _MAX_REASON_BYTES)
+            reply = connection.recv_bytes(channels * size * size + _MAX_REASON_BYTES)
         except (EOFError, OSError):  # OSError: a broken pipe, or a reply that is too long
             self._stop()
             return str(Reason.PIXELS)
-        if reply[:1] == b"+" and len(reply) == size * size + 1:
-            return np.frombuffer(reply, dtype=np.uint8, offset=1).reshape(size, size)
+        if reply[:1] == b"+" and len(reply) == channels * size * size + 1:
+            return np.frombuffer(reply, dtype=np.uint8, offset=1).reshape(channels, size, size)
         return reply[1:].decode("ascii", errors="replace")
 
     def _connection(self) -> Connection:

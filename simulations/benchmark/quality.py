@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from client.home import Home, load_images
 from client.intake import Scan, scan
+from common.artefact import pictures
 from common.config import Config, Section
 from common.config_text import build_config, read_config
 from common.errors import ConfigError, FederationError, IntakeError
@@ -232,8 +233,9 @@ def _make_referee(federation: Federation, out: Path, effort: Effort) -> Referee:
     if held_out is None:
         raise IntakeError("Nobody is held out to test on. Raise simulation.holdout, or set test = 'x_test'.")
     homes = [Home(out / "hospitals" / site_name(index)) for index in range(len(federation.sites))]
-    sites = [load_images(home, config.image.classes, config.image.size) for home in homes]
-    images = np.concatenate([site.images[:, 0] for site in sites])
+    image = config.image
+    sites = [load_images(home, image.classes, image.size, image.channels) for home in homes]
+    images = pictures(np.concatenate([site.images for site in sites]))
     labels = np.concatenate([site.labels for site in sites])
     return make_referee(images, labels, held_out, len(config.image.classes), effort)
 

@@ -11,15 +11,17 @@ import torch
 from client import journal
 from client.agent import answer, open_site
 from client.channel import pack_reply
+from client.home import import_images, load_images
 from client.journal import check_egress, content_digest, release_schema
-from client.ledger import read_ledger
+from client.ledger import ChargeRequest, read_ledger
 from common.config_text import parse_proposal
 from common.crypto import KeyStream
-from common.errors import RefusalCode, StorageError
+from common.errors import IntakeError, RefusalCode, StorageError
 from common.features import feature_dim, feature_map
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from common.models import build
 from common.plan import plan
+from common.privacy import Charge, epsilon, noise_for
 from common.weights import get_weights
 from tests.hostile_requests import changed
 
@@ -113,6 +115,69 @@ def test_images_that_were_never_imported_cost_nothing(site, warmup, train, tiny_
     for request in (warmup, train):
         assert_refused(answer(site, request), RefusalCode.NO_DATA)
     assert (charged(site), released(site)) == (0, ())
+
+
+OTHER_FORMS = [{"channels": 3}, {"size": 32}, {"classes": ("clear", "nodule")}, {"classes": ("opacity", "clear")}]
+
+
+@pytest.mark.parametrize("image", OTHER_FORMS)
+def test_images_in_another_form_cost_nothing_and_the_log_says_how_to_mend_it(site, warmup, train, image, caplog):
+    form = {"size": 28, "channels": 1, "classes": ("clear", "opacity")} | image
+    for request in (warmup, train):
+        caplog.clear()
+        assert_refused(answer(site, changed(request, "image", **image)), RefusalCode.NO_DATA)
+        names, colour = form["classes"], {1: "grey", 3: "colour"}[form["channels"]]
+        asked = f"{form['size']} px in {colour} (classes {', '.join(names)})"
+        assert (
+            f"Expected imported images of {asked}, this site has 28 px in grey (classes clear, opacity)" in caplog.text
+        )
+        assert (
+            f"fedmedgan-site import {site.home.folder} --classes {','.join(form['classes'])} --size {form['size']} "
+            f"--channels {form['channels']}" in caplog.text
+        )
+    assert (charged(site), released(site)) == (0, ())
+
+
+def test_names_from_a_message_neither_command_a_shell_nor_fill_the_log(site, warmup, caplog):
+    hostile = changed(warmup, "image", classes=("a; rm -rf ~\x1b[2J\u202e\nline", "x" * 40_000))
+    assert_refused(answer(site, hostile), RefusalCode.NO_DATA)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.isprintable()
+    assert len(said) < 5000
+    caplog.clear()
+    answer(site, changed(warmup, "image", classes=("a; rm -rf ~", "b")))
+    assert "--classes 'a; rm -rf ~,b' --size" in caplog.text
+
+
+def test_a_warm_up_in_colour(site, warmup, tiny_proposal):
+    import_images(site.home, tiny_proposal.image.classes, 28, 10, channels=3)
+    coloured = changed(warmup, "image", channels=3)
+    assert answer(site, coloured).arrays["embedding"].shape == (2, feature_dim(feature_map(28, 3)))
+    assert charged(site) == 1
+    refused = dataclasses.replace(coloured, run_id="run-2")
+    assert_refused(answer(with_policy(site, allowed_channels=(1,)), refused), RefusalCode.POLICY)
+    assert charged(site) == 1
+
+
+def test_a_set_of_another_form_under_the_right_name_is_not_used(site, warmup, tiny_proposal):
+    right = site.home.dataset(tiny_proposal.image.classes, 28, 3)
+    right.write_bytes(dataset_of(site, tiny_proposal).read_bytes())
+    reply = answer(site, changed(warmup, "image", channels=3))
+    assert_refused(reply, RefusalCode.NO_DATA)
+    with pytest.raises(IntakeError, match="the file holds others"):
+        load_images(site.home, tiny_proposal.image.classes, 28, 3)
+
+
+@pytest.mark.parametrize("before", [7.0, 7.99])
+def test_a_warm_up_over_what_is_left_is_refused_and_nothing_is_charged(site, warmup, before, caplog):
+    noise = noise_for(before, 1e-5, 1.0, 1)
+    site.ledger.charge(ChargeRequest("earlier", 1, Kind.TRAIN, "digest"), Charge(noise, 1.0, 1), 8.0, 1e-5)
+    spent = site.ledger.spent(1e-5)
+    assert_refused(answer(site, warmup), RefusalCode.OVER_BUDGET)
+    assert (charged(site), released(site), site.ledger.spent(1e-5)) == (1, (), spent)
+    assert f"{8.0 - spent:.4f} is left of the data set's budget ({spent:.4f} is spent)" in caplog.text
+    alone = plan(parse_proposal(warmup.proposal), 40).charge_of_warmup()
+    assert f"this charge alone asks for {epsilon([alone], 1e-5):.4f}" in caplog.text
 
 
 def test_charged_first_even_if_the_data_do_not_read(site, warmup, train, tiny_proposal):

@@ -5,6 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from client.draw import draw_patients
@@ -91,6 +92,20 @@ def test_views_are_the_image_and_moved_copies_of_it(size):
         assert len(moves) == 1
         found.add(moves[0])
     assert len(found) > 4
+
+
+def test_views_move_all_channels_alike():
+    pixels = np.random.default_rng(0).integers(128, size=(1, 1, 32, 32)).astype(np.uint8)
+    colour = np.concatenate([pixels, pixels + 100, pixels // 2], axis=1)
+    one = np.zeros(1, np.int64)
+    grey, coloured = (
+        draw_patients(Dataset(images, one, one), 1.0, at_most(1, views=8), KeyStream(KEY)).images
+        for images in (pixels, colour)
+    )
+    levels = ((coloured + 1) * 127.5).round().long()
+    assert torch.equal(coloured[:, :1], grey)
+    assert torch.equal(levels[:, 1], levels[:, 0] + 100)
+    assert torch.equal(levels[:, 2], levels[:, 0] // 2)
 
 
 def test_all_images_of_one_row_with_views():

@@ -137,6 +137,18 @@ def test_refused_before_written_when_over_budget(three):
     assert caught.value.code is RefusalCode.OVER_BUDGET
 
 
+def test_a_refusal_says_what_is_left_and_what_is_asked(three):
+    ledger, before, large = open_ledger(three, KEY), lines_of(three), Charge(0.5, 1.0, 1)
+    spent = ledger.spent(DELTA)
+    with pytest.raises(PolicyRefusal) as refusal:
+        ledger.charge(request(9, kind=Kind.WARMUP), large, spent + 0.5, DELTA)
+    assert refusal.value.code is RefusalCode.OVER_BUDGET
+    said = str(refusal.value)
+    assert f"0.5000 is left of the data set's budget ({spent:.4f} is spent)" in said
+    assert f"this charge alone asks for {epsilon([large], DELTA):.4f}" in said
+    assert lines_of(three) == before
+
+
 def test_never_over_budget_to_the_last_digit(three):
     ledger = open_ledger(three, KEY)
     after = epsilon([*ledger.charges, ROUND], DELTA)

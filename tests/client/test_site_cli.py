@@ -14,7 +14,8 @@ from common.config_text import build_config, to_toml
 from common.crypto import load_key
 from common.errors import ExitCode, StorageError
 from common.messages import Kind, Request
-from common.privacy import Charge
+from common.plan import plan
+from common.privacy import Charge, epsilon
 
 
 @pytest.fixture
@@ -73,6 +74,20 @@ def test_import_says_what_it_found(run, tiny_home, tiny_proposal):
     assert f"imported {len(found.images)} images of {found.number_of_patients} patients; by class: " in out
     assert f"{classes[0]} {int((found.labels == 0).sum())}" in out
     assert "refused: nothing" in out
+
+
+def test_import_in_colour(run, tiny_home, tiny_proposal):
+    classes = tiny_proposal.image.classes
+    assert run("import", tiny_home.folder, "--classes", ",".join(classes), "--size", 28, "--channels", 3)[0] == 0
+    grey, colour = load_images(tiny_home, classes, 28), load_images(tiny_home, classes, 28, 3)
+    assert (colour.images == grey.images.repeat(3, axis=1)).all()
+    code, _, err = run("import", tiny_home.folder, "--classes", ",".join(classes), "--size", 28, "--channels", 2)
+    assert (code, "channels=2" in err) == (ExitCode.CONFIG, True)
+
+
+def test_import_warns_of_a_class_that_nobody_has(run, tiny_home):
+    code, _, err = run("import", tiny_home.folder, "--classes", "clear,opacitty", "--size", 28)
+    assert (code, "no image here has the class opacitty" in err) == (0, True)
 
 
 def test_init_with_a_copy_of_the_head(run, tmp_path):
@@ -148,6 +163,25 @@ def test_budget_of_the_whole_of_a_part_and_of_nothing(run, tiny_home, planned):
     assert code == ExitCode.PRIVACY
     assert "policy: refuses it: Expected sample rate=0.1 <= 0.05 (max_sample_rate)" in " ".join(out.split())
     assert "this site can join: nothing of it; then spent: epsilon 0.000" in out
+
+
+def test_budget_says_when_the_warm_up_is_over_it(run, tiny_home, planned, tiny_proposal):
+    site = open_site(tiny_home)
+    site.ledger.charge(ChargeRequest("earlier", 1, Kind.TRAIN, "digest"), Charge(0.65, 1.0, 1), 8.0, 1e-5)
+    left = 8.0 - site.ledger.spent(1e-5)
+    _, out, _ = run("budget", tiny_home.folder, "--config", planned)
+    alone = epsilon([plan(tiny_proposal, 40).charge_of_warmup()], 1e-5)
+    assert f"over budget: the warm-up alone asks for epsilon {alone:.3f}, {left:.3f} is left" in out
+    assert len(site.ledger.entries) == 1
+
+
+def test_budget_says_whether_the_images_are_imported(run, tiny_home, tiny_proposal, tmp_path):
+    tree, path = tiny_proposal.model_dump(mode="json"), tmp_path / "planned.toml"
+    for channels, said in ((1, "images: imported"), (3, "images: Expected imported images of 28 px in colour")):
+        path.write_text(to_toml(build_config(tree, {"image.channels": channels})))
+        assert said in run("budget", tiny_home.folder, "--config", path)[1]
+    path.write_text(to_toml(build_config(tree, {"image.classes": ()})))
+    assert "names no classes" in run("budget", tiny_home.folder, "--config", path)[1]
 
 
 def test_budget_reads_what_print_config_writes(run, tiny_home, tmp_path):

@@ -34,10 +34,12 @@ def test_one_patient_one_unit(seed: int, others: int, count: int, mixed: bool) -
     labels = rng.integers(0, CLASSES, len(images)) if mixed else np.full(len(images), 1)
     patients = np.array([f"p{number % 3}" for number in range(others)] + ["the patient"] * count)
     order = rng.permutation(len(images))
-    everybody = embedding_sum(images[order], labels[order], patients[order], CLASSES, FM)
-    without = embedding_sum(images[:others], labels[:others], patients[:others], CLASSES, FM)
-    moved = (everybody - without).norm().item()
-    assert moved <= 1
+    colour = np.concatenate([images, draw(rng, len(images)), 255 - images], axis=1)
+    for pixels, fm in ((colour, feature_map(28, 3)), (images, FM)):
+        everybody = embedding_sum(pixels[order], labels[order], patients[order], CLASSES, fm)
+        without = embedding_sum(pixels[:others], labels[:others], patients[:others], CLASSES, fm)
+        moved = (everybody - without).norm().item()
+        assert moved <= 1
     if not mixed and count == 1:
         assert moved > 0.99  # and the whole unit is used, none of the budget is lost
 

@@ -57,8 +57,28 @@ def test_unit_norm_on_adversarial_images(size: int) -> None:
 @given(seed=st.integers(0, 2**31), scale=st.floats(0, 1))
 def test_unit_norm(seed: int, scale: float) -> None:
     rng = torch.Generator().manual_seed(seed)
-    images = (torch.randn(4, 1, 28, 28, generator=rng) * scale).clamp(-1, 1)
-    assert torch.all(features(feature_map(28), images).double().norm(dim=1) <= 1)
+    for channels in (1, 3):
+        images = (torch.randn(4, channels, 28, 28, generator=rng) * scale).clamp(-1, 1)
+        assert torch.all(features(feature_map(28, channels), images).double().norm(dim=1) <= 1)
+
+
+def test_the_grey_map_is_what_it_was() -> None:
+    """The first draws of the seed, scaled by the coarsest bandwidth: whoever has fitted to the grey map still can."""
+    drawn = torch.randn(28 * 28, 300, generator=torch.Generator().manual_seed(0)) / (0.14 * 28)
+    assert torch.equal(feature_map(28).pixel_frequencies[:, :300], drawn)
+
+
+def test_colour_is_seen_by_the_pixel_cosines_and_edges_in_the_mean() -> None:
+    grey, colour = feature_map(28), feature_map(28, 3)
+    assert colour.pixel_frequencies.shape == (3 * 28 * 28, 900)
+    assert feature_dim(grey) == feature_dim(colour)
+    image = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen, turned = features(colour, image), features(colour, image.flip(1))
+    alike = features(dataclasses.replace(colour, edge_frequencies=grey.edge_frequencies), image)
+    strengths = slice(1 + 2 * 900, 1 + 2 * 900 + grey.edge_frequencies.shape[0])
+    assert torch.allclose(seen[:, strengths], turned[:, strengths], atol=1e-6)
+    assert torch.equal(alike[:, strengths], features(grey, image.mean(dim=1, keepdim=True))[:, strengths])
+    assert (seen[:, 1:1801] - turned[:, 1:1801]).norm() > 0.5
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])

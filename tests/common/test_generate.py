@@ -47,6 +47,17 @@ class _Constant(nn.Module):
         return self.values[labels].view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
 
 
+class _Coloured(nn.Module):
+    """Gives every pixel red, green and blue of its label's place in `colours`."""
+
+    def __init__(self, *colours: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.colours = torch.tensor(colours)
+
+    def forward(self, latent: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.colours[labels].view(-1, 3, 1, 1).expand(-1, 3, 4, 4)
+
+
 def _saved(folder: Path, config: Config | None = None) -> nn.Module:
     config = config or _config()
     generator = _generator(config)
@@ -66,6 +77,12 @@ def test_draw_maps_minus_one_to_black_and_one_to_white_and_rounds() -> None:
     images = draw(generator, torch.arange(4), 2, torch.Generator())
     assert images.dtype == np.uint8
     assert images[:, 0, 0].tolist() == [0, 128, 255, 1]
+
+
+def test_draw_in_colour_puts_red_green_and_blue_last() -> None:
+    images = draw(_Coloured((1.0, -1.0, 0.0)), torch.zeros(2, dtype=torch.int64), 2, torch.Generator())
+    assert images.shape == (2, 4, 4, 3)
+    assert (images == [255, 0, 128]).all()
 
 
 def test_draw_same_again() -> None:
@@ -111,6 +128,17 @@ def test_sheet_has_a_row_for_each_class_and_says_that_it_is_synthetic(tmp_path: 
             pixels = np.asarray(row.convert("L"))
             assert set(np.unique(pixels)) == {grey, 255}
             assert (pixels == grey).sum() == 8 * 128 * 128
+
+
+def test_sheet_in_colour(tmp_path: Path) -> None:
+    config = _config(**{"image.channels": 3})
+    save_sheet(tmp_path / "s.png", _Coloured((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (0.0, 0.0, 1.0)), config)
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.mode == "RGB"
+        assert sheet.getpixel((0, 0)) == (255, 255, 255)
+        for number, colour in enumerate([(255, 0, 0), (0, 255, 0), (128, 128, 255)]):
+            pixels = np.asarray(class_row(sheet, number, CLASSES)).reshape(-1, 3)
+            assert (pixels == colour).all(axis=1).sum() == 8 * 128 * 128
 
 
 def test_sheet_cuts_a_long_class_name(tmp_path: Path) -> None:
@@ -299,6 +327,18 @@ def test_write_png_files_with_index_and_mark(tmp_path: Path) -> None:
             text: str = image.text["Description"]  # pyright: ignore[reportAttributeAccessIssue]
             assert text.startswith("fedmedgan: synthetic image")
             assert text.endswith(f"class: {label}")
+
+
+def test_write_colour(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
+    write_images(tmp_path / "png", images, torch.tensor([0, 2]), CLASSES, "png")
+    write_images(tmp_path / "npz", images, torch.tensor([0, 2]), CLASSES, "npz")
+    for name, pixels in zip(("clear", "mass"), images, strict=True):
+        with Image.open(tmp_path / "png" / name / f"{name}-000001.png") as image:
+            assert image.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(image), pixels)
+    with np.load(tmp_path / "npz" / "samples.npz", allow_pickle=False) as archive:
+        np.testing.assert_array_equal(archive["images"], images)
 
 
 def test_write_npz_is_the_same_again_and_needs_no_pickle(tmp_path: Path) -> None:

@@ -114,6 +114,9 @@ def test_report_says_what_was_spent_and_what_it_means(tmp_path: Path) -> None:
     _run(tmp_path, _records(["a", "b"], 3))
     words = _words(write_report(tmp_path))
     assert "2 sites trained one generator of grey images of 28 x 28 pixels in 2 classes (clear, mass)" in words
+    text = (tmp_path / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(text.replace("channels = 1", "channels = 3"))
+    assert "one generator of colour images of 28 x 28 pixels" in _words(write_report(tmp_path))
     assert "(8.00, 1e-05)-differentially private" in words
     assert "This was a simulation." in words
     assert "At even odds, at most 99.97 % of such guesses can be right" in words

@@ -15,7 +15,7 @@ from common.artefact import draw, load_generator
 from common.config import Config
 from common.config_text import build_config
 from common.errors import StorageError
-from common.sheets import save_sheet
+from common.sheets import label_width, save_sheet
 from common.weights import get_weights
 from server.checkpoint import State
 from server.records import RoundRecord, SiteRelease, write_records
@@ -146,6 +146,16 @@ def test_class_sheets_stack_the_rows_of_one_class(tmp_path: Path) -> None:
         lower = one.crop((one.width - 132, 132, one.width, 264)).reduce(2)
         again = stacked.crop((stacked.width - 66, 66, stacked.width, 132))
         np.testing.assert_array_equal(np.asarray(lower), np.asarray(again))
+
+
+def test_class_sheets_of_colour_are_in_colour(tmp_path: Path) -> None:
+    red = Image.new("RGB", (label_width(CLASSES) + 8 * 132, len(CLASSES) * 132), (200, 0, 0))
+    red.save(tmp_path / "round-0001.png")
+    write_class_sheets(tmp_path, CLASSES)
+    with Image.open(tmp_path / "class-clear.png") as stacked:
+        assert stacked.mode == "RGB"
+        assert stacked.getpixel((0, 0)) == (255, 255, 255)
+        assert stacked.getpixel((stacked.width - 1, 0)) == (200, 0, 0)
 
 
 def test_class_sheets_have_at_most_twelve_rows(tmp_path: Path) -> None:

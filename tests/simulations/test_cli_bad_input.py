@@ -118,6 +118,7 @@ def test_unreadable_png_is_skipped_and_the_rest_used(capsys, tmp_path) -> None:
         (["--epsilon", "nan"], 3, ["privacy.epsilon"]),
         (["--delta", "1.5"], 3, ["privacy.delta=1.5"]),
         (["--size", "30"], 3, ["image.size=30", "28"]),
+        (["--channels", "2"], 3, ["image.channels=2", "1 or 3"]),
         (["--sites", "0"], 3, ["simulation.sites=0"]),
         (["--partition", "diriclet:1"], 3, ["dirichlet:ALPHA"]),
         (["--model", "biggan"], 3, ["model.name", "dcgan"]),
@@ -131,6 +132,18 @@ def test_wrong_flags(capsys, arguments: list[str], code: int, words: list[str]) 
     assert got == code, text
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_a_class_that_no_patient_has(capsys, tmp_path, with_data: bool) -> None:
+    (tmp_path / "c.toml").write_text('[image]\nclasses = ["0", "nodule", "glioma"]\n')
+    data = ["--data", _npz(tmp_path / "a.npz")] if with_data else []
+    code, text = _run(capsys, "--config", tmp_path / "c.toml", "--out", tmp_path / "run", *data, "--sites", "2")
+    assert code == 3
+    absent = "'nodule', 'glioma'" if with_data else "'0', 'glioma'"
+    assert f"got {absent}, which no patient has" in text
+    assert ("The labels are '0', '1'." if with_data else "'clear'") in text
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_key_in_the_toml(capsys, tmp_path) -> None:

@@ -39,6 +39,19 @@ def test_classifier_learns_what_tells_the_classes_apart() -> None:
     assert score(model, other_images, 1 - other_labels) == Scores(0.0, 0.0)
 
 
+def test_a_classifier_of_colours_sees_them_and_of_grey_is_what_it_was() -> None:
+    rng, labels = np.random.default_rng(0), np.arange(40) % 2
+    images = np.repeat(rng.integers(0, 100, (40, 28, 28, 1)), 3, axis=3)
+    images[np.arange(40), :, :, 2 * labels] += 100  # red or blue, of one brightness
+    images = images.astype(np.uint8)
+    model = train_classifier(images, torch.from_numpy(labels), 2, torch.Generator().manual_seed(0), SHORT)
+    assert score(model, images, labels).accuracy == 1.0
+    grey = train_classifier(images[..., 0], torch.from_numpy(labels), 2, torch.Generator().manual_seed(0), SHORT)
+    shapes = [[tuple(parameter.shape) for parameter in one.parameters()] for one in (model, grey)]
+    assert (shapes[0][0], shapes[1][0]) == ((32, 3, 5, 5), (32, 1, 5, 5))
+    assert shapes[0][1:] == shapes[1][1:]
+
+
 def test_score_has_no_auc_where_one_class_is_missing() -> None:
     images, labels = _bright_or_dark(40, 0)
     model = train_classifier(images, torch.from_numpy(labels), 2, torch.Generator().manual_seed(0), SHORT)

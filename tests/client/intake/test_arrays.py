@@ -58,6 +58,26 @@ def test_shapes(tmp_path: Path, form: str) -> None:
     assert np.array_equal(dataset.images[0, 0], RAMP)
 
 
+@pytest.mark.parametrize("scale", [1, 255, 16])
+def test_colours(tmp_path: Path, scale: int) -> None:
+    """uint8 as it is, floats up to 1, and uint16 stretched with its three colours together."""
+    colour = np.stack([RAMP, 255 - RAMP, RAMP // 2], axis=2)
+    images = {1: colour, 255: colour / 255, 16: colour.astype(np.uint16) * 16}[scale][None]
+    found = scan(write(tmp_path, images=images, patient_id=np.array([7])), "none")
+    dataset, _ = read(found, ["all"], 32, 3)
+    assert np.abs(dataset.images[0].astype(int) - np.moveaxis(colour, 2, 0)).max() <= (0 if scale == 1 else 1)
+    grey, _ = read(found, ["all"], 32)
+    assert np.abs(grey.images[0, 0] - colour @ [0.299, 0.587, 0.114]).max() <= 1.01
+
+
+def test_grey_arrays_in_colour_have_equal_channels(tmp_path: Path) -> None:
+    found = scan(write(tmp_path, images=RAMP[None], patient_id=np.array([7])), "none")
+    dataset, _ = read(found, ["all"], 32, 3)
+    assert np.array_equal(dataset.images, np.repeat(RAMP[None, None], 3, axis=1))
+    with pytest.raises(ConfigError, match="channels=2"):
+        read(found, ["all"], 32, 2)
+
+
 @pytest.mark.parametrize(
     "images",
     [

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.dataset import Dataset as DicomDataset
 from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from pydicom.uid import MPEG2MPML, RLELossless
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, convert_color_space
+from pydicom.uid import MPEG2MPML, JPEG2000Lossless, RLELossless
 
 from client.intake import Reason, read, scan
-from client.intake.dicom import decode, is_dicom
+from client.intake.dicom import decode, is_compressed, is_dicom
 from client.intake.refusals import Refused, quiet
 from common.errors import ConfigError, IntakeError
 
@@ -87,18 +87,76 @@ def test_lookup_tables(tmp_path: Path, write_dicom: WriteDicom, sequence: str) -
     assert np.allclose(grey, expected if sequence == "VOILUTSequence" else expected * (255 / 198), atol=1e-3)
 
 
-def test_colour_becomes_luminance(tmp_path: Path, write_dicom: WriteDicom) -> None:
-    pixels = np.zeros((4, 6, 3), dtype=np.uint8)
-    pixels[..., 1] = 200
-    assert np.allclose(decode(write_dicom(tmp_path / "a", pixels)), 200 * 0.587, atol=0.01)
+COLOURS = np.random.default_rng(0).integers(40, 210, (28, 28, 3)).astype(np.uint8)
+
+
+def as_palette(name: str, table: Any) -> dict[str, Any]:
+    return {
+        f"{name}PaletteColorLookupTableDescriptor": [256, 0, 8],
+        f"{name}PaletteColorLookupTableData": bytes(table),
+    }
+
+
+def test_colours_are_read(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """RGB as it is and in planes, YBR in 8 bits, 16 bits as a part of what they can hold."""
+    planes = {"PlanarConfiguration": 1, "PixelData": np.moveaxis(COLOURS, 2, 0).tobytes()}
+    ybr = convert_color_space(COLOURS, "RGB", "YBR_FULL")
+    found = [
+        decode(write_dicom(tmp_path / "a", COLOURS)),
+        decode(write_dicom(tmp_path / "b", COLOURS, **planes)),
+        decode(write_dicom(tmp_path / "c", ybr, PhotometricInterpretation="YBR_FULL")),
+        decode(write_dicom(tmp_path / "d", COLOURS.astype(np.uint16) * 16)),
+    ]
+    for levels, off in zip(found, (0, 0, 2.5, 1), strict=True):
+        assert levels.shape == (28, 28, 3)
+        assert np.abs(levels - COLOURS).max() <= off
+
+
+def test_colour_becomes_what_is_asked(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / "a", COLOURS)
+    write_dicom(tmp_path / "b", RAMP)
+    grey, _ = read(scan(tmp_path, "none"), ["all"], 28)
+    colour, _ = read(scan(tmp_path, "none"), ["all"], 28, 3)
+    assert (grey.images.shape, colour.images.shape) == ((2, 1, 28, 28), (2, 3, 28, 28))
+    assert np.abs(grey.images[0, 0] - COLOURS @ [0.299, 0.587, 0.114]).max() <= 0.51
+    assert np.array_equal(colour.images[0], np.moveaxis(COLOURS, 2, 0))
+    assert np.array_equal(colour.images[1], np.repeat(grey.images[1], 3, axis=0))
+
+
+def test_a_palette_gives_colours(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    numbers = np.arange(28 * 28, dtype=np.uint16).reshape(28, 28).astype(np.uint8)
+    tables = as_palette("Red", range(256)) | as_palette("Green", range(255, -1, -1)) | as_palette("Blue", [9] * 256)
+    path = write_dicom(tmp_path / "a", numbers, PhotometricInterpretation="PALETTE COLOR", **tables)
+    assert np.array_equal(decode(path), np.stack([numbers, 255 - numbers, np.full_like(numbers, 9)], axis=2))
+
+
+@pytest.mark.parametrize(("space", "deep"), [("HSV", False), ("YBR_PARTIAL_420", False), ("YBR_FULL", True)])
+def test_colours_that_nobody_converts_are_refused(
+    tmp_path: Path, write_dicom: WriteDicom, space: str, deep: bool
+) -> None:
+    pixels = COLOURS.astype(np.uint16) if deep else COLOURS
+    with pytest.raises(Refused, match=Reason.PIXELS):
+        decode(write_dicom(tmp_path / "a", pixels, PhotometricInterpretation=space))
+
+
+@pytest.mark.slow
+def test_compressed_colours_are_decoded_outside(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    path = write_dicom(tmp_path / "a", pixels)
+    dataset = dcmread(path)
+    dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+    dataset.save_as(path)
+    assert is_compressed(path)
+    colour, _ = read(scan(tmp_path, "none"), ["all"], 64, 3)
+    assert np.array_equal(colour.images[0], np.moveaxis(pixels, 2, 0))
 
 
 def test_a_palette_for_colours_is_refused(tmp_path: Path, write_dicom: WriteDicom) -> None:
     tags: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
     for colour in ("Red", "Green", "Blue"):
-        tags[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
-        tags[f"{colour}PaletteColorLookupTableData"] = bytes(range(256))
-    assert np.allclose(decode(write_dicom(tmp_path / "a", RAMP.astype(np.uint8), **tags)), RAMP % 256, atol=0.1)
+        tags |= as_palette(colour, range(256))
+    grey = decode(write_dicom(tmp_path / "a", RAMP.astype(np.uint8), **tags))
+    assert np.array_equal(grey, np.repeat(RAMP[..., None] % 256, 3, axis=2))
     with pytest.raises(Refused, match=Reason.PIXELS):
         decode(write_dicom(tmp_path / "b", np.zeros((4, 6, 3), dtype=np.uint8), **tags))
 

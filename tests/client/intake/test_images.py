@@ -54,6 +54,20 @@ def test_modes(tmp_path: Path, mode: str) -> None:
     assert np.abs(dataset.images[0, 0].astype(int) - board).max() <= (40 if mode == "CMYK" else 1)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_colour(tmp_path: Path, mode: str) -> None:
+    colour = np.stack([RAMP, 255 - RAMP, np.full_like(RAMP, 40)], axis=2)
+    image = Image.fromarray(RAMP if mode == "L" else colour)
+    (image if mode in ("RGB", "L") else image.convert(mode)).save(tmp_path / "a.png")
+    found = scan(index(tmp_path, "a.png,p,x"))
+    seen, _ = read(found, ["x"], 32, 3)
+    expected = np.repeat(RAMP[..., None], 3, axis=2) if mode == "L" else colour
+    off = np.abs(seen.images[0].astype(int) - np.moveaxis(expected, 2, 0))
+    assert off.max() <= (60 if mode == "P" else 0)
+    grey, _ = read(found, ["x"], 32)
+    assert np.abs(grey.images[0, 0] - np.moveaxis(seen.images[0], 0, 2) @ [0.299, 0.587, 0.114]).max() <= 0.51
+
+
 def test_every_unusable_file_is_counted(tmp_path: Path) -> None:
     folder, outside = tmp_path / "in", tmp_path / "out"
     png(folder / "good.png")

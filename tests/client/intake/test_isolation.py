@@ -25,7 +25,7 @@ while True:
         os.abort()
     if request.endswith(b"hang"):
         time.sleep(60)
-    connection.send_bytes(b"+" + bytes(10**6 if request.endswith(b"long") else 28 * 28))
+    connection.send_bytes(b"+" + bytes(10**6 if request.endswith(b"long") else request[2] * 28 * 28))
 """
 
 
@@ -34,7 +34,8 @@ while True:
 def test_survives_abort(fault: str) -> None:
     with DecoderProcess(FAULTY) as decoder:
         assert decoder.square(Path(fault), 28) == Reason.PIXELS
-        assert np.array_equal(decoder.square(Path("good"), 28), np.zeros((28, 28)))
+        assert np.array_equal(decoder.square(Path("good"), 28), np.zeros((1, 28, 28)))
+        assert np.array_equal(decoder.square(Path("good"), 28, 3), np.zeros((3, 28, 28)))
 
 
 @pytest.mark.slow
