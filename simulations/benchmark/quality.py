@@ -171,7 +171,7 @@ def _federation(federation: Federation, out: Path, referee: Referee) -> Iterator
 def _variant(name: str, config: Config, folder: Path, referee: Referee) -> Sample:
     """Run a variant with hospitals of its own, whose ledgers are empty: the same patients, and the same referee."""
     federation = replace(draw_federation(config), held_out=Scan((), {}))
-    _say(f"{name}: the warm-up and {config.federation.rounds} rounds")
+    _say(f"{name}: {config.federation.rounds} rounds")
     return _run_and_judge(federation, folder, referee)
 
 

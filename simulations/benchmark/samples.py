@@ -33,8 +33,8 @@ class Sample:
         frechet: Distance to the held-out images.
         seconds: Wall time of the run, without judging.
         processor_seconds: Of all its threads, sites and coordinator together.
-        upload_bytes: What one site sent.
-        download_bytes: What one site received that was there in every round.
+        upload_bytes: What one site sent that was there in every round.
+        download_bytes: What it received.
         epsilon: The most that a site spent.
     """
 
