@@ -233,7 +233,15 @@ class SimulationConfig(Section):
     """`iid`, `dirichlet:ALPHA` (skewed classes and sizes) or `by-site-column`."""
     holdout: Fraction = 0.2
     """Part of the patients that no site gets; the simulator tests the generator on them."""
+    max_patients: Annotated[int, Field(ge=0, le=MAX_COHORT_PATIENTS)] = 0
+    """Patients of all sites together, at most, drawn by the seed from those that are not held out; 0: all of them."""
     phantom_patients: Annotated[int, Field(ge=8, le=1_000_000)] = 1000
+    missing_share: Fraction = 0.0
+    """Fault: the chance of each site to be away from a round. Not from the warm-up, and federation.min_sites stay."""
+    poor_site_budget: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fault: what is left of the first site's privacy.epsilon; an earlier run stands in its ledger with the rest."""
+    one_class_site: bool = False
+    """Fault: the first site has patients of the most frequent class alone, as many as it would have without."""
 
     @field_validator("partition")
     @classmethod

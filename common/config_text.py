@@ -6,6 +6,7 @@ Out of scope: what the keys mean and what may stand in them (common/config).
 import difflib
 import json
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,16 +47,47 @@ def build_config(tree: dict[str, Any], changes: dict[str, Any] | None = None) ->
     2
 
     """
+    try:
+        return Config.model_validate(with_changes(tree, changes or {}))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def with_changes(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a tree in which values by dotted key stand too; checking is `build_config`'s work.
+
+    Raises:
+        ConfigError: A section is no table.
+    """
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
-    for key, value in (changes or {}).items():
+    for key, value in changes.items():
         section, _, name = key.partition(".")
         if not isinstance(merged.setdefault(section, {}), dict):
             raise ConfigError(f"Expected {section} as a table of keys, got {merged[section]!r}. Write [{section}].")
         merged[section][name] = value
-    try:
-        return Config.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+    return merged
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Read the texts of `--set`: a dotted key, =, and a TOML value, or a text that needs no quotes.
+
+    Raises:
+        ConfigError: One of them has no dotted key or no value.
+
+    >>> parse_changes(["simulation.sites=20", "simulation.partition=iid"])
+    {'simulation.sites': 20, 'simulation.partition': 'iid'}
+
+    """
+    changes: dict[str, Any] = {}
+    for text in texts:
+        key, _, value = (part.strip() for part in text.partition("="))
+        if "." not in key or not value:
+            raise ConfigError(f"Expected --set SECTION.KEY=VALUE, as in --set simulation.sites=20, got {text!r}.")
+        try:
+            changes[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key] = value
+    return changes
 
 
 def parse_proposal(text: str) -> Proposal:

@@ -12,6 +12,7 @@ from client.agent import open_site
 from client.home import Home
 from client.serve import serve
 from common.config_text import build_config, read_config
+from common.errors import ConfigError
 from simulations.hospitals import build_hospitals, draw_federation, simulated_secrets, site_name
 
 
@@ -20,6 +21,10 @@ def main(arguments: list[str]) -> None:
     out, partition, path = Path(arguments[0]), int(arguments[1]), Path(arguments[2])
     logging.basicConfig(filename=out / f"agent-{partition}.log", format="%(asctime)s %(levelname)s %(message)s")
     config = build_config(read_config(out / "config.toml"))
+    if config.simulation.missing_share > 0:
+        raise ConfigError(
+            "Sites cannot be made to miss rounds under `flwr run`. Use `fedmedgan-simulate --engine flower`."
+        )
     for _ in build_hospitals(draw_federation(config), out):
         pass
     stop = threading.Event()

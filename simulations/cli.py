@@ -15,7 +15,7 @@ from client.intake.refusals import describe
 from common.artefact import load_generator
 from common.command import run_command
 from common.config import Config
-from common.config_text import build_config, read_config, to_toml
+from common.config_text import build_config, parse_changes, read_config, to_toml
 from common.errors import ExitCode
 from common.generate import generate_images
 from common.plan import delta_warning, plan
@@ -89,6 +89,9 @@ def simulate(
     channels: Annotated[int | None, typer.Option(help="1: grey images, 3: colour.")] = None,
     engine: Annotated[str | None, typer.Option(help="local (this process) or flower (Ray).")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; flags win over it.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the TOML; flags win over it.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Run folder. Default: the next runs/run-NNNN.")] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="Go on with a run; default the newest.")] = None,
     dry_run: Annotated[bool | None, typer.Option("--dry-run", help="Print the plan and stop.")] = None,
@@ -102,7 +105,8 @@ def simulate(
     if context.invoked_subcommand is not None:
         return
     flags = {key: value for key, value in locals().items() if key in KEYS and value is not None}
-    effective = effective_config(config, {KEYS[key]: value for key, value in flags.items()})
+    changes = parse_changes(set_ or []) | {KEYS[key]: value for key, value in flags.items()}
+    effective = effective_config(config, changes)
     if print_config:
         print(to_toml(effective), end="")
         return

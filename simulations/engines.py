@@ -18,6 +18,7 @@ from common.config import Config
 from common.errors import FedmedganError, MissingExtra
 from server.app import Job, run
 from server.app import make_app as make_server_app
+from simulations.faults import missing_at_times
 from simulations.hospitals import connect
 from simulations.local_grid import LocalGrid
 
@@ -72,7 +73,8 @@ def check_engine(config: Config) -> None:
 
 def find_hospital(out: Path, config: Config, context: Context) -> Transport:
     """Return the way to the virtual hospital of a node; what Ray's actors call too."""
-    return connect(out, config, int(context.node_config["partition-id"]))
+    partition = int(context.node_config["partition-id"])
+    return missing_at_times(connect(out, config, partition), config, partition)
 
 
 def _keeping_failures(job: Job, failures: list[FedmedganError]) -> ServerApp:

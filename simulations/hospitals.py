@@ -30,7 +30,8 @@ from common.crypto import KeyStream
 from common.errors import ConfigError, IntakeError
 from common.files import make_folder, write_atomic
 from common.messages import Reply, Request
-from simulations.partition import assign, hold_out, place
+from simulations.faults import spend_before
+from simulations.partition import assign, at_most, hold_out, place
 from simulations.phantoms.cohort import CLASSES, PhantomPatient, draw_patients, draw_scanner
 from simulations.phantoms.dicom import write_hospital
 
@@ -109,9 +110,10 @@ def draw_federation(config: Config) -> Federation:
     _require_classes(config, found)
     config = build_config(config.model_dump(), {"image.classes": config.image.classes or found})
     rest, held_out = hold_out(everything, simulation.holdout, seed)
-    return Federation(
-        config, assign(rest, simulation.sites, simulation.partition, seed), held_out, phantoms, everything.refused
-    )
+    if simulation.max_patients:
+        rest = at_most(rest, simulation.max_patients, seed)
+    sites = assign(rest, simulation.sites, simulation.partition, seed, simulation.one_class_site)
+    return Federation(config, sites, held_out, phantoms, everything.refused)
 
 
 def _require_classes(config: Config, found: Sequence[str]) -> None:
@@ -229,6 +231,8 @@ def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path
     usable = load_images(home, classes, size, channels)
     declared = declared_patients(usable.number_of_patients)
     policies.save(home.policy, policy.model_copy(update={"declared_patients": declared}))
+    if index == 0 and config.simulation.poor_site_budget < 1:
+        spend_before(home, policy, 1 - config.simulation.poor_site_budget)
     return usable, refused
 
 

@@ -56,7 +56,24 @@ def hold_out(scan: Scan, fraction: float, seed: int) -> tuple[Scan, Scan]:
     return remaining, aside
 
 
-def assign(scan: Scan, sites: int, partition: str, seed: int) -> tuple[Scan, ...]:
+def at_most(scan: Scan, patients: int, seed: int) -> Scan:
+    """Keep so many patients, drawn by chance, with all their images.
+
+    Args:
+        scan: The source, less what is held out.
+        patients: How many to keep; all when there are no more.
+        seed: Seed of the draw.
+
+    Guarantees:
+        - nested: With the same seed, fewer patients are among more.
+        - deterministic: The same scan, number and seed keep the same patients.
+    """
+    everyone = sorted({record.patient for record in scan.records})
+    kept = set(_shuffled(everyone, np.random.default_rng(seed))[:patients])
+    return Scan(tuple(record for record in scan.records if record.patient in kept), {})
+
+
+def assign(scan: Scan, sites: int, partition: str, seed: int, one_class_site: bool = False) -> tuple[Scan, ...]:
     """Give every patient to one of the virtual hospitals.
 
     Args:
@@ -66,18 +83,20 @@ def assign(scan: Scan, sites: int, partition: str, seed: int) -> tuple[Scan, ...
             Dirichlet(ALPHA); small ALPHA skews classes and sizes), or `by-site-column` (the source says; a patient
             with images of several sites goes to the one with most of them).
         seed: Seed of the draw.
+        one_class_site: Swap patients until the first hospital has those of the most frequent class alone.
 
     Returns:
         One scan for each site; of `by-site-column` in the alphabetical order of its values.
 
     Raises:
-        ConfigError: There are fewer patients than sites, `partition` is unknown, or the column names another number
-            of sites.
+        ConfigError: There are fewer patients than sites, `partition` is unknown, the column names another number of
+            sites, or no class is as large as the site that shall have no other.
 
     Guarantees:
         - disjoint_patients: All images of a patient are at one site.
         - every_patient_once: Every image of the scan is at exactly one site.
         - no_empty_site: Every site has a patient.
+        - one_class_keeps_sizes: With `one_class_site` every hospital has as many patients as without.
         - deterministic: The same arguments give the same parts.
 
     Source: Hsu, Qi, Brown (2019), arXiv 1909.06335, turned around as usual (Yurochkin et al., 2019): shares of each
@@ -95,6 +114,8 @@ def assign(scan: Scan, sites: int, partition: str, seed: int) -> tuple[Scan, ...
         chosen = _by_site_column(scan.records, sites)
     else:
         chosen = _without_empty_sites(_dirichlet(by_class, sites, _alpha(partition), rng), sites)
+    if one_class_site:
+        chosen = _one_class_at_the_first(by_class, chosen, rng)
     return _split(scan, chosen, sites)
 
 
@@ -210,6 +231,23 @@ def _without_empty_sites(chosen: Mapping[Patient, int], sites: int) -> dict[Pati
     for empty in [site for site in range(sites) if not members[site]]:
         members[empty].append(max(members, key=len).pop())
     return {patient: site for site, group in enumerate(members) for patient in group}
+
+
+def _one_class_at_the_first(
+    by_class: Mapping[str, Sequence[Patient]], chosen: Mapping[Patient, int], rng: np.random.Generator
+) -> dict[Patient, int]:
+    """Swap every other patient of the first site with one of the largest class, drawn from all other sites."""
+    of_class = set(max(by_class.values(), key=len))
+    leaving = [patient for patient, site in chosen.items() if site == 0 and patient not in of_class]
+    coming = [patient for patient, site in chosen.items() if site != 0 and patient in of_class]
+    if len(coming) < len(leaving):
+        size = sum(site == 0 for site in chosen.values())
+        raise ConfigError(
+            f"simulation.one_class_site needs {size} patients of one class, as many as the first site has; the most "
+            f"frequent has {len(of_class)}. Raise simulation.sites."
+        )
+    swapped = list(zip(leaving, _shuffled(coming, rng), strict=False))
+    return {**chosen, **{one: chosen[other] for one, other in swapped}, **{other: 0 for _, other in swapped}}
 
 
 def _by_site_column(records: Iterable[Record], sites: int) -> dict[Patient, int]:

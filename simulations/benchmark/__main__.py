@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from common.command import run_command
+from common.config_text import parse_changes
 from simulations.benchmark import dp_step, federation, quality
 from simulations.benchmark.report import print_result, write_result
+from simulations.benchmark.samples import as_table
 
 BENCHMARKS = ("dp-step", "federation", "quality")
 
@@ -19,11 +21,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def run(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
-    json: Annotated[Path | None, typer.Option(help="Write the result to this file too.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the result to this file too; quality goes on from it.")
+    ] = None,
     device: Annotated[str, typer.Option(help="dp-step only: where D is trained, cpu or cuda.")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="dp-step only: activations of plain and fast have eight bits.")] = False,
     config: Annotated[Path | None, typer.Option(help="quality only: a TOML file with the run and [quality].")] = None,
     data: Annotated[Path | None, typer.Option(help="quality only: the images. Default: phantoms.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="quality only: wins over the TOML file.")
+    ] = None,
 ) -> None:
     """Measure, print a table, and write the figures."""
     if name not in BENCHMARKS:
@@ -32,10 +39,10 @@ def run(
     if name == "federation":
         result = federation.measure()
     elif name == "quality":
-        result = quality.measure(config, data)
+        result = quality.measure(config, data, json, parse_changes(set_ or []))
     else:
         result = dp_step.measure(replace(dp_step.FULL, device=device, bf16=bf16))
-    print_result(quality.as_table(result) if name == "quality" else result)
+    print_result(as_table(result) if name == "quality" else result)
     if json is not None:
         write_result(result, json)
 

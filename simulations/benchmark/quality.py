@@ -1,38 +1,38 @@
 """How good are the images of a federation? Its run for several seeds, beside what real images and single sites reach.
 
 Every row is judged by the same referee on patients that no site has. Nothing is chosen by what the referee says: a
-configuration is read, run and reported. Out of scope: the judging (simulations/benchmark/referee).
+configuration is read, run and reported. Out of scope: the judging (referee), the table `[quality]` (variants), the
+figures as a table and a file (samples).
 """
 
 import contextlib
-import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError, field_validator
 
 from client.home import Home, load_images
 from client.intake import Scan, scan
 from common.artefact import pictures
-from common.config import Config, Section
-from common.config_text import build_config, read_config
+from common.config import Config
+from common.config_text import build_config, read_config, with_changes
 from common.errors import ConfigError, FederationError, IntakeError
 from server import checkpoint
 from server.app import Job
 from server.records import read_records
-from server.rounds import averaged_pair
+from server.rounds import averaged_pair, round_bytes
 from server.run_folder import RunFolder, open_run
 from simulations.benchmark.referee import Effort, Judgement, Referee, judge, make_referee
-from simulations.benchmark.report import Result
+from simulations.benchmark.report import Result, write_result
+from simulations.benchmark.samples import Key, Sample, as_result, data_digest, load_samples, mean_of, origin
+from simulations.benchmark.variants import BASE, SINGLE_SITES, QualityConfig, configurations, row_names, split_settings
 from simulations.engines import run_job
 from simulations.hospitals import (
     Federation,
@@ -44,112 +44,94 @@ from simulations.hospitals import (
     site_name,
 )
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Named = tuple[str, "Sample"]
+NOTHING_GOES_WRONG = {"simulation.missing_share": 0.0, "simulation.poor_site_budget": 1.0}
+"""For single sites; who has which patients stays."""
 
-
-@final
-class QualityConfig(Section):
-    """The table `[quality]` of a configuration for this benchmark; it never reaches the run."""
-
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
-    baselines: tuple[Literal["real", "single-site"], ...] = ("real", "single-site")
-    test: Literal["holdout", "x_test"] = "holdout"
-    """Held-out patients: those of simulation.holdout, or the NPZ's own `x_test` with `y_test` (each a person)."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError("expected seeds that differ, for equal ones give equal figures")
-        return value
+Named = tuple[str, Sample]
 
 
 @final
 @dataclass(frozen=True)
-class Sample:
-    """The figures of one row for one seed; None where there is none.
+class Seconds:
+    """What a run took: wall time, and the time of all threads of this process."""
 
-    Attributes:
-        accuracy: Of a classifier trained on the row's images, on held-out patients.
-        auc: Its area under the ROC curve, for two classes.
-        frechet: Distance to the held-out images.
-        seconds: Wall time of the run, without judging.
-        upload_bytes: What one site sent.
-        epsilon: The most that a site spent.
-    """
+    wall: float
+    processor: float
 
-    accuracy: float
-    auc: float | None
-    frechet: float
-    seconds: float | None = None
-    upload_bytes: float | None = None
-    epsilon: float | None = None
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.wall + other.wall, self.processor + other.processor)
 
 
-def measure(config: Path | None, data: Path | None, effort: Effort | None = None) -> Result:
-    """Run a configuration for each of its seeds and judge what comes out.
+def measure(
+    config: Path | None,
+    data: Path | None,
+    json: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    effort: Effort | None = None,
+) -> Result:
+    """Run a configuration and its variants for each of its seeds and judge what comes out.
 
     Args:
         config: A TOML file as `fedmedgan-simulate` reads it, with a table `[quality]` if wanted.
-        data: The images; phantoms when None.
+        data: The images; those of the configuration when None, and phantoms when it names none.
+        json: Written after every row; where it stands already, its rows are not made again.
+        changes: Values by dotted key that win over the file.
         effort: How thoroughly images are judged.
 
     Returns:
-        One row each for the federation, its warm-up and the baselines.
+        One row each for the federation, its warm-up, its variants and the baselines.
 
     Raises:
         ConfigError: There is no configuration, or a key or value is wrong.
         IntakeError: The data cannot be used, or there is nobody to test on.
+        ResumeError: `json` is of another configuration, of other data, or no result of this benchmark.
         FederationError: No site took part.
     """
     if config is None:
         raise ConfigError("Expected --config FILE for the benchmark quality. simulations/configs holds some.")
-    settings, tree = split_settings(read_config(config))
-    samples: defaultdict[str, list[Sample]] = defaultdict(list)
-    for number, seed in enumerate(settings.seeds, start=1):
+    effort = effort or Effort()
+    settings, tree = split_settings(with_changes(read_config(config), changes or {}))
+    plans = _plans(tree, settings, data)
+    wanted = _origins(plans, settings, effort)
+    found = load_samples(json, wanted) if json is not None and json.exists() else {}
+    for number, (seed, configs) in enumerate(plans.items(), start=1):
+        missing = [name for name in row_names(settings, configs) if (name, seed) not in found]
+        _say(f"seed {seed} ({number} of {len(plans)}): {', '.join(missing) or 'every row is there'}")
+        if not missing:
+            continue
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            for name, sample in _one_seed(configs, settings, effort, Path(folder), missing):
+                found[name, seed] = sample
+                _say(f"seed {seed}, {name}: {_told(sample)}")
+                if json is not None:
+                    write_result(as_result(found, wanted), json)
+    return as_result(found, wanted)
+
+
+def _plans(tree: dict[str, Any], settings: QualityConfig, data: Path | None) -> dict[int, dict[str, Config]]:
+    """Return the configurations by seed and row, all of them checked before the first is run."""
+    plans: dict[int, dict[str, Config]] = {}
+    for seed in settings.seeds:
         changes: dict[str, Any] = {"federation.seed": seed, "performance.engine": "local"}
         changes |= {"simulation.data": str(data.absolute())} if data else {}
-        _say(f"seed {seed} ({number} of {len(settings.seeds)}): reading the images")
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            for name, sample in _one_seed(build_config(tree, changes), settings, effort or Effort(), Path(folder)):
-                samples[name].append(sample)
-                _say(f"seed {seed}, {name}: {_told(sample)}")
-    return Result("quality", [_row(name, group) for name, group in samples.items()], _ratios(samples))
+        plans[seed] = configurations(tree, settings, changes)
+    return plans
 
 
-def split_settings(tree: Mapping[str, Any]) -> tuple[QualityConfig, dict[str, Any]]:
-    """Take the table `[quality]` out of a configuration.
-
-    Raises:
-        ConfigError: A key of it is unknown or a value out of bounds.
-    """
-    rest = dict(tree)
-    try:
-        return QualityConfig.model_validate(rest.pop("quality", {})), rest
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["quality", *map(str, first["loc"])])
-        raise ConfigError(
-            f"Expected another {key}={first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}. "
-            f"Known keys of [quality]: {', '.join(QualityConfig.model_fields)}."
-        ) from error
+def _origins(plans: Mapping[int, Mapping[str, Config]], settings: QualityConfig, effort: Effort) -> dict[Key, str]:
+    source = next(iter(plans.values()))[BASE].simulation.data
+    others = (data_digest(Path(source)) if source and Path(source).exists() else "", settings.test, repr(effort))
+    return {
+        (name, seed): origin(configs.get(name, configs[BASE]), *others)
+        for seed, configs in plans.items()
+        for name in row_names(settings, configs)
+    }
 
 
-def as_table(result: Result) -> Result:
-    """Write mean and standard deviation of each figure into one cell, for people."""
-    rows = [
-        {
-            key: f"{value:.4g} ± {row[f'{key}_sd']:.2g}" if row.get(f"{key}_sd") is not None else value
-            for key, value in row.items()
-            if not key.endswith("_sd")
-        }
-        for row in result.rows
-    ]
-    return replace(result, rows=[{k: "" if v is None else v for k, v in row.items()} for row in rows])
-
-
-def _one_seed(config: Config, settings: QualityConfig, effort: Effort, folder: Path) -> Iterator[Named]:
+def _one_seed(
+    configs: Mapping[str, Config], settings: QualityConfig, effort: Effort, folder: Path, missing: Collection[str]
+) -> Iterator[Named]:
+    config = configs[BASE]
     torch.set_num_threads(config.performance.threads)
     federation = draw_federation(config)
     if settings.test == "x_test":
@@ -157,12 +139,15 @@ def _one_seed(config: Config, settings: QualityConfig, effort: Effort, folder: P
     out = folder / "federation"
     for line in build_hospitals(federation, out):
         _say(line)
-    _say("training the reference classifier on the real images of all sites")
     referee = _make_referee(federation, out, effort)
-    if "real" in settings.baselines:
+    if "real" in missing:
         yield "real", _sample(referee.real)
-    yield from _federation(federation, out, referee)
-    if "single-site" in settings.baselines and config.simulation.sites > 1:
+    if BASE in missing or "warmup only" in missing:
+        yield from (named for named in _federation(federation, out, referee) if named[0] in missing)
+    for name in configs:
+        if name in missing and name != BASE:
+            yield name, _variant(name, configs[name], folder, referee)
+    if set(SINGLE_SITES) & set(missing):
         yield from _single_sites(federation, folder, referee)
 
 
@@ -171,22 +156,30 @@ def _federation(federation: Federation, out: Path, referee: Referee) -> Iterator
     folder = open_run(out, config, resume=False)
     stopped = threading.Event()
     stopped.set()  # a run that is asked to stop at once ends after round 0, and can be taken up
-    _say("the warm-up")
-    seconds = _seconds(Job(config, folder, stopped))
+    _say(f"{BASE}: the warm-up")
+    seconds = _timed(Job(config, folder, stopped))
     if config.warmup.share > 0:
         sample = _judged(config, folder, referee, seconds)
         yield "warmup only", sample
         if config.federation.rounds == 0:
-            yield "federation", sample
+            yield BASE, sample
             return
-    _say(f"{config.federation.rounds} rounds")
-    seconds += _seconds(Job(config, folder))
-    yield "federation", _judged(config, folder, referee, seconds)
+    _say(f"{BASE}: {config.federation.rounds} rounds")
+    seconds += _timed(Job(config, folder))
+    yield BASE, _judged(config, folder, referee, seconds)
+
+
+def _variant(name: str, config: Config, folder: Path, referee: Referee) -> Sample:
+    """Run a variant with hospitals of its own, whose ledgers are empty: the same patients, and the same referee."""
+    federation = replace(draw_federation(config), held_out=Scan((), {}))
+    _say(f"{name}: {config.federation.rounds} rounds")
+    return _run_and_judge(federation, folder, referee)
 
 
 def _single_sites(federation: Federation, folder: Path, referee: Referee) -> Iterator[Named]:
     """Let each site train alone, with the same settings and the same epsilon."""
     changes = {"simulation.sites": 1, "federation.min_sites": 1, "server.aggregation": "mean"}
+    changes |= {"privacy.colluding_sites": "all", **NOTHING_GOES_WRONG}
     config = build_config(federation.config.model_dump(), changes)
     found: list[Sample] = []
     for index, part in enumerate(federation.sites):
@@ -194,22 +187,28 @@ def _single_sites(federation: Federation, folder: Path, referee: Referee) -> Ite
             continue
         _say(f"{site_name(index)} alone")
         alone = replace(federation, config=config, sites=(part,), held_out=Scan((), {}))
-        out = folder / f"alone-{index}"
-        for _ in build_hospitals(alone, out):
+        found.append(_run_and_judge(alone, folder, referee))
+    mean, best = SINGLE_SITES
+    yield mean, mean_of(found)
+    yield best, max(found, key=lambda sample: sample.accuracy if sample.auc is None else sample.auc)
+
+
+def _run_and_judge(federation: Federation, parent: Path, referee: Referee) -> Sample:
+    """Run a federation from its files to its images, and leave none of them behind."""
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        for _ in build_hospitals(federation, Path(folder)):
             pass
-        run = open_run(out, config, resume=False)
-        found.append(_judged(config, run, referee, _seconds(Job(config, run))))
-    yield "single-site mean", Sample(*(_mean(values) for values in zip(*map(astuple, found), strict=True)))
-    yield "single-site best", max(found, key=lambda sample: sample.accuracy if sample.auc is None else sample.auc)
+        run = open_run(Path(folder), federation.config, resume=False)
+        return _judged(federation.config, run, referee, _timed(Job(federation.config, run)))
 
 
-def _seconds(job: Job) -> float:
-    started = time.perf_counter()
+def _timed(job: Job) -> Seconds:
+    started, started_processor = time.perf_counter(), time.process_time()
     run_job(job)
-    return time.perf_counter() - started
+    return Seconds(time.perf_counter() - started, time.process_time() - started_processor)
 
 
-def _judged(config: Config, folder: RunFolder, referee: Referee, seconds: float) -> Sample:
+def _judged(config: Config, folder: RunFolder, referee: Referee, seconds: Seconds) -> Sample:
     """Judge the newest state of a run."""
     state = checkpoint.load_latest(folder.checkpoints)
     records = read_records(folder.metrics)
@@ -217,10 +216,14 @@ def _judged(config: Config, folder: RunFolder, referee: Referee, seconds: float)
     if state is None or not releases:
         raise FederationError("No site took part, so there is nothing to judge. The lines above say why.")
     _say(f"judging the images after round {state.round}")
-    judged = judge(referee, config, averaged_pair(config, state).generator)
-    upload_bytes = sum(record.upload_bytes / max(1, len(record.sites)) for record in records)
-    epsilon = max(release.epsilon_spent for release in releases)
-    return replace(_sample(judged), seconds=seconds, upload_bytes=upload_bytes, epsilon=epsilon)
+    return replace(
+        _sample(judge(referee, config, averaged_pair(config, state).generator)),
+        seconds=seconds.wall,
+        processor_seconds=seconds.processor,
+        upload_bytes=sum(record.upload_bytes / max(1, len(record.sites)) for record in records),
+        download_bytes=state.round * round_bytes(config),
+        epsilon=max(release.epsilon_spent for release in releases),
+    )
 
 
 def _sample(judged: Judgement) -> Sample:
@@ -255,32 +258,6 @@ def _official_test(config: Config, folder: Path) -> Scan:
             "The NPZ has no x_test with y_test, as test = 'x_test' asks. Use test = 'holdout'."
         ) from error
     return scan(path)
-
-
-def _row(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    row: dict[str, Any] = {"row": name, "seeds": len(samples)}
-    for figure in (field.name for field in fields(Sample)):
-        values = [getattr(sample, figure) for sample in samples]
-        row[figure] = _mean(values)
-        if figure in ("accuracy", "auc", "frechet"):
-            row[f"{figure}_sd"] = statistics.stdev(values) if len(values) > 1 and None not in values else None
-    return row
-
-
-def _mean(values: Sequence[Any]) -> Any:
-    return None if None in values else statistics.fmean(values)
-
-
-def _ratios(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
-    """Compare the federation with each other row: differences of mean accuracy, quotients of mean distance."""
-    ours = _row("", samples["federation"])
-    ratios: dict[str, float] = {}
-    for name, group in samples.items():
-        if name != "federation":
-            other, key = _row("", group), name.replace(" ", "_").replace("-", "_")
-            ratios[f"accuracy_minus_{key}"] = ours["accuracy"] - other["accuracy"]
-            ratios[f"frechet_over_{key}"] = ours["frechet"] / other["frechet"]
-    return ratios
 
 
 def _told(sample: Sample) -> str:

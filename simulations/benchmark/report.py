@@ -27,11 +27,13 @@ class Result:
         name: The benchmark.
         rows: One table row each; all rows have the same keys.
         ratios: Figures of merit by name, each from one run.
+        samples: What the rows are made of, where a later call may go on from it.
     """
 
     name: str
     rows: Sequence[Mapping[str, Any]]
     ratios: Mapping[str, float]
+    samples: Sequence[Mapping[str, Any]] = ()
 
 
 def print_result(result: Result) -> None:
@@ -48,7 +50,7 @@ def print_result(result: Result) -> None:
 
 
 def write_result(result: Result, path: Path) -> None:
-    """Write `{"name", "machine", "versions", "rows", "ratios"}` as JSON."""
+    """Write `{"name", "machine", "versions", "rows", "ratios"}` as JSON, and "samples" where there are any."""
     machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}
     versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
     content = {
@@ -58,4 +60,5 @@ def write_result(result: Result, path: Path) -> None:
         "rows": list(result.rows),
         "ratios": dict(result.ratios),
     }
+    content |= {"samples": list(result.samples)} if result.samples else {}
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import Proposal
-from common.config_text import build_config, known_keys, parse_proposal, read_config, to_toml
+from common.config_text import build_config, known_keys, parse_changes, parse_proposal, read_config, to_toml
 from common.errors import ConfigError
 
 
@@ -54,6 +54,22 @@ def test_unknown_key_names_the_nearest(tree: dict, near: str) -> None:
 def test_value_out_of_bounds_names_key_and_value(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         build_config({}, {key: value})
+
+
+def test_changes_are_toml_values_or_plain_texts() -> None:
+    texts = ["train.ema_decay=0.5", "image.classes = ['a', 'b']", "simulation.partition=dirichlet:0.3", "run.out='7'"]
+    assert parse_changes(texts) == {
+        "train.ema_decay": 0.5,
+        "image.classes": ["a", "b"],
+        "simulation.partition": "dirichlet:0.3",
+        "run.out": "7",
+    }
+
+
+@pytest.mark.parametrize("text", ["rounds=3", "federation.rounds", "federation.rounds=", "=3"])
+def test_changes_without_a_dotted_key_or_a_value_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set SECTION\.KEY=VALUE"):
+        parse_changes([text])
 
 
 def test_nothing_to_learn_is_refused() -> None:

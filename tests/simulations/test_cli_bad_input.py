@@ -178,3 +178,18 @@ def test_generate_from_no_run(capsys, tmp_path) -> None:
     code, text = _run(capsys, "generate", tmp_path, "--out", tmp_path / "images")
     assert code == 6
     assert "generator" in text
+
+
+def test_set_changes_any_key_and_names_an_unknown_one(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--set", "train.ema_decay=0.25", "--set", "privacy.epsilon=2", "--epsilon", "3", "--print-config"])
+    told = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "ema_decay = 0.25" in told
+    assert "epsilon = 3.0" in told
+    code, text = _run(capsys, "--set", "train.ema_deca=0.25", "--dry-run")
+    assert code == 3
+    assert "train.ema_decay" in text
+    code, text = _run(capsys, "--set", "ema_decay=0.25", "--dry-run")
+    assert code == 3
+    assert "SECTION.KEY=VALUE" in text

@@ -12,7 +12,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from client.intake import Dataset, Record, Scan, read, scan
 from common.errors import ConfigError, IntakeError, StorageError
-from simulations.partition import assign, hold_out, place
+from simulations.partition import assign, at_most, hold_out, place
 
 PARTITIONS = ["iid", "dirichlet:0.05", "dirichlet:1", "dirichlet:100", "by-site-column"]
 
@@ -98,6 +98,35 @@ def test_hold_out_is_stratified() -> None:
 def test_iid_sites_are_of_one_size() -> None:
     sizes = [len(patients(part)) for part in assign(make([(patient, "a") for patient in range(41)]), 4, "iid", 0)]
     assert sorted(sizes) == [10, 10, 10, 11]
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet:0.3", "by-site-column"])
+def test_one_class_keeps_sizes(partition: str) -> None:
+    source = make([(patient, "aab"[patient * 7 % 11 % 3]) for patient in range(60)])
+    for seed in range(5):
+        without, divided = assign(source, 3, partition, seed), assign(source, 3, partition, seed, one_class_site=True)
+        assert [len(patients(part)) for part in divided] == [len(patients(part)) for part in without]
+        assert sorted(row.row or 0 for part in divided for row in part.records) == list(range(60))
+        assert {record.label for record in divided[0].records} == {"a"}
+        # nobody but those who were swapped has moved
+        assert all(patients(part) & patients(same) for part, same in zip(divided[1:], without[1:], strict=True))
+        assert divided == assign(source, 3, partition, seed, one_class_site=True)
+
+
+def test_one_class_that_is_too_small_is_refused() -> None:
+    source = make([(patient, "ab"[patient % 2]) for patient in range(20)])
+    with pytest.raises(ConfigError, match=r"one_class_site needs 20 patients of one class.*has 10"):
+        assign(source, 1, "iid", 0, one_class_site=True)
+
+
+def test_nested_draws_of_patients() -> None:
+    source = make([(patient % 30, "ab"[patient % 2]) for patient in range(60)])
+    kept = {most: at_most(source, most, 5) for most in (5, 10, 30, 99)}
+    assert [len(patients(part)) for part in kept.values()] == [5, 10, 30, 30]
+    assert patients(kept[5]) < patients(kept[10])
+    assert kept[30].records == source.records
+    assert len(kept[10].records) == 20  # with all their images
+    assert at_most(source, 5, 5) == kept[5] != at_most(source, 5, 6)
 
 
 @pytest.mark.parametrize("alpha", [0.3, 3.0])
