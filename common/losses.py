@@ -19,7 +19,7 @@ from common.models import vae
 Loss = Callable[[Float[Tensor, " rows"]], Float[Tensor, " rows"]]
 """Loss of each row from its logit."""
 
-WEIGHT_BOUND = 0.05
+WEIGHT_BOUND = 2.0**-4
 """Every weight of a Wasserstein critic lies within plus and minus this: what bounds its slope. Public and fixed, so
 that cutting noisy weights to it is post-processing. A penalty on the critic's slope at real images would be one more
 query about patients."""

@@ -26,6 +26,8 @@ class ReferenceEngine(Engine):
     def contributions(self, loss: Loss, chunk: Chunk) -> tuple[list[Contribution], Unformed | None]:
         """Return one contribution for each parameter, in their order; arguments as in `Engine`."""
         hooks = GradSampleHooks(self._discriminator, loss_reduction="sum")
+        layers = [layer for layer in self._discriminator.modules() if isinstance(layer, nn.Conv2d)]
+        handles = [layer.register_forward_pre_hook(_channels_first) for layer in layers]
         torch.dot(chunk.weights, loss(self._discriminator(chunk.images, chunk.labels))).backward()
         parts: list[Contribution] = []
         start = 0
@@ -36,6 +38,8 @@ class ReferenceEngine(Engine):
             parameter.grad = None
             del parameter.grad_sample  # type: ignore[attr-defined]
         hooks.remove_hooks()
+        for handle in handles:
+            handle.remove()
         return parts, None
 
     def by_parameter(self, gradient: Float[Tensor, " gradient"]) -> list[Tensor]:
@@ -43,3 +47,8 @@ class ReferenceEngine(Engine):
         parameters = list(self._discriminator.parameters())
         parts = gradient.split([parameter.numel() for parameter in parameters])
         return [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
+
+
+def _channels_first(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Lay an input out with its channels first: Opacus cuts patches of another layout wrongly, and says nothing."""
+    return (arguments[0].contiguous(), *arguments[1:])

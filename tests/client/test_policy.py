@@ -162,7 +162,7 @@ BASE = 'site = "a"\ndeclared_patients = 100\nmax_epsilon = 3.0\ndelta = 1e-5\n'
         (BASE + "version = 2\n", "version"),
         ("site = ", "not TOML"),
         ('site = "a"\n', "max_epsilon"),
-        (BASE + 'allowed_models = ["resnet"]\n', "allowed_models"),
+        (BASE + 'allowed_models = ["biggan"]\n', "allowed_models"),
         (BASE + "allowed_image_sizes = [48]\n", "allowed_image_sizes"),
         (BASE + 'may_declare = ["labels"]\n', "may_declare"),
         (BASE + "max_sample_rate = 0.0\n", "max_sample_rate"),
