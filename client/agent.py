@@ -23,12 +23,11 @@ from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.policy import Policy
 from client.replies import forget_old_replies, request_digest, secret_of_charge, store_reply, stored_reply
 from client.train import train_round
-from client.warmup import embedding_sum
+from client.warmup import Look, embedding_sum, read_look
 from common.config import GradientEngine, Proposal
 from common.config_text import parse_proposal
 from common.crypto import KeyStream, SigningKey, load_key
 from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
-from common.features import feature_map
 from common.generator_step import reproducible
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
 from common.models import Pair, build
@@ -36,7 +35,7 @@ from common.noise import gaussian, to_public_grid
 from common.plan import Plan, plan
 from common.privacy import Charge
 from common.secure_sum import Cohort, parse_cohort
-from common.weights import BOTH, check_arrays, get_weights, set_weights
+from common.weights import BOTH, get_weights, set_weights
 
 LOG = logging.getLogger("fedmedgan.agent")
 MAX_D_STEPS = 5000
@@ -129,16 +128,18 @@ def _private(site: Site, request: Request) -> Reply:
     reply = stored_reply(replies, request, digest, released)
     if reply is None:
         require_images(site.home, proposal.image.classes, proposal.image.size, proposal.image.channels)
-        pair, rng = _weights_of(site, request, proposal)  # what does not decode is refused before it costs anything
-        allowed = journal.release_schema(request.kind, journal.reply_shapes(proposal, pair))
+        asked, rng = _asked(site, request, proposal)  # what does not decode is refused before it costs anything
+        warmup = isinstance(asked, Look)
+        shapes = journal.reply_shapes(proposal, asked.dim if warmup else asked)
+        allowed = journal.release_schema(request.kind, shapes)
         policy.check_reply(site.policy, allowed.size_bytes)
-        cost = agreed.charge_of_warmup() if pair is None else agreed.charge_of_round(proposal.train.steps_per_round)
+        cost = agreed.charge_of_warmup() if warmup else agreed.charge_of_round(proposal.train.steps_per_round)
         _require_one_price(site, request, cost)
         charge = ChargeRequest(request.run_id, request.round, request.kind, digest)
         spent = site.ledger.charge(charge, cost, site.policy.max_epsilon, site.policy.delta)
         secret = secret_of_charge(replies, request, lambda: site.secrets(digest))
         try:
-            reply = _release(site, request, proposal, agreed, pair, rng, secret, spent)
+            reply = _release(site, request, proposal, agreed, asked, rng, secret, spent)
             journal.check_egress(reply, allowed, site.policy.max_reply_bytes)
         except FedmedganError as error:  # the charge stands, so this is its one outcome: stored and journaled too
             reply = _refusal(request, error)
@@ -156,7 +157,7 @@ def _release(
     request: Request,
     proposal: Proposal,
     agreed: Plan,
-    pair: Pair | None,
+    asked: Look | Pair,
     rng: torch.Generator,
     secret: KeyStream,
     spent: float,
@@ -164,14 +165,14 @@ def _release(
     """Touch the patients, once the charge stands."""
     dataset = load_images(site.home, proposal.image.classes, proposal.image.size, proposal.image.channels)
     fields: dict[str, Scalar] = {"epsilon_spent": spent, "epsilon_allowed": site.policy.max_epsilon}
-    if pair is None:
-        arrays = _warmup(dataset, proposal, agreed, secret)
+    if isinstance(asked, Look):
+        arrays = _warmup(dataset, proposal, agreed, asked, secret)
     elif request.kind is Kind.GRADIENT:
-        share = gradient_share(dataset, pair.discriminator, proposal, agreed, secret, rng, site.gradients)
+        share = gradient_share(dataset, asked.discriminator, proposal, agreed, secret, rng, site.gradients)
         arrays = {"gradient": share}
     else:
         d_steps = int(request.settings["d_steps_per_g_step"])
-        trained = train_round(dataset, pair, proposal, agreed, d_steps, secret, rng, site.gradients)
+        trained = train_round(dataset, asked, proposal, agreed, d_steps, secret, rng, site.gradients)
         arrays = get_weights(trained.pair)
         fields |= {"fake_accuracy": trained.fake_accuracy, "d_steps_per_g_step": d_steps}
     return Reply(request.kind, request.run_id, request.round, None, fields, arrays)
@@ -193,21 +194,23 @@ def _check_request(request: Request) -> Proposal:
         raise WireError("Expected a run id of 1 to 64 lower-case letters, digits and hyphens.")
     if not proposal.image.classes:
         raise ConfigError("Expected image.classes to name at least one class.")
-    rounds = proposal.federation.rounds
     wanted_kind = Kind.TRAIN if proposal.train.algorithm == "local" else Kind.GRADIENT
     if request.kind not in (Kind.WARMUP, wanted_kind):
         raise WireError(f"Expected no {request.kind} with train.algorithm={proposal.train.algorithm}.")
-    if request.kind is wanted_kind and not 1 <= request.round <= rounds:
-        raise WireError(f"Expected round={request.round} in [1, {rounds}].")
-    if request.kind is Kind.WARMUP and (request.round != 0 or proposal.warmup.share == 0):
-        raise WireError("Expected a warm-up only in round 0 of a proposal with warmup.share > 0.")
+    first, last = proposal.refinements + 1, proposal.federation.rounds
+    if request.kind is Kind.WARMUP:
+        if proposal.warmup.share == 0:
+            raise WireError("Expected a warm-up only in a proposal with warmup.share > 0.")
+        first, last = 0, proposal.refinements
+    if not first <= request.round <= last:
+        raise WireError(f"Expected {request.kind} in a round of [{first}, {last}], got {request.round}.")
     if request.kind is Kind.GRADIENT:
         return proposal  # whose settings are the cohort, see `_cohort`
-    d_steps = request.settings.get("d_steps_per_g_step")
-    whole = type(d_steps) is int and 1 <= d_steps <= MAX_D_STEPS
-    wanted = ["d_steps_per_g_step"] if request.kind is Kind.TRAIN else []
-    if list(request.settings) != wanted or (wanted and not whole):
-        raise WireError(f"Expected the settings {wanted} with whole numbers in [1, {MAX_D_STEPS}].")
+    wanted = "d_steps_per_g_step" if request.kind is Kind.TRAIN else "look"
+    value = request.settings.get(wanted)
+    whole = type(value) is int and 1 <= value <= MAX_D_STEPS
+    if list(request.settings) != [wanted] or (request.kind is Kind.TRAIN and not whole):
+        raise WireError(f"Expected the one setting {wanted}, d_steps_per_g_step a whole number in [1, {MAX_D_STEPS}].")
     return proposal
 
 
@@ -233,20 +236,20 @@ def _require_one_price(site: Site, request: Request, cost: Charge) -> None:
         )
 
 
-def _weights_of(site: Site, request: Request, proposal: Proposal) -> tuple[Pair | None, torch.Generator]:
-    """Load the coordinator's weights, or none for a warm-up; nothing of the site goes into them."""
+def _asked(site: Site, request: Request, proposal: Proposal) -> tuple[Look | Pair, torch.Generator]:
+    """Read what is to be looked at, or the coordinator's weights; nothing of the site goes into them."""
     rng = reproducible(proposal.federation.seed, site.policy.site, request.round)
     if request.kind is Kind.WARMUP:
-        check_arrays(request.arrays, {})
-        return None, rng
+        return read_look(proposal.image, request.settings.get("look"), request.arrays), rng
     pair = build(proposal.model, proposal.image, len(proposal.image.classes), rng)
     set_weights(pair, request.arrays, BOTH if request.kind is Kind.TRAIN else ("discriminator",))
     return pair, rng
 
 
-def _warmup(dataset: Dataset, proposal: Proposal, agreed: Plan, secret: KeyStream) -> dict[str, npt.NDArray[Any]]:
-    features = feature_map(proposal.image.size, proposal.image.channels)
-    sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), features)
+def _warmup(
+    dataset: Dataset, proposal: Proposal, agreed: Plan, look: Look, secret: KeyStream
+) -> dict[str, npt.NDArray[Any]]:
+    sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), look)
     std = agreed.charge_of_warmup().noise_multiplier
     noisy = to_public_grid(sums + gaussian(secret, tuple(sums.shape), std), std)
     return {"embedding": noisy.float().numpy()}

@@ -15,8 +15,10 @@ from client.ledger import Entry
 from client.policy import Policy
 from common.config import Proposal
 from common.errors import ConfigError, PolicyRefusal
+from common.features import feature_dim, feature_map
+from common.lens import SIGHTS, lens_dim
 from common.messages import Kind
-from common.models import build
+from common.models import Pair, build
 from common.plan import Plan, plan
 from common.privacy import Charge, affordable_rounds, epsilon
 from common.secure_sum import Cohort
@@ -48,10 +50,11 @@ class Forecast:
     Attributes:
         plan: Sample rate, noise and steps, and the cost of the run alone.
         refusal: Why the policy refuses the run; None where it allows it.
-        warmup: Whether the warm-up can be paid for; None where none is planned.
-        rounds: How many of the planned rounds the site can join.
+        warmup: Whether all releases of the warm-up can be paid for; None where none is planned.
+        rounds: How many of the planned rounds the site can join, refinements of the warm-up among them.
         rounds_planned: How many there are.
         epsilon_after: Of everything charged, with all of the run that can be paid for.
+        warmup_releases: Of the planned run, if it has a warm-up.
     """
 
     plan: Plan
@@ -60,6 +63,7 @@ class Forecast:
     rounds: int
     rounds_planned: int
     epsilon_after: float
+    warmup_releases: int = 1
 
     @property
     def whole(self) -> bool:
@@ -134,30 +138,34 @@ def _forecast(rules: Policy, charges: list[Charge], proposal: Proposal, cohort: 
             "Add --cohort-sites and --cohort-patients, as the coordinator announces them."
         )
     agreed, rounds = plan(proposal, rules.declared_patients, cohort), proposal.federation.rounds
+    releases = 1 + proposal.refinements
     refusal, warmup, joined = _refusal(rules, proposal, agreed), None, 0
     taken = list(charges)
     if agreed.warmup_noise_multiplier is not None:
         charge = agreed.charge_of_warmup()
-        warmup = refusal is None and affordable_rounds(taken, charge, 1, rules.max_epsilon, rules.delta) == 1
-        taken += [charge] * warmup
+        paid = 0 if refusal else affordable_rounds(taken, charge, releases, rules.max_epsilon, rules.delta)
+        warmup, joined = paid == releases, max(0, paid - 1)
+        taken += [charge] * paid
     if agreed.train_noise_multiplier is not None and refusal is None:
         charge = agreed.charge_of_round(proposal.train.steps_per_round)
-        joined = affordable_rounds(taken, charge, rounds, rules.max_epsilon, rules.delta)
-        taken += [charge] * joined
-    return Forecast(agreed, refusal, warmup, joined, rounds, epsilon(taken, rules.delta))
+        trained = affordable_rounds(taken, charge, proposal.training_rounds, rules.max_epsilon, rules.delta)
+        joined, taken = joined + trained, taken + [charge] * trained
+    return Forecast(agreed, refusal, warmup, joined, rounds, epsilon(taken, rules.delta), releases)
 
 
 def _refusal(rules: Policy, proposal: Proposal, agreed: Plan) -> str | None:
     """Return why the policy refuses a run, by the checks that the agent makes."""
     pair = build(proposal.model, proposal.image, len(proposal.image.classes), torch.Generator().manual_seed(0))
-    planned = [(Kind.WARMUP, None)] * (agreed.warmup_noise_multiplier is not None)
+    looks = [lens_dim(proposal.image, sight) for sight in SIGHTS]
+    looks.append(feature_dim(feature_map(proposal.image.size, proposal.image.channels)))
+    planned: list[tuple[Kind, Pair | int]] = [(Kind.WARMUP, max(looks))] * (agreed.warmup_noise_multiplier is not None)
     kind = Kind.TRAIN if proposal.train.algorithm == "local" else Kind.GRADIENT
     planned += [(kind, pair)] * (agreed.train_noise_multiplier is not None)
     try:
         policy.check_proposal(rules, proposal)
         policy.check_plan(rules, agreed)
-        for kind, networks in planned:
-            allowed = journal.release_schema(kind, journal.reply_shapes(proposal, networks))
+        for kind, asked in planned:
+            allowed = journal.release_schema(kind, journal.reply_shapes(proposal, asked))
             policy.check_reply(rules, allowed.size_bytes)
     except PolicyRefusal as error:
         return str(error)

@@ -256,7 +256,7 @@ def _print_forecast(planned: budget.Forecast, left: float) -> None:
     print(f"policy: {'allows it' if planned.refusal is None else 'refuses it: ' + planned.refusal}")
     print(f"this site can join: {_extent(planned)}; then spent: epsilon {planned.epsilon_after:.3f}")
     if planned.warmup is False and planned.refusal is None:
-        alone = epsilon([agreed.charge_of_warmup()], agreed.delta)
+        alone = epsilon([agreed.charge_of_warmup()] * planned.warmup_releases, agreed.delta)
         print(f"over budget: the warm-up alone asks for epsilon {alone:.3f}, {left:.3f} is left")
 
 

@@ -22,7 +22,6 @@ from client.policy import MAX_REPLY_BYTES, SITE_NAME
 from common.config import Proposal
 from common.crypto import SigningKey, VerifyKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
-from common.features import feature_dim, feature_map
 from common.messages import Kind, Reply, size_bytes
 from common.models import Pair
 from common.weights import weight_shapes
@@ -82,23 +81,18 @@ class Entry:
     epsilon_after: float
 
 
-def reply_shapes(proposal: Proposal, pair: Pair | None) -> dict[str, tuple[int, ...]]:
+def reply_shapes(proposal: Proposal, asked: Pair | int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what leaves in one reply, from public values alone.
 
     Args:
         proposal: The shared sections of the configuration.
-        pair: The networks of a round; None for the warm-up.
+        asked: The networks of a round, or the length of a vector of the warm-up.
     """
-    if pair is not None and proposal.train.algorithm == "secure-sum":
-        return {"gradient": (sum(parameter.numel() for parameter in pair.discriminator.parameters()),)}
-    if pair is not None:
-        return weight_shapes(pair)
-    return {
-        "embedding": (
-            len(proposal.image.classes),
-            feature_dim(feature_map(proposal.image.size, proposal.image.channels)),
-        )
-    }
+    if isinstance(asked, int):
+        return {"embedding": (len(proposal.image.classes), asked)}
+    if proposal.train.algorithm == "secure-sum":
+        return {"gradient": (sum(parameter.numel() for parameter in asked.discriminator.parameters()),)}
+    return weight_shapes(asked)
 
 
 def release_schema(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> Release:

@@ -1,14 +1,56 @@
-"""The bounded sums of the warm-up: one vector per patient, added up by class. Out of scope: noise (client/dp)."""
+"""The bounded sums of the warm-up: one vector per patient, added up by class. Out of scope: noise (client/agent)."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Int, Int64, Shaped, UInt8
 from torch import Tensor
 
-from common.errors import IntakeError
-from common.features import FeatureMap, feature_dim, features
+from common import lens
+from common.config import ImageConfig
+from common.errors import IntakeError, WireError
+from common.features import feature_dim, feature_map, features
+from common.lens import SIGHTS, lens_dim
+from common.messages import Arrays, Scalar
+from common.weights import check_arrays
 
 _CHUNK = 256
+
+Vectors = Callable[[Float[Tensor, "batch channels size size"], Int64[Tensor, " batch"]], Float[Tensor, "batch dim"]]
+
+
+@final
+@dataclass(frozen=True)
+class Look:
+    """What a release of the warm-up looks at: pixels in [-1, 1] and labels to vectors, and how long these are."""
+
+    vectors: Vectors
+    dim: int
+
+
+def read_look(image: ImageConfig, look: Scalar | None, arrays: Arrays) -> Look:
+    """Read what a request wants looked at; nothing of the site goes into it.
+
+    Args:
+        image: What an image is.
+        look: `public`, or the sight of a lens.
+        arrays: None for `public`, else the lens.
+
+    Raises:
+        WireError: There is no such map, or the arrays are not exactly its.
+    """
+    if look == "public":
+        check_arrays(arrays, {})
+        public = feature_map(image.size, image.channels)
+        return Look(lambda images, labels: features(public, images), feature_dim(public))
+    for sight in SIGHTS:
+        if look == sight:
+            return Look(functools.partial(lens.look, lens.from_arrays(image, sight, arrays)), lens_dim(image, sight))
+    raise WireError(f"Expected look to be public or one of {', '.join(SIGHTS)}.")
 
 
 def embedding_sum(
@@ -16,16 +58,16 @@ def embedding_sum(
     labels: Int[np.ndarray, "images"],
     patients: Shaped[np.ndarray, "images"],
     number_of_classes: int,
-    fm: FeatureMap,
+    look: Look,
 ) -> Float[Tensor, "classes dim"]:
-    """Add up every patient's mean of onehot(class) x features. Private until noise is added.
+    """Add up every patient's mean of onehot(class) x vector. Private until noise is added.
 
     Args:
         images: Pixels, 0 to 255, as many channels as the map is for.
         labels: Class number of each image, below `number_of_classes`.
         patients: What tells the patients apart, of any sortable type.
         number_of_classes: Rows of the sum.
-        fm: The public feature map.
+        look: Images to vectors; nothing of it is taken on trust.
 
     Returns:
         The sum in double precision; column 0 holds `CONSTANT` times the patients of the class.
@@ -34,7 +76,8 @@ def embedding_sum(
         IntakeError: A label is not a class number.
 
     Guarantees:
-        - one_patient_one_unit: Adding or removing all images of one patient moves the sum by at most 1 in L2.
+        - one_patient_one_unit: Adding or removing all images of one patient moves the sum by at most 1 in L2, whatever
+          `look` gives: longer vectors are shortened, and one that is not finite counts as zero.
         - duplicates: Duplicating all images of a patient changes nothing (beyond rounding).
     """
     if len(labels) and not (labels.min() >= 0 and labels.max() < number_of_classes):
@@ -44,13 +87,21 @@ def embedding_sum(
     _, patient_of_image, images_of_patient = np.unique(patients, return_inverse=True, return_counts=True)
     weights = torch.from_numpy(1.0 / images_of_patient[patient_of_image])
     classes = torch.from_numpy(labels.astype(np.int64))
-    total = torch.zeros(number_of_classes, feature_dim(fm), dtype=torch.float64)
+    total = torch.zeros(number_of_classes, look.dim, dtype=torch.float64)
     with torch.no_grad():
         for start in range(0, len(images), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            pixels = torch.from_numpy(images[chunk].astype(np.float32)) / 127.5 - 1
-            vectors = features(fm, pixels).double()
-            # The map promises this bound; the party that answers for it does not take it on trust.
-            vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1)
-            total.index_add_(0, classes[chunk], vectors * weights[chunk, None])
+            count = len(classes[chunk])
+            # Always as many rows: how many others there are must not change how one image's numbers are rounded.
+            pixels = torch.zeros(_CHUNK, *images.shape[1:])
+            pixels[:count] = torch.from_numpy(images[chunk].astype(np.float32)) / 127.5 - 1
+            labels_of_rows = torch.zeros(_CHUNK, dtype=torch.int64)
+            labels_of_rows[:count] = classes[chunk]
+            rows = _bounded(look.vectors(pixels, labels_of_rows)[:count].double())
+            total.index_add_(0, classes[chunk], rows * weights[chunk, None])
     return total
+
+
+def _bounded(rows: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    norms = rows.norm(dim=1, keepdim=True)
+    return torch.where(norms.isfinite(), rows / norms.clamp(min=1), 0.0)

@@ -25,6 +25,8 @@ MAX_SITES = 10_000
 MAX_COHORT_PATIENTS = 100_000_000
 """Bounds what a run can state of its sites, one or all together."""
 
+MAX_REFINEMENTS = 16
+
 MAX_ERRORS = 20
 """Faults of a configuration that are named: a message with thousands must not keep a site busy, nor fill its log."""
 
@@ -87,12 +89,17 @@ class PrivacyConfig(Section):
 
 @final
 class WarmupConfig(Section):
-    """The one-shot release before the first round, and the fit of the generator to it."""
+    """Releases of which every patient is a part once, and the fit of the generator to them: round 0 and refinements."""
 
     share: Fraction = 0.7
-    """Part of epsilon that the warm-up release alone may cost; 0 switches it off."""
-    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 500
-    batch_size: Annotated[int, Field(ge=8, le=MAX_BATCH)] = 128
+    """Part of epsilon that all of the warm-up's releases together may cost; 0 switches them off."""
+    refinements: Annotated[int, Field(ge=0, le=MAX_REFINEMENTS)] = 0
+    """How many of the first `federation.rounds` (all of them, if there are fewer) are releases of the same kind, each
+    seen through a lens that is made from the generator as it stands by then. The budget is split evenly: they pay where
+    noise is small beside a class (docs/quality.md)."""
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 400
+    """Steps of the fit after each release."""
+    batch_size: Annotated[int, Field(ge=8, le=MAX_BATCH)] = 48
     learning_rate: LearningRate = 2e-3
 
 
@@ -205,6 +212,16 @@ class Proposal(Section):
                 "train.loss = logistic and a model other than vae; set a number"
             )
         return self
+
+    @property
+    def refinements(self) -> int:
+        """Rounds after round 0 that belong to the warm-up."""
+        return min(self.warmup.refinements, self.federation.rounds) if self.warmup.share > 0 else 0
+
+    @property
+    def training_rounds(self) -> int:
+        """Rounds of private steps, after those of the warm-up."""
+        return self.federation.rounds - self.refinements
 
     def digest(self) -> str:
         """Return the SHA-256 of the shared sections, in hexadecimal.

@@ -28,6 +28,10 @@ _OCTAVES = 2
 """The same filters look at the image, at half its size, and so on."""
 _WAVELENGTH_PX = 3.2
 _KERNEL_PX = 7
+_MOMENT_COSINES = 64
+"""Lowest cosine coefficients whose products of pairs are looked at."""
+_SHARES = (1.0, 1.0, 1.0, 0.25, 0.5)
+"""Parts of the squared length: pixels, edges, cosines of edges, low coefficients, their products."""
 _PIXEL_SIDE = 32
 """Larger images are averaged down to this side before the pixel cosines."""
 _MARGIN = 1e-4

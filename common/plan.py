@@ -22,7 +22,7 @@ class Plan:
     Attributes:
         declared_patients: The rounded cohort size that the site made public.
         sample_rate: Probability of each patient in each private step.
-        warmup_noise_multiplier: Of the release before the first round; None without warm-up.
+        warmup_noise_multiplier: Of each release of the warm-up; None without warm-up.
         train_noise_multiplier: Of every private step; None without rounds.
         steps: Private steps of all rounds together.
         epsilon: What the whole run costs by PLD; at most the proposal's epsilon.
@@ -56,7 +56,7 @@ class Plan:
         return self.charge_of_round(1).noise_multiplier / math.sqrt(self.noise_shares)
 
     def charge_of_warmup(self) -> Charge:
-        """Return what the warm-up release costs: one Gaussian release of sensitivity 1.
+        """Return what one release of the warm-up costs: a Gaussian release of sensitivity 1.
 
         Raises:
             ConfigError: The plan has no warm-up.
@@ -106,13 +106,14 @@ def plan(proposal: Proposal, declared_patients: int, cohort: Cohort | None = Non
     if cohort is not None and not together:
         raise ConfigError("A plan with train.algorithm = local has no cohort: each site trains for itself.")
     rate = min(1.0, privacy.batch_patients / (declared_patients if cohort is None else cohort.patients))
-    steps = 0 if together and cohort is None else rounds * proposal.train.steps_per_round
+    trained = proposal.training_rounds
+    steps = 0 if together and cohort is None else trained * proposal.train.steps_per_round
     charges: list[Charge] = []
     warmup = train = None
     if share > 0:
-        target = privacy.epsilon * (share if rounds else 1.0)
-        warmup = noise_for(target, privacy.delta, 1.0, 1)
-        charges.append(Charge(warmup, 1.0, 1))
+        target, releases = privacy.epsilon * (share if trained else 1.0), 1 + proposal.refinements
+        warmup = noise_for(target, privacy.delta, 1.0, releases)
+        charges.append(Charge(warmup, 1.0, releases))
     if steps > 0:
         train = noise_for(privacy.epsilon, privacy.delta, rate, steps, charges)
         charges.append(Charge(train, rate, steps))

@@ -22,9 +22,11 @@ from server.exchange import PERMANENT
 from server.records import Progress, RoundRecord, append_record, is_landmark, read_records, write_records
 from server.results import write_results
 from server.roster import greet, wait_for_sites
-from server.rounds import averaged_pair, train, warm_up
+from server.rounds import averaged_pair, train
 from server.run_folder import RunFolder, open_run
 from server.secure_sum import train_together
+from server.start import read_start
+from server.warmup_round import warm_up
 
 ATTEMPTS_A_ROUND = 3
 RETRY_AFTER_S = 2.0
@@ -35,11 +37,19 @@ Event = Progress | RoundRecord
 @final
 @dataclass(frozen=True)
 class Job:
-    """A run that is about to start: its configuration, its folder, and the wish to stop after the round under way."""
+    """A run that is about to start.
+
+    Attributes:
+        config: Its configuration.
+        folder: Its folder.
+        stop: The wish to stop after the round under way.
+        until: The round after which to stop, so that the state there can be looked at; None for the last.
+    """
 
     config: Config
     folder: RunFolder
     stop: threading.Event = field(default_factory=threading.Event)
+    until: int | None = None
 
 
 def federate(grid: Grid, job: Job) -> Iterator[Event]:
@@ -63,12 +73,14 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
     wait_for_sites(grid, config)
     members = greet(grid, config, folder.run_id, {})
     attempts = 0
-    while state is None or (state.round < config.federation.rounds and not job.stop.is_set()):
+    last = config.federation.rounds if job.until is None else job.until
+    while state is None or (state.round < last and not job.stop.is_set()):
         number = 0 if state is None else state.round + 1
-        if state is None:
-            events = warm_up(grid, config, members, folder.run_id)  # 1 the one-shot release, and the fit to it
+        members = greet(grid, config, folder.run_id, members)  # 1 who
+        if state is None or number <= config.refinements:
+            start = read_start(folder, config) if state is None else None
+            events = warm_up(grid, config, members, folder.run_id, state, start)  # 2 a lens out, sums in, fitted
         else:
-            members = greet(grid, config, folder.run_id, members)  # 1 who
             one_round = train if config.train.algorithm == "local" else train_together
             events = one_round(grid, config, members, state)  # 2 weights out, updates in, combined, stepped
         for event in events:

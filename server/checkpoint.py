@@ -17,9 +17,25 @@ from common.errors import ResumeError
 from common.files import make_folder, write_atomic
 from server.aggregation import OptimizerState
 
-VERSION = 1
+VERSION = 2
 KEPT = 3
 _NAME = re.compile(r"round-(\d{6})\.safetensors")
+
+
+@final
+@dataclass(frozen=True)
+class WarmupRelease:
+    """The sum of one release of the warm-up, and what was summed.
+
+    Attributes:
+        look: `public`, or the sight of a lens.
+        noise_std: Standard deviation of the noise in each coordinate of the sum; public.
+        arrays: The noisy sum as "sum", and the lens's arrays.
+    """
+
+    look: str
+    noise_std: float
+    arrays: Mapping[str, npt.NDArray[Any]]
 
 
 @final
@@ -37,7 +53,8 @@ class State:
         d_steps_per_g_step: The rung of the ladder, or the fixed number.
         fake_accuracy: Moving average that the ladder reads.
         g_steps_on_rung: Generator steps since the last change of rung.
-        cohort: With secure-sum the sites of the run with their declared patients, fixed after the warm-up.
+        cohort: With secure-sum the sites of the run with their declared patients, fixed after the first release.
+        warmup: The releases up to now, while more of them are to come.
     """
 
     run_id: str
@@ -50,6 +67,7 @@ class State:
     fake_accuracy: float = 1.0
     g_steps_on_rung: int = 0
     cohort: Mapping[str, int] = field(default_factory=dict[str, int])
+    warmup: tuple[WarmupRelease, ...] = ()
 
 
 def save(folder: Path, state: State) -> None:
@@ -68,9 +86,11 @@ def save(folder: Path, state: State) -> None:
         "fake_accuracy": state.fake_accuracy,
         "g_steps_on_rung": state.g_steps_on_rung,
         "cohort": dict(state.cohort),
+        "warmup": [[release.look, release.noise_std] for release in state.warmup],
     }
     groups = {"weights": state.weights, "averaged": state.averaged}
     groups |= {"first": state.optimizer.first, "second": state.optimizer.second}
+    groups |= {f"release-{number}": release.arrays for number, release in enumerate(state.warmup)}
     tensors = {
         f"{group}/{name}": np.ascontiguousarray(a) for group, arrays in groups.items() for name, a in arrays.items()
     }
@@ -94,7 +114,7 @@ def load_latest(folder: Path) -> State | None:
         tensors = load_tensors(content)
         header_bytes = int.from_bytes(content[:8], "little")
         header = json.loads(json.loads(content[8 : 8 + header_bytes])["__metadata__"]["fedmedgan-checkpoint"])
-        version = header.pop("version")
+        version, warmup = header.pop("version"), header.pop("warmup", [])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ResumeError(
             f"The checkpoint {paths[-1]} does not read: {type(error).__name__}. Delete it to resume from an older one."
@@ -103,12 +123,16 @@ def load_latest(folder: Path) -> State | None:
         raise ResumeError(
             f"Expected a checkpoint of version {VERSION}, got {version}. Resume with the release that wrote it."
         )
-    groups: dict[str, dict[str, npt.NDArray[Any]]] = {"weights": {}, "averaged": {}, "first": {}, "second": {}}
+    names = ["weights", "averaged", "first", "second", *(f"release-{number}" for number in range(len(warmup)))]
+    groups: dict[str, dict[str, npt.NDArray[Any]]] = {name: {} for name in names}
     for key, tensor in tensors.items():
         group, _, name = key.partition("/")
         groups[group][name] = tensor
     optimizer = OptimizerState(groups["first"], groups["second"])
-    return State(weights=groups["weights"], averaged=groups["averaged"], optimizer=optimizer, **header)
+    releases = tuple(WarmupRelease(*terms, groups[f"release-{number}"]) for number, terms in enumerate(warmup))
+    return State(
+        weights=groups["weights"], averaged=groups["averaged"], optimizer=optimizer, warmup=releases, **header
+    )
 
 
 def _paths(folder: Path) -> list[Path]:

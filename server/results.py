@@ -30,8 +30,8 @@ SIMULATED_SECRETS = "simulated: derived from the seed, for reproduction; not pri
 MAX_SHEET_ROWS = 12
 
 _MECHANISM = {
-    "warm_up": "Gaussian noise on sums over all patients of vectors of norm at most 1, one vector a patient; "
-    "one release a run",
+    "warm_up": "Gaussian noise on sums over all patients of vectors of norm at most 1, one vector a patient in each "
+    "of its releases",
     "training": "Poisson sampling of patients; each sampled patient's mean gradient is clipped to max_grad_norm; "
     "Gaussian noise of noise_multiplier x max_grad_norm on the sum, divided by a public constant; the generator and "
     "the weights that are sent are post-processing",
@@ -107,7 +107,7 @@ def privacy_card(
     """
     together = config.train.algorithm == "secure-sum"
     kind = "gradient" if together else "train"
-    sites = {name: _site(records, name, kind) for name in sorted({name for record in records for name in record.sites})}
+    sites = {name: _site(records, name, kind, config.refinements) for name in sorted({name for record in records for name in record.sites})}
     worst = max((site["epsilon_spent"] for site in sites.values()), default=0.0)
     return {
         "version": 1,
@@ -192,10 +192,10 @@ def _trust_model(config: Config, sites: int) -> str:
     return local if assumed.startswith("none") else f"distributed noise. ASSUMPTION: {assumed}"
 
 
-def _site(records: Sequence[RoundRecord], name: str, kind: str) -> dict[str, Any]:
+def _site(records: Sequence[RoundRecord], name: str, kind: str, refinements: int) -> dict[str, Any]:
     released = [(record.round, record.sites[name]) for record in records if name in record.sites]
     last = released[-1][1]
-    counts = Counter((number == 0, _terms(release)) for number, release in released)
+    counts = Counter((number <= refinements, _terms(release)) for number, release in released)
     return {
         "declared_patients": last.declared_patients,
         "epsilon_spent": max(release.epsilon_spent for _, release in released),

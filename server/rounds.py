@@ -1,9 +1,9 @@
-"""The parts of a round: collect and combine the sites' releases, fit the warm-up, step the global weights.
+"""The parts of a round: collect and combine the sites' releases, step the global weights.
 
-Read the loop in server/app first. Out of scope: drawing and writing (server/app, display, report).
+Read the loop in server/app first. Out of scope: rounds of the warm-up
+(server/warmup_round), drawing and writing (server/app, display, report).
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,21 +13,18 @@ import numpy as np
 import torch
 
 from common.config import Config
-from common.errors import FederationError, WireError
-from common.features import feature_dim, feature_map
+from common.errors import WireError
 from common.messages import Arrays, Kind, Reply, Request, size_bytes
 from common.models import Pair, build
-from common.models.vae import take_over_decoder
 from common.privacy import Charge
 from common.weights import check_arrays, get_weights, only, set_weights
 from server import aggregation, robust
 from server.aggregation import MeanState
 from server.checkpoint import State
 from server.exchange import Grid, ask
-from server.ladder import climb, first_rung
+from server.ladder import climb
 from server.records import Progress, RoundRecord, SiteRelease
 from server.roster import Member
-from server.warmup import fit_generator
 
 Members = Mapping[str, Member]
 Outcome = tuple[State | None, RoundRecord]
@@ -81,56 +78,6 @@ def releases(
         accuracy, adversary = reply.fields.get("fake_accuracy"), config.model.name != "vae"
         heard.fake_accuracy += [accuracy] if adversary and isinstance(accuracy, float) and 0 <= accuracy <= 1 else []
         yield member, reply.arrays
-
-
-def warm_up(grid: Grid, config: Config, members: Members, run_id: str) -> Iterator[Progress | Outcome]:
-    """Collect the noisy sums and fit the generator to them; yield progress, and in the end the outcome."""
-    started = time.monotonic()
-    torch.set_num_threads(config.performance.threads)
-    pair, heard = initial_pair(config), Heard()
-    loss = 0.0
-    if config.warmup.share > 0:
-        features = feature_map(config.image.size, config.image.channels)
-        shape = (len(config.image.classes), feature_dim(features))
-        total, variance = np.zeros(shape), 0.0
-        request = Request(Kind.WARMUP, run_id, 0, config.proposal())
-        for member, arrays in releases(grid, config, members, request, {"embedding": shape}, heard):
-            total += arrays["embedding"]
-            variance += member.plan.charge_of_warmup().noise_multiplier ** 2
-            yield Progress(0, len(heard.sites), len(members), "sites", dict(heard.sites))
-        if len(heard.sites) < config.federation.min_sites:
-            yield None, make_record(0, heard, None, loss, started)
-            return
-        rng = torch.Generator().manual_seed(config.federation.seed + 1)
-        noisy_sum, noise_std = torch.from_numpy(total), math.sqrt(variance)
-        latent = config.model.latent_dim
-        for fit in fit_generator(pair.generator, noisy_sum, noise_std, features, config.warmup, latent, rng):
-            loss = fit.loss
-            yield Progress(0, fit.step, config.warmup.steps, "fit", dict(heard.sites))
-        take_over_decoder(pair.discriminator, pair.generator)
-    weights = get_weights(pair)
-    together = config.train.algorithm == "secure-sum"
-    cohort = cohort_of(config, members, heard) if together else {}
-    state = State(
-        run_id, config.digest(), 0, weights, weights, d_steps_per_g_step=first_rung(config.train), cohort=cohort
-    )
-    yield state, make_record(0, heard, None, loss, started)
-
-
-def cohort_of(config: Config, members: Members, heard: Heard) -> dict[str, int]:
-    """Fix who takes part in a run with secure-sum: those who gave the warm-up, or without one, all who may.
-
-    Raises:
-        FederationError: Nobody may.
-    """
-    names = heard.sites if config.warmup.share > 0 else members
-    declared = {name: members[name].declared_patients for name in names}
-    cohort = {name: patients for name, patients in declared.items() if patients >= config.privacy.min_patients}
-    if not cohort:
-        raise FederationError(
-            f"No site declares privacy.min_patients={config.privacy.min_patients} patients. Lower it, or ask others."
-        )
-    return cohort
 
 
 def train(grid: Grid, config: Config, members: Members, state: State) -> Iterator[Progress | Outcome]:

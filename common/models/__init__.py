@@ -43,7 +43,7 @@ def build(config: ModelConfig, image: ImageConfig, number_of_classes: int, rng: 
         - bounded: Weights are counted before memory is taken for them.
     """
     empty = outline(config, image, number_of_classes)
-    pair = Pair(_fill(empty.generator, rng), _fill(empty.discriminator, rng))
+    pair = Pair(draw_weights(empty.generator, rng), draw_weights(empty.discriminator, rng))
     vae.take_over_decoder(pair.discriminator, pair.generator)
     return pair
 
@@ -67,7 +67,8 @@ def outline(config: ModelConfig, image: ImageConfig, number_of_classes: int) -> 
     return Pair(generator, discriminator)
 
 
-def _fill(model: nn.Module, rng: torch.Generator) -> nn.Module:
+def draw_weights(model: nn.Module, rng: torch.Generator) -> nn.Module:
+    """Give a model that has shapes only its first weights, from `rng` alone."""
     model.to_empty(device="cpu")
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):

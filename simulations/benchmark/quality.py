@@ -8,7 +8,6 @@ figures as a table and a file (samples).
 import contextlib
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -154,17 +153,15 @@ def _one_seed(
 def _federation(federation: Federation, out: Path, referee: Referee) -> Iterator[Named]:
     config = federation.config
     folder = open_run(out, config, resume=False)
-    stopped = threading.Event()
-    stopped.set()  # a run that is asked to stop at once ends after round 0, and can be taken up
     _say(f"{BASE}: the warm-up")
-    seconds = _timed(Job(config, folder, stopped))
+    seconds = _timed(Job(config, folder, until=config.refinements))
     if config.warmup.share > 0:
         sample = _judged(config, folder, referee, seconds)
         yield "warmup only", sample
-        if config.federation.rounds == 0:
+        if config.training_rounds == 0:
             yield BASE, sample
             return
-    _say(f"{BASE}: {config.federation.rounds} rounds")
+    _say(f"{BASE}: {config.training_rounds} rounds of training")
     seconds += _timed(Job(config, folder))
     yield BASE, _judged(config, folder, referee, seconds)
 

@@ -1,0 +1,197 @@
+"""A lens of the warm-up: what one more release looks at, made from the generator as it stands, so from no patient.
+
+A patient's bounded vector is spent best on what the generator gets wrong. A lens measures images from where its fakes
+are: the lowest cosine coefficients, and what a small network that tells the fakes' classes apart sees in them, each
+less the fakes' mean and over their spread. The coordinator makes it (server/lens) and every site looks through it;
+whatever it holds, no vector is longer than 1. Out of scope: the public map of the first release (common/features).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from common.config import ImageConfig
+from common.features import CONSTANT
+from common.weights import check_arrays
+
+Sight = Literal["means", "learned"]
+"""`means`: the means of the cosines. `learned`: also a network's features, and of both the products of all pairs."""
+
+SIGHTS: tuple[Sight, ...] = get_args(Sight)
+
+COSINES = 64
+"""Lowest cosine coefficients of the mean of the channels; in colour as many of each channel's difference from it."""
+NETWORK_FEATURES = 96
+_SIDE = 32
+"""Larger images are averaged down to this side before the cosines."""
+_MARGIN = 1e-4
+"""Keeps the norm under 1 when floats round up."""
+
+
+@final
+@dataclass(frozen=True)
+class Lens:
+    """Where to look from, in public numbers.
+
+    Attributes:
+        image: What an image is.
+        centre: Mean coordinates of each class of fakes.
+        scale: Positive: what is length 1 in each coordinate.
+        network: Images to features; None with `means`.
+    """
+
+    image: ImageConfig
+    centre: Float[Tensor, "classes width"]
+    scale: Float[Tensor, " width"]
+    network: nn.Sequential | None
+
+    @property
+    def sight(self) -> Sight:
+        """What this lens sees."""
+        return "means" if self.network is None else "learned"
+
+
+def make_network(image: ImageConfig) -> nn.Sequential:
+    """Build the network of a lens, its weights not yet drawn; the layer behind it tells classes apart."""
+    return nn.Sequential(
+        nn.Conv2d(image.channels, 24, 5, stride=2, padding=2),
+        nn.GroupNorm(4, 24),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(24, 48, 3, stride=2, padding=1),
+        nn.GroupNorm(4, 48),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(48, 64, 3, padding=1),
+        nn.LeakyReLU(0.1),
+        nn.AdaptiveAvgPool2d(min(8, image.size // 4)),
+        nn.Flatten(),
+        nn.Linear(64 * min(8, image.size // 4) ** 2, NETWORK_FEATURES),
+        nn.LeakyReLU(0.1),
+    )
+
+
+def lens_dim(image: ImageConfig, sight: Sight) -> int:
+    """Return the length of one vector seen through a lens."""
+    return 1 + sum(_pairs(width) if sight == "learned" else width for width in _widths(image, sight))
+
+
+def coordinates(
+    image: ImageConfig, network: nn.Sequential | None, images: Float[Tensor, "batch channels size size"]
+) -> Float[Tensor, "batch width"]:
+    """Measure images before anything is taken off: cosines, then the network's features."""
+    seen = [_cosines(image, images)]
+    if network is not None:
+        seen.append(network(images))
+    return torch.cat(seen, dim=1)
+
+
+def look(
+    lens: Lens, images: Float[Tensor, "batch channels size size"], labels: Int64[Tensor, " batch"]
+) -> Float[Tensor, "batch dim"]:
+    """Map images of known classes to vectors.
+
+    Args:
+        lens: What to look through.
+        images: Pixels in [-1, 1].
+        labels: Their class numbers.
+
+    Returns:
+        One vector per image; the first coordinate is the constant `CONSTANT`. Of finite numbers where the lens's
+        network gives finite ones.
+
+    Guarantees:
+        - unit_norm: Every finite vector has an L2 norm of at most 1, whatever images and lens are.
+        - differentiable: Gradients with respect to the pixels are finite.
+    """
+    offsets = (coordinates(lens.image, lens.network, images) - lens.centre[labels]) / lens.scale
+    blocks: list[Tensor] = []
+    for block in offsets.split(_widths(lens.image, lens.sight), dim=1):
+        inside = block / block.norm(dim=1, keepdim=True).clamp(min=1)
+        blocks.append(inside)
+        if lens.sight == "learned":
+            blocks.append(products(inside))
+    constant = torch.full((len(images), 1), CONSTANT, dtype=images.dtype)
+    share = math.sqrt((1 - CONSTANT**2 - _MARGIN) / len(blocks))
+    return torch.cat([constant, *(block * share for block in blocks)], dim=1)
+
+
+def to_arrays(lens: Lens) -> dict[str, npt.NDArray[Any]]:
+    """Return a lens in the form in which it travels."""
+    arrays = {"lens.centre": lens.centre.numpy(), "lens.scale": lens.scale.numpy()}
+    if lens.network is not None:
+        arrays |= {f"lens.network.{name}": p.detach().numpy() for name, p in lens.network.named_parameters()}
+    return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+
+
+def from_arrays(image: ImageConfig, sight: Sight, arrays: Mapping[str, npt.NDArray[Any]]) -> Lens:
+    """Read a lens strictly.
+
+    Args:
+        image: What an image is.
+        sight: Decides which arrays there must be.
+        arrays: Whatever arrived.
+
+    Raises:
+        WireError: The arrays are not exactly those of such a lens, float32 and finite.
+    """
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        network = make_network(image) if sight == "learned" else None
+    width = sum(_widths(image, sight))
+    shapes: dict[str, tuple[int, ...]] = {"lens.centre": (len(image.classes), width), "lens.scale": (width,)}
+    named = {} if network is None else dict(network.named_parameters())
+    shapes |= {f"lens.network.{name}": tuple(parameter.shape) for name, parameter in named.items()}
+    check_arrays(arrays, shapes)
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    if network is not None:
+        network.to_empty(device="cpu")
+        network.load_state_dict({name: tensors[f"lens.network.{name}"] for name in named})
+        network.eval().requires_grad_(False)
+    smallest = torch.finfo(torch.float32).tiny  # no matter of privacy, but a division by 0 would see nothing
+    return Lens(image, tensors["lens.centre"], tensors["lens.scale"].abs().clamp(min=smallest), network)
+
+
+def products(vectors: Float[Tensor, "batch width"]) -> Float[Tensor, "batch pairs"]:
+    """Return the products of all pairs of coordinates; a vector's length becomes its square."""
+    first, second = torch.triu_indices(vectors.shape[1], vectors.shape[1])
+    weights = torch.where(first == second, 1.0, math.sqrt(2.0))
+    return vectors[:, first] * vectors[:, second] * weights
+
+
+def frequencies(size: int) -> list[tuple[int, int]]:
+    """Return the lowest cosine frequencies (down, across) of an image, low ones first."""
+    side = min(size, _SIDE)
+    return sorted(((u, v) for u in range(side) for v in range(side)), key=lambda f: (f[0] ** 2 + f[1] ** 2, f))[:COSINES]
+
+
+def low_pass(images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch channels size size"]:
+    """Keep of images what their lowest cosine coefficients say."""
+    size = images.shape[-1]
+    basis = _basis(size, size)
+    return (images.flatten(2) @ basis @ basis.T).view_as(images)
+
+
+def _widths(image: ImageConfig, sight: Sight) -> list[int]:
+    cosines = COSINES * image.channels
+    return [cosines] if sight == "means" else [cosines, NETWORK_FEATURES]
+
+
+def _pairs(width: int) -> int:
+    return width + width * (width + 1) // 2
+
+
+def _cosines(image: ImageConfig, images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch cosines"]:
+    small = F.adaptive_avg_pool2d(images, min(image.size, _SIDE))
+    return (small.flatten(2) @ _basis(image.size, small.shape[-1])).flatten(1)
+
+
+def _basis(size: int, side: int) -> Float[Tensor, "pixels cosines"]:
+    place = (torch.arange(side) + 0.5) * math.pi / side
+    waves = torch.stack([(place * k).cos() * math.sqrt((2 if k else 1) / side) for k in range(side)])
+    return torch.stack([torch.outer(waves[u], waves[v]).flatten() for u, v in frequencies(size)], dim=1)

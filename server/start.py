@@ -1,0 +1,52 @@
+"""The generator that a run starts from, if it was trained on public data before: `start/` in the run folder.
+
+Out of scope: training one (simulations/pretrain).
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from common.artefact import load_generator, save_generator
+from common.config import Config
+from common.errors import ConfigError
+from common.messages import Arrays
+from server.run_folder import RunFolder
+
+_NAME = "start"
+
+
+def write_start(run: Path, generator: nn.Module, config: Config) -> None:
+    """Put a generator into a run's folder as the one to start from.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
+    (run / _NAME).mkdir(parents=True, exist_ok=True)
+    save_generator(run / _NAME, generator, config, "public", 0, {})
+
+
+def has_start(run: Path) -> bool:
+    """Tell whether a generator to start from stands in a run's folder, whole."""
+    return (run / _NAME / "generator.json").exists()
+
+
+def read_start(folder: RunFolder, config: Config) -> Arrays | None:
+    """Read the weights that a run starts from, or None where it starts from random ones.
+
+    Raises:
+        ConfigError: They are of another model or of other images.
+        WireError: A file is damaged.
+    """
+    if not has_start(folder.path):
+        return None
+    generator, info = load_generator(folder.path / _NAME)
+    images = (info.image.size, info.image.channels, len(info.image.classes))
+    wanted = (config.image.size, config.image.channels, len(config.image.classes))
+    if info.model != config.model or images != wanted:
+        raise ConfigError(
+            f"Expected in {folder.path / _NAME} a generator of model {config.model.name} for (size, channels, classes) "
+            f"= {wanted} with the widths of the run, got {info.model.name} for {images}. Remove the folder, or train "
+            "one for this run."
+        )
+    return {f"generator.{name}": parameter.detach().numpy() for name, parameter in generator.named_parameters()}
