@@ -23,12 +23,13 @@ from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.policy import Policy
 from client.replies import forget_old_replies, request_digest, secret_of_charge, store_reply, stored_reply
 from client.train import train_round
-from client.warmup import Look, embedding_sum, read_look
+from client.warmup import embedding_sum
 from common.config import GradientEngine, Proposal
 from common.config_text import parse_proposal
 from common.crypto import KeyStream, SigningKey, load_key
 from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.generator_step import reproducible
+from common.look import Look, read_look
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
 from common.models import Pair, build
 from common.noise import gaussian, to_public_grid

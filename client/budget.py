@@ -15,8 +15,7 @@ from client.ledger import Entry
 from client.policy import Policy
 from common.config import Proposal
 from common.errors import ConfigError, PolicyRefusal
-from common.features import feature_dim, feature_map
-from common.lens import SIGHTS, lens_dim
+from common.look import look_dims
 from common.messages import Kind
 from common.models import Pair, build
 from common.plan import Plan, plan
@@ -156,9 +155,8 @@ def _forecast(rules: Policy, charges: list[Charge], proposal: Proposal, cohort: 
 def _refusal(rules: Policy, proposal: Proposal, agreed: Plan) -> str | None:
     """Return why the policy refuses a run, by the checks that the agent makes."""
     pair = build(proposal.model, proposal.image, len(proposal.image.classes), torch.Generator().manual_seed(0))
-    looks = [lens_dim(proposal.image, sight) for sight in SIGHTS]
-    looks.append(feature_dim(feature_map(proposal.image.size, proposal.image.channels)))
-    planned: list[tuple[Kind, Pair | int]] = [(Kind.WARMUP, max(looks))] * (agreed.warmup_noise_multiplier is not None)
+    longest = max(look_dims(proposal.image).values())
+    planned: list[tuple[Kind, Pair | int]] = [(Kind.WARMUP, longest)] * (agreed.warmup_noise_multiplier is not None)
     kind = Kind.TRAIN if proposal.train.algorithm == "local" else Kind.GRADIENT
     planned += [(kind, pair)] * (agreed.train_noise_multiplier is not None)
     try:

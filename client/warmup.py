@@ -1,56 +1,14 @@
 """The bounded sums of the warm-up: one vector per patient, added up by class. Out of scope: noise (client/agent)."""
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import final
-
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from common import lens
-from common.config import ImageConfig
-from common.errors import IntakeError, WireError
-from common.features import feature_dim, feature_map, features
-from common.lens import SIGHTS, lens_dim
-from common.messages import Arrays, Scalar
-from common.weights import check_arrays
+from common.errors import IntakeError
+from common.look import Look
 
 _CHUNK = 256
-
-Vectors = Callable[[Float[Tensor, "batch channels size size"], Int64[Tensor, " batch"]], Float[Tensor, "batch dim"]]
-
-
-@final
-@dataclass(frozen=True)
-class Look:
-    """What a release of the warm-up looks at: pixels in [-1, 1] and labels to vectors, and how long these are."""
-
-    vectors: Vectors
-    dim: int
-
-
-def read_look(image: ImageConfig, look: Scalar | None, arrays: Arrays) -> Look:
-    """Read what a request wants looked at; nothing of the site goes into it.
-
-    Args:
-        image: What an image is.
-        look: `public`, or the sight of a lens.
-        arrays: None for `public`, else the lens.
-
-    Raises:
-        WireError: There is no such map, or the arrays are not exactly its.
-    """
-    if look == "public":
-        check_arrays(arrays, {})
-        public = feature_map(image.size, image.channels)
-        return Look(lambda images, labels: features(public, images), feature_dim(public))
-    for sight in SIGHTS:
-        if look == sight:
-            return Look(functools.partial(lens.look, lens.from_arrays(image, sight, arrays)), lens_dim(image, sight))
-    raise WireError(f"Expected look to be public or one of {', '.join(SIGHTS)}.")
 
 
 def embedding_sum(

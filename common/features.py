@@ -1,4 +1,4 @@
-"""The public feature map of the warm-up: pixels and edges, seen through random cosines, never longer than 1.
+"""The public feature map of the warm-up: pixels, edges and their moments, never longer than 1.
 
 Every party builds the same map from size and channels of an image and a seed; nothing in it comes from data. Colour is
 seen by the pixel cosines, edges in the mean of the channels. Out of scope: summing over patients (client/warmup) and
@@ -17,6 +17,9 @@ from torch import Tensor
 CONSTANT = 0.2
 """The first coordinate of every feature vector, so that a sum of vectors carries its own (noisy) count."""
 
+LOW_COSINES = 64
+"""Lowest cosine coefficients that are looked at one by one and in pairs."""
+
 _PIXEL_BANDWIDTHS = (0.14, 0.25, 0.43)
 """Root-mean-square difference per pixel at which two images cease to look alike, coarse to fine."""
 _EDGE_BANDWIDTHS = (0.17, 0.33)
@@ -28,8 +31,6 @@ _OCTAVES = 2
 """The same filters look at the image, at half its size, and so on."""
 _WAVELENGTH_PX = 3.2
 _KERNEL_PX = 7
-_MOMENT_COSINES = 64
-"""Lowest cosine coefficients whose products of pairs are looked at."""
 _SHARES = (1.0, 1.0, 1.0, 0.25, 0.5)
 """Parts of the squared length: pixels, edges, cosines of edges, low coefficients, their products."""
 _PIXEL_SIDE = 32
@@ -81,7 +82,13 @@ def feature_map(size: int, channels: int = 1, seed: int = 0) -> FeatureMap:
 
 def feature_dim(fm: FeatureMap) -> int:
     """Return the length of one feature vector."""
-    return 1 + 2 * fm.pixel_frequencies.shape[1] + fm.edge_frequencies.shape[0] + 2 * fm.edge_frequencies.shape[1]
+    cosines = 2 * (fm.pixel_frequencies.shape[1] + fm.edge_frequencies.shape[1])
+    return 1 + cosines + fm.edge_frequencies.shape[0] + pairs(LOW_COSINES)
+
+
+def pairs(width: int) -> int:
+    """Return how many numbers a block and the products of its pairs are."""
+    return width + width * (width + 1) // 2
 
 
 def features(fm: FeatureMap, images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch dim"]:
@@ -103,14 +110,46 @@ def features(fm: FeatureMap, images: Float[Tensor, "batch channels size size"]) 
     """
     small = F.adaptive_avg_pool2d(images, min(fm.size, _PIXEL_SIDE))
     strengths = _edge_strengths(fm, images)
+    low = _low(small)
     blocks = [
         _cosines(small.flatten(1), fm.pixel_frequencies),
         strengths,
         _cosines(strengths, fm.edge_frequencies),
+        low,
+        products(low),
     ]
     constant = torch.full((len(images), 1), CONSTANT, dtype=images.dtype)
-    share = math.sqrt((1 - CONSTANT**2 - _MARGIN) / len(blocks))
-    return torch.cat([constant, *(block * share for block in blocks)], dim=1)
+    parts = [(1 - CONSTANT**2 - _MARGIN) * share / sum(_SHARES) for share in _SHARES]
+    weighted = [block * math.sqrt(part) for block, part in zip(blocks, parts, strict=True)]
+    return torch.cat([constant, *weighted], dim=1)
+
+
+def low_frequencies(side: int) -> list[tuple[int, int]]:
+    """Return the lowest cosine frequencies (down, across) of images of a side, low ones first."""
+    places = [(down, across) for down in range(side) for across in range(side)]
+    return sorted(places, key=lambda place: (place[0] ** 2 + place[1] ** 2, place))[:LOW_COSINES]
+
+
+def low_basis(side: int) -> Float[Tensor, "pixels cosines"]:
+    """Return the orthonormal cosines of the lowest frequencies over flattened images of a side."""
+    place = (torch.arange(side) + 0.5) * math.pi / side
+    waves = torch.stack([(place * k).cos() * math.sqrt((2 if k else 1) / side) for k in range(side)])
+    return torch.stack([torch.outer(waves[d], waves[a]).flatten() for d, a in low_frequencies(side)], dim=1)
+
+
+def products(vectors: Float[Tensor, "batch width"]) -> Float[Tensor, "batch pairs"]:
+    """Return the products of all pairs of coordinates; a vector's length becomes its square."""
+    first, second = torch.triu_indices(vectors.shape[1], vectors.shape[1])
+    weights = torch.where(first == second, 1.0, math.sqrt(2.0))
+    return vectors[:, first] * vectors[:, second] * weights
+
+
+def _low(small: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "batch cosines"]:
+    side = small.shape[-1]
+    # Amplitudes of images fall with frequency; without this all of the length would go to the lowest few.
+    raised = torch.tensor([1 + math.hypot(*place) for place in low_frequencies(side)])
+    low = small.mean(dim=1).flatten(1) @ low_basis(side) * raised
+    return low / (low.square().sum(dim=1, keepdim=True) + _MARGIN).sqrt()
 
 
 def _cosines(

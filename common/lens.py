@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from common.config import ImageConfig
-from common.features import CONSTANT
+from common.features import CONSTANT, LOW_COSINES, low_basis, pairs, products
 from common.weights import check_arrays
 
 Sight = Literal["means", "learned"]
@@ -27,8 +27,6 @@ Sight = Literal["means", "learned"]
 
 SIGHTS: tuple[Sight, ...] = get_args(Sight)
 
-COSINES = 64
-"""Lowest cosine coefficients of the mean of the channels; in colour as many of each channel's difference from it."""
 NETWORK_FEATURES = 96
 _SIDE = 32
 """Larger images are averaged down to this side before the cosines."""
@@ -79,7 +77,7 @@ def make_network(image: ImageConfig) -> nn.Sequential:
 
 def lens_dim(image: ImageConfig, sight: Sight) -> int:
     """Return the length of one vector seen through a lens."""
-    return 1 + sum(_pairs(width) if sight == "learned" else width for width in _widths(image, sight))
+    return 1 + sum(pairs(width) if sight == "learned" else width for width in _widths(image, sight))
 
 
 def coordinates(
@@ -157,41 +155,17 @@ def from_arrays(image: ImageConfig, sight: Sight, arrays: Mapping[str, npt.NDArr
     return Lens(image, tensors["lens.centre"], tensors["lens.scale"].abs().clamp(min=smallest), network)
 
 
-def products(vectors: Float[Tensor, "batch width"]) -> Float[Tensor, "batch pairs"]:
-    """Return the products of all pairs of coordinates; a vector's length becomes its square."""
-    first, second = torch.triu_indices(vectors.shape[1], vectors.shape[1])
-    weights = torch.where(first == second, 1.0, math.sqrt(2.0))
-    return vectors[:, first] * vectors[:, second] * weights
-
-
-def frequencies(size: int) -> list[tuple[int, int]]:
-    """Return the lowest cosine frequencies (down, across) of an image, low ones first."""
-    side = min(size, _SIDE)
-    return sorted(((u, v) for u in range(side) for v in range(side)), key=lambda f: (f[0] ** 2 + f[1] ** 2, f))[:COSINES]
-
-
 def low_pass(images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch channels size size"]:
     """Keep of images what their lowest cosine coefficients say."""
-    size = images.shape[-1]
-    basis = _basis(size, size)
+    basis = low_basis(images.shape[-1])
     return (images.flatten(2) @ basis @ basis.T).view_as(images)
 
 
 def _widths(image: ImageConfig, sight: Sight) -> list[int]:
-    cosines = COSINES * image.channels
+    cosines = LOW_COSINES * image.channels
     return [cosines] if sight == "means" else [cosines, NETWORK_FEATURES]
-
-
-def _pairs(width: int) -> int:
-    return width + width * (width + 1) // 2
 
 
 def _cosines(image: ImageConfig, images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch cosines"]:
     small = F.adaptive_avg_pool2d(images, min(image.size, _SIDE))
-    return (small.flatten(2) @ _basis(image.size, small.shape[-1])).flatten(1)
-
-
-def _basis(size: int, side: int) -> Float[Tensor, "pixels cosines"]:
-    place = (torch.arange(side) + 0.5) * math.pi / side
-    waves = torch.stack([(place * k).cos() * math.sqrt((2 if k else 1) / side) for k in range(side)])
-    return torch.stack([torch.outer(waves[u], waves[v]).flatten() for u, v in frequencies(size)], dim=1)
+    return (small.flatten(2) @ low_basis(small.shape[-1])).flatten(1)

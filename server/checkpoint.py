@@ -129,10 +129,11 @@ def load_latest(folder: Path) -> State | None:
         group, _, name = key.partition("/")
         groups[group][name] = tensor
     optimizer = OptimizerState(groups["first"], groups["second"])
-    releases = tuple(WarmupRelease(*terms, groups[f"release-{number}"]) for number, terms in enumerate(warmup))
-    return State(
-        weights=groups["weights"], averaged=groups["averaged"], optimizer=optimizer, warmup=releases, **header
+    releases = tuple(
+        WarmupRelease(str(look), float(noise_std), groups[f"release-{number}"])
+        for number, (look, noise_std) in enumerate(warmup)
     )
+    return State(weights=groups["weights"], averaged=groups["averaged"], optimizer=optimizer, warmup=releases, **header)
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import ConfigError
-from common.features import FeatureMap, feature_dim
-from common.lens import COSINES, NETWORK_FEATURES, SIGHTS, Lens, Sight, coordinates, lens_dim, make_network
+from common.features import LOW_COSINES
+from common.lens import NETWORK_FEATURES, Lens, Sight, coordinates, make_network
+from common.look import look_dims
 from common.models import draw_weights
 
 CLEAR = 1.5
@@ -52,17 +53,15 @@ class Outlook:
         return self.length / math.sqrt(self.dims[name])
 
 
-def outlook(config: Config, public: FeatureMap, noise_std: float, patients: int) -> Outlook:
+def outlook(config: Config, noise_std: float, patients: int) -> Outlook:
     """Reckon how clear each map would be.
 
     Args:
         config: The run's configuration.
-        public: The public map.
         noise_std: Of each coordinate of the sum over all sites.
         patients: Declared by all sites together.
     """
-    dims = {"public": feature_dim(public)} | {sight: lens_dim(config.image, sight) for sight in SIGHTS}
-    return Outlook(dims, patients / max(1, len(config.image.classes)) / noise_std)
+    return Outlook(look_dims(config.image), patients / max(1, len(config.image.classes)) / noise_std)
 
 
 def choose(seen: Outlook, largest: str) -> str:
@@ -102,7 +101,7 @@ def make_lens(generator: nn.Module | None, config: Config, sight: Sight, rng: to
     seen = torch.cat([_seen(config, network, part) for part in images.split(_CHUNK)])
     # Cosines are centred on all classes together: what differs between them is what is asked. A network's features
     # tell the classes apart by construction, so that each class has its own centre there.
-    widths = [COSINES * config.image.channels, seen.shape[1] - COSINES * config.image.channels]
+    widths = [LOW_COSINES * config.image.channels, seen.shape[1] - LOW_COSINES * config.image.channels]
     together, apart = seen.split(widths, dim=1)
     classes = range(len(config.image.classes))
     centre = torch.cat(

@@ -107,7 +107,10 @@ def privacy_card(
     """
     together = config.train.algorithm == "secure-sum"
     kind = "gradient" if together else "train"
-    sites = {name: _site(records, name, kind, config.refinements) for name in sorted({name for record in records for name in record.sites})}
+    sites = {
+        name: _site(records, name, kind, config.refinements)
+        for name in sorted({name for record in records for name in record.sites})
+    }
     worst = max((site["epsilon_spent"] for site in sites.values()), default=0.0)
     return {
         "version": 1,

@@ -4,7 +4,7 @@ Out of scope: asking for the sums and adding them (server/rounds), what was look
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import final
@@ -17,6 +17,7 @@ from common.config import WarmupConfig
 from common.features import CONSTANT
 from common.generator_step import move_average
 from common.lens import low_pass
+from common.look import Vectors
 
 _EMA_DECAY = 0.95
 _WINDOWS = 40
@@ -25,9 +26,7 @@ those of its own few fakes: a third of the distance after equal time (docs/decis
 _CREDIBLE = 2.0
 """A class counts as far as its noisy count exceeds this many standard deviations of its noise."""
 _LIKENESS = 1.0
-"""Weight of the squared difference between classes, at equal latents, beyond the lowest cosines, where noise hides it."""
-
-Vectors = Callable[[Float[Tensor, "batch channels size size"], Int64[Tensor, " batch"]], Float[Tensor, "batch dim"]]
+"""Weight of the squared difference between classes at equal latents beyond the lowest cosines: noise hides it there."""
 
 
 @final
@@ -120,7 +119,9 @@ def fit_generator(
         remembered = _remember(remembered, means, min(max(0.0, 1 - _WINDOWS / config.steps), 1 - 1 / step))
         loss = torch.zeros(())
         for share, target, now, before in zip(shares, targets, means, remembered, strict=True):
-            pull = 2 * (before - target.means[classes]) * now  # the gradient of |before - means|^2, if `before` were now
+            pull = (
+                2 * (before - target.means[classes]) * now
+            )  # the gradient of |before - means|^2, if `before` were now
             loss = loss + share * (target.weights[classes] * pull.sum(dim=1)).sum()
         if alike:
             loss = loss + _LIKENESS * _fine_differences(images, len(classes))

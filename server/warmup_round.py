@@ -3,7 +3,6 @@
 Read the loop in server/app first. Out of scope: the fit (server/warmup), lenses (server/lens).
 """
 
-import functools
 import math
 import time
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ from torch import nn
 from common import lens as lenses
 from common.config import Config
 from common.errors import FederationError
-from common.features import feature_dim, feature_map, features
 from common.generator_step import reproducible
-from common.lens import SIGHTS, lens_dim
+from common.lens import SIGHTS
+from common.look import PUBLIC, look_dims, read_look
 from common.messages import Arrays, Kind, Request
 from common.models.vae import take_over_decoder
 from common.weights import get_weights, set_weights
@@ -28,7 +27,7 @@ from server.ladder import first_rung
 from server.lens import choose, make_lens, outlook
 from server.records import Progress
 from server.rounds import Heard, Members, Outcome, initial_pair, make_record, releases
-from server.warmup import Target, Vectors, fit_generator, target
+from server.warmup import Target, fit_generator, target
 
 
 def warm_up(
@@ -58,7 +57,7 @@ def warm_up(
     loss, so_far = 0.0, () if state is None else state.warmup
     if config.warmup.share > 0:
         look, lens = _where_to_look(config, members, number, pair.generator if state or start else None)
-        shape = (len(config.image.classes), _dim(config, look))
+        shape = (len(config.image.classes), look_dims(config.image)[look])
         total, variance = np.zeros(shape), 0.0
         request = Request(Kind.WARMUP, run_id, number, config.proposal(), {"look": look}, lens)
         for member, arrays in releases(grid, config, members, request, {"embedding": shape}, heard):
@@ -104,33 +103,17 @@ def cohort_of(config: Config, members: Members, heard: Heard) -> dict[str, int]:
     return cohort
 
 
-def _where_to_look(
-    config: Config, members: Members, number: int, generator: nn.Module | None
-) -> tuple[str, Arrays]:
+def _where_to_look(config: Config, members: Members, number: int, generator: nn.Module | None) -> tuple[str, Arrays]:
     """Choose the map of a release by numbers that are public; with a lens make it."""
     noises = [member.plan.charge_of_warmup().noise_multiplier for member in members.values()]
     patients = sum(member.declared_patients for member in members.values())
-    public = feature_map(config.image.size, config.image.channels)
-    seen = outlook(config, public, math.sqrt(sum(noise**2 for noise in noises)), patients)
-    look = choose(seen, "public" if number == 0 else "learned")
+    seen = outlook(config, math.sqrt(sum(noise**2 for noise in noises)), patients)
+    look = choose(seen, PUBLIC if number == 0 else "learned")
     rng = reproducible(config.federation.seed, "lens", number)
     return look, {} if look not in SIGHTS else lenses.to_arrays(make_lens(generator, config, look, rng))
 
 
-def _dim(config: Config, look: str) -> int:
-    if look in SIGHTS:
-        return lens_dim(config.image, look)
-    return feature_dim(feature_map(config.image.size, config.image.channels))
-
-
 def _target(config: Config, release: WarmupRelease) -> Target:
-    noisy_sum = torch.from_numpy(np.array(release.arrays["sum"]))
-    return target(_vectors(config, release), noisy_sum, release.noise_std)
-
-
-def _vectors(config: Config, release: WarmupRelease) -> Vectors:
-    if release.look not in SIGHTS:
-        public = feature_map(config.image.size, config.image.channels)
-        return lambda images, labels: features(public, images)
-    arrays = {name: array for name, array in release.arrays.items() if name != "sum"}
-    return functools.partial(lenses.look, lenses.from_arrays(config.image, release.look, arrays))
+    arrays = dict(release.arrays)
+    noisy_sum = torch.from_numpy(np.array(arrays.pop("sum")))
+    return target(read_look(config.image, release.look, arrays).vectors, noisy_sum, release.noise_std)

@@ -122,7 +122,7 @@ def test_gradient_is_that_of_a_plain_loop_over_patients(name, size, engine, coun
 
 @pytest.mark.parametrize(("name", "channels", "size", "engine"), OTHERS)
 def test_gradient_of_every_model_in_colour_and_at_128_pixels(name, channels, size, engine, monkeypatch):
-    """Without kinks: of so many activations one lies within rounding of a kink, and autograd itself is no exact guide."""
+    """Without kinks: of so many activations one lies within rounding of a kink, where autograd is no exact guide."""
     monkeypatch.setattr(F, "leaky_relu", lambda hidden, slope: F.silu(hidden) + slope * hidden)
     model, batch = network(name, size, channels), batch_of([2, 1], size, 3, channels)
     fakes = images(2, size, 9, channels)
