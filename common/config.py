@@ -253,6 +253,8 @@ class SimulationConfig(Section):
     max_patients: Annotated[int, Field(ge=0, le=MAX_COHORT_PATIENTS)] = 0
     """Patients of all sites together, at most, drawn by the seed from those that are not held out; 0: all of them."""
     phantom_patients: Annotated[int, Field(ge=8, le=1_000_000)] = 1000
+    start: Literal["none", "phantoms"] = "none"
+    """What the generator has learned before the run: nothing, or, from phantoms, what chest X-rays look like."""
     missing_share: Fraction = 0.0
     """Fault: the chance of each site to be away from a round. Not from the warm-up, and federation.min_sites stay."""
     poor_site_budget: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -52,6 +52,7 @@ KEYS = {
     "sites": "simulation.sites",
     "partition": "simulation.partition",
     "holdout": "simulation.holdout",
+    "start": "simulation.start",
     "rounds": "federation.rounds",
     "seed": "federation.seed",
     "epsilon": "privacy.epsilon",
@@ -80,7 +81,10 @@ def simulate(
     sites: Annotated[int | None, typer.Option(help="Number of virtual hospitals.")] = None,
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA or by-site-column.")] = None,
     holdout: Annotated[float | None, typer.Option(help="Part of the patients that no hospital gets.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Training rounds after the warm-up.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="none, or phantoms: chest X-rays learned before, from no one.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds after the first release.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Budget per patient for the whole run.")] = None,
     delta: Annotated[float | None, typer.Option(help="The delta of the guarantee.")] = None,
     model: Annotated[str | None, typer.Option(help="dcgan, mlp, resnet, unet or vae.")] = None,

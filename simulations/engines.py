@@ -21,6 +21,7 @@ from server.app import make_app as make_server_app
 from simulations.faults import missing_at_times
 from simulations.hospitals import connect
 from simulations.local_grid import LocalGrid
+from simulations.pretrain import put_start
 
 
 def run_job(job: Job) -> None:
@@ -29,6 +30,7 @@ def run_job(job: Job) -> None:
     Raises:
         FedmedganError: Whatever the round loop raises.
     """
+    put_start(job.config, job.folder.path)
     client_app = make_client_app(functools.partial(find_hospital, job.folder.path.absolute(), job.config))
     if job.config.performance.engine == "local":
         grid = LocalGrid(client_app, job.config.simulation.sites)

@@ -17,7 +17,10 @@ BASE = "federation"
 """The row of the run without changes."""
 
 SINGLE_SITES = ("single-site mean", "single-site best")
-FAULTS = frozenset({"simulation.missing_share", "simulation.poor_site_budget", "simulation.one_class_site"})
+_OF_THE_SITES = frozenset(
+    {"simulation.missing_share", "simulation.poor_site_budget", "simulation.one_class_site", "simulation.start"}
+)
+"""What a variant may change of `[simulation]`: the faults, and what the generator learned before."""
 _NAMES_IN_USE = frozenset({"real", "warmup only", BASE, *SINGLE_SITES})
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -55,7 +58,7 @@ class QualityConfig(Section):
             if fixed:
                 raise ValueError(
                     f"variant {name!r} changes {fixed[0]}, but all rows have the same patients, images and seeds; "
-                    f"of [simulation] it may change {', '.join(sorted(FAULTS))}. Use --set for a table of its own"
+                    f"of [simulation] it may change {', '.join(sorted(_OF_THE_SITES))}. Use --set for a table of its own"
                 )
         return variants
 
@@ -110,7 +113,7 @@ def row_names(settings: QualityConfig, configs: Mapping[str, Config]) -> Sequenc
 
 def _may_vary(key: str) -> bool:
     section, _, _ = key.partition(".")
-    return key in FAULTS or (section in Proposal.model_fields and section != "image" and key != "federation.seed")
+    return key in _OF_THE_SITES or (section in Proposal.model_fields and section != "image" and key != "federation.seed")
 
 
 def _dotted(changes: Mapping[str, Any]) -> dict[str, Any]:
