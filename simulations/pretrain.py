@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from common.config import Config
+from common.config import Config, WarmupConfig
 from common.generator_step import reproducible
 from common.look import PUBLIC, Look, read_look
 from server.rounds import initial_pair
@@ -22,6 +22,8 @@ from simulations.phantoms.anatomy import render
 from simulations.phantoms.cohort import draw_patients, draw_scanner
 
 PHANTOMS = 1000
+EFFORT = WarmupConfig(steps=500, batch_size=64, learning_rate=2e-3)
+"""Of the fit; a run's own may be shorter, for its sums are noisy and these are not."""
 _SEED = 2**32 + 17
 """Not a seed of the command's phantom patients: what a run starts from must not have seen those who are held out."""
 _SCANNERS = 8
@@ -43,7 +45,7 @@ def pretrain(config: Config) -> nn.Module:
     """Fit a run's generator to phantoms, all of them to every class.
 
     Args:
-        config: The run's configuration, with its classes; the fit is the warm-up's.
+        config: The run's configuration, with its classes.
 
     Guarantees:
         - deterministic: The configuration decides the weights, for equal thread counts.
@@ -54,7 +56,7 @@ def pretrain(config: Config) -> nn.Module:
     classes = len(config.image.classes)
     goal = Target(look.vectors, mean.repeat(classes, 1), torch.full((classes,), 1 / classes), 1.0)
     rng = reproducible(config.federation.seed, "pretrain", 0)
-    for _ in fit_generator(generator, [goal], config.warmup, config.model.latent_dim, rng):
+    for _ in fit_generator(generator, [goal], EFFORT, config.model.latent_dim, rng):
         pass
     return generator
 
