@@ -1,17 +1,21 @@
 """`fedmedgan-coordinator`: what a coordinator does beside the round loop. Enrolment and the server come later."""
 
+import math
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from common.command import run_command
+from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
+from common.models import outline
 from common.plan import delta_warning, plan
 from common.secure_sum import Cohort, noise_shares
+from common.weights import weight_shapes
 from server.report import write_report
 from server.rounds import round_bytes
 
@@ -50,6 +54,27 @@ def print_plan(
         shares = noise_shares(cohort, proposed.privacy.colluding_sites)
         print(f"secure-sum of these {cohort.sites} sites; of a step's noise each adds one part in {shares}")
     print(f"bytes per round and site: {round_bytes(proposed):,} down and as many up")
+
+
+@app.command("models")
+def print_models() -> None:
+    """Print the weights of every model and the bytes of a round: default widths, grey images of two classes.
+
+    Bytes go to a site, and as many come back: both networks with train.algorithm = local, the discriminator alone, and
+    whole numbers of its length back, with secure-sum.
+    """
+    table = Table()
+    for column in ("model", "pixels", "G weights", "D weights", "local, bytes", "secure-sum, bytes"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in get_args(ModelName):
+        for size in IMAGE_SIZES:
+            pair = outline(ModelConfig(name=name), ImageConfig.model_validate({"size": size}), 2)
+            g, d = (
+                sum(math.prod(shape) for shape in weight_shapes(pair, (network,)).values())
+                for network in ("generator", "discriminator")
+            )
+            table.add_row(name, str(size), f"{g:,}", f"{d:,}", f"{4 * (g + d):,}", f"{4 * d:,}")
+    Console().print(table)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

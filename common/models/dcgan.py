@@ -66,7 +66,7 @@ class Generator(nn.Module):
         """Return images in [-1, 1]."""
         onehot = F.one_hot(labels, self._classes).to(latent.dtype)
         hidden = self.start(torch.cat([latent, onehot], dim=1))
-        hidden = hidden.view(len(latent), -1, self._start, self._start).contiguous(memory_format=torch.channels_last)
+        hidden = hidden.unflatten(1, (-1, self._start, self._start)).contiguous(memory_format=torch.channels_last)
         hidden = F.leaky_relu(self.norms[0](hidden), SLOPE)
         for stage, (convolution, norm) in enumerate(zip(self.convolutions, self.norms[1:], strict=True)):
             if stage > 0:

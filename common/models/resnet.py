@@ -50,7 +50,7 @@ class Generator(nn.Module):
         """Return images in [-1, 1]."""
         onehot = F.one_hot(labels, self._classes).to(latent.dtype)
         hidden = self.start(torch.cat([latent, onehot], dim=1))
-        hidden = hidden.view(len(latent), -1, self._start, self._start).contiguous(memory_format=torch.channels_last)
+        hidden = hidden.unflatten(1, (-1, self._start, self._start)).contiguous(memory_format=torch.channels_last)
         for stage, block in enumerate(self.blocks):
             if stage > 0:
                 hidden = F.interpolate(hidden, scale_factor=2.0, mode="bilinear", align_corners=False)

@@ -47,7 +47,7 @@ class Generator(nn.Module):
     ) -> Float[Tensor, "batch channels size size"]:
         """Return images in [-1, 1]."""
         onehot = F.one_hot(labels, self._classes).to(latent.dtype)
-        noise = self.noise(torch.cat([latent, onehot], dim=1)).view(len(latent), -1, self._side, self._side)
+        noise = self.noise(torch.cat([latent, onehot], dim=1)).unflatten(1, (-1, self._side, self._side))
         hidden = F.leaky_relu(self.first(noise.contiguous(memory_format=torch.channels_last)), SLOPE)
         skips: list[Tensor] = []
         for stage in self.down:

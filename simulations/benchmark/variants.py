@@ -58,7 +58,7 @@ class QualityConfig(Section):
             if fixed:
                 raise ValueError(
                     f"variant {name!r} changes {fixed[0]}, but all rows have the same patients, images and seeds; "
-                    f"of [simulation] it may change {', '.join(sorted(_OF_THE_SITES))}. Use --set for a table of its own"
+                    f"of [simulation] it may change {', '.join(sorted(_OF_THE_SITES))}. Use --set for others"
                 )
         return variants
 
@@ -113,7 +113,9 @@ def row_names(settings: QualityConfig, configs: Mapping[str, Config]) -> Sequenc
 
 def _may_vary(key: str) -> bool:
     section, _, _ = key.partition(".")
-    return key in _OF_THE_SITES or (section in Proposal.model_fields and section != "image" and key != "federation.seed")
+    return key in _OF_THE_SITES or (
+        section in Proposal.model_fields and section != "image" and key != "federation.seed"
+    )
 
 
 def _dotted(changes: Mapping[str, Any]) -> dict[str, Any]:

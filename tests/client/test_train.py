@@ -16,6 +16,7 @@ from client.draw import draw_patients
 from client.train import generator_step, train_round
 from common.config import PrivacyConfig, Proposal
 from common.crypto import KeyStream
+from common.losses import WEIGHT_BOUND
 from common.models import build
 from common.noise import gaussian
 from common.plan import Plan
@@ -66,6 +67,29 @@ def test_training_goes_on_with_empty_batches():
 def test_generator_step_has_no_parameter_for_a_patient():
     names = list(inspect.signature(generator_step).parameters)
     assert names == ["generator", "discriminator", "optimizer", "proposal", "rng"]
+
+
+def test_private_autoencoder_in_the_same_round():
+    """The generator that leaves is the private decoder; fakes are none; the noise of a step is not the secret's."""
+    model = PROPOSAL.model.model_copy(update={"name": "vae", "latent_dim": 14})
+    proposal = PROPOSAL.model_copy(update={"model": model})
+
+    def trained(secret=KEY, seed=0):
+        return one_round(secret, seed, proposal=proposal, pair=build(model, PROPOSAL.image, 2, rng(1)))
+
+    first = trained()
+    assert first.fake_accuracy == 0.0
+    assert torch.equal(weights(first.pair.generator), weights(first.pair.discriminator.decoder))
+    assert not torch.equal(weights(first.pair.generator), weights(build(model, PROPOSAL.image, 2, rng(1)).generator))
+    assert torch.equal(weights(first.pair.discriminator), weights(trained().pair.discriminator))
+    for other in (trained(secret=bytes(32)), trained(seed=1)):
+        assert not torch.equal(weights(first.pair.discriminator), weights(other.pair.discriminator))
+
+
+def test_wasserstein_round_ends_within_the_public_bound():
+    trained = one_round(proposal=proposed(loss="wasserstein"))
+    assert weights(trained.pair.discriminator).abs().max() == WEIGHT_BOUND
+    assert weights(one_round().pair.discriminator).abs().max() > WEIGHT_BOUND
 
 
 def test_generator_step_leaves_the_discriminator_alone():

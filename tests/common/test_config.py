@@ -114,6 +114,22 @@ def test_config_file_missing_and_broken(tmp_path) -> None:
         read_config(tmp_path / "broken.toml")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.loss": "hinge"}, r"train\.loss"),
+        ({"model.name": "vae", "train.loss": "wasserstein"}, "evidence lower bound; remove train.loss = wasserstein"),
+        ({"model.name": "vae", "train.d_steps_per_g_step": "adaptive"}, "adaptive reads how many fakes"),
+        ({"train.loss": "wasserstein", "train.d_steps_per_g_step": "adaptive"}, "adaptive reads how many fakes"),
+    ],
+)
+def test_losses_that_do_not_fit_are_refused(changes: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_config({}, changes)
+    assert build_config({}, {"train.d_steps_per_g_step": "adaptive"}).train.loss == "logistic"
+    assert build_config(TOGETHER, {"model.name": "vae"}).model.name == "vae"
+
+
 TOGETHER = {"train": {"algorithm": "secure-sum", "steps_per_round": 1}}
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from common.config import Config
 from common.config_text import build_config
 from common.errors import ConfigError, FederationError, RefusalCode
+from common.features import CONSTANT, feature_dim, feature_map
+from common.losses import WEIGHT_BOUND
 from common.messages import Kind, Request, Scalar
 from common.secure_sum import GRID, Cohort
 from common.weights import get_weights
@@ -109,6 +111,62 @@ def test_public_divisor_and_grid_make_the_gradient() -> None:
     difference = (moments[1] - moments[0]).ravel()
     assert difference[0] == pytest.approx(0.5 * 3000 * GRID * 0.5 / 16, rel=1e-4)
     assert np.abs(difference[1:]).max() == 0.0
+
+
+def test_wasserstein_changes_the_fakes_part_and_bounds_the_weights() -> None:
+    free = {"privacy.max_grad_norm": 100.0}  # clipped, both losses have the same direction
+    config = _config(**{"train.loss": "wasserstein"}, **free)
+    state = _start(config)
+    after, _ = step_together(config, state, np.zeros(_numbers(state), np.int64), 8.0)
+    trained = np.concatenate([after.weights[n].ravel() for n in after.weights if n.startswith("discriminator.")])
+    assert np.abs(trained).max() == WEIGHT_BOUND
+    logistic = step_together(_config(**free), state, np.zeros(_numbers(state), np.int64), 8.0)[0]
+    ratio = after.optimizer.first["discriminator.last.bias"] / logistic.optimizer.first["discriminator.last.bias"]
+    assert ratio == pytest.approx(2.0, rel=0.1)  # where D is unsure, the logistic loss has half the slope
+
+
+def test_a_private_autoencoder_meets_no_fakes_and_gives_its_decoder_away() -> None:
+    config = _config(**{"model.name": "vae", "model.latent_dim": 14, "train.ema_decay": 0.0})
+    states = [_start(config)]
+    for number in range(4):
+        total = np.random.default_rng(number).integers(-(2**16), 2**16, _numbers(states[0]))
+        after, told = step_together(config, states[-1], total, 8.0)
+        assert told is None
+        expected = total * (GRID * 0.5 * 0.5 / 16)  # beta1, the clipping norm and the divisor: nothing else was added
+        first = np.concatenate([array.ravel() for array in after.optimizer.first.values()])
+        before = np.concatenate([array.ravel() for array in states[-1].optimizer.first.values()]) if number else 0.0
+        np.testing.assert_allclose(first - 0.5 * before, expected, atol=1e-6)
+        states.append(after)
+    for state in states[1:]:
+        same = [
+            np.array_equal(state.weights[n.replace("discriminator.decoder", "generator")], array)
+            for n, array in state.weights.items()
+            if n.startswith("discriminator.decoder.")
+        ]
+        assert all(same) == (state.round % 2 == 0)
+        for name, array in state.weights.items():
+            assert np.array_equal(array, state.averaged[name])
+
+
+def test_a_private_decoder_starts_from_the_generator_of_the_warm_up(tmp_path: Path) -> None:
+    changes = {"model.name": "vae", "warmup.share": 0.5, "warmup.steps": 3, "federation.rounds": 0}
+
+    def embedding(request: Request) -> np.ndarray:
+        shape = (2, feature_dim(feature_map(28)))
+        return np.full(shape, 100 * CONSTANT, np.float32)
+
+    def release(index: int, request: Request, answer: np.ndarray) -> tuple[dict[str, Scalar], dict[str, np.ndarray]]:
+        return {"epsilon_spent": 1.0, "epsilon_allowed": 10.0}, {"embedding": answer}
+
+    config = _config(**changes)
+    run_sites(tmp_path, config, [embedding] * 3, release)
+    state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    fitted = {name: array for name, array in state.weights.items() if name.startswith("generator.")}
+    fresh = get_weights(initial_pair(config))
+    assert any(not np.array_equal(array, fresh[name]) for name, array in fitted.items())
+    for name, array in fitted.items():
+        assert np.array_equal(array, state.weights[name.replace("generator", "discriminator.decoder")])
 
 
 def test_g_and_its_average_move_when_it_is_their_turn() -> None:

@@ -18,7 +18,7 @@ from common.models import build
 from common.noise import to_public_grid
 
 ROWS = 32
-ARCHITECTURES = [("mlp", 28), ("dcgan", 28), ("dcgan", 32), ("dcgan", 64)]
+ARCHITECTURES = [("mlp", 28), ("dcgan", 28), ("dcgan", 32), ("dcgan", 64), ("resnet", 28), ("vae", 28)]
 
 
 def network(name, size):

@@ -122,7 +122,7 @@ def test_gradient_is_that_of_a_plain_loop_over_patients(name, size, engine, coun
 
 @pytest.mark.parametrize(("name", "channels", "size", "engine"), OTHERS)
 def test_gradient_of_every_model_in_colour_and_at_128_pixels(name, channels, size, engine, monkeypatch):
-    """Without kinks: of so many activations one lies within rounding of a kink, where autograd is no exact guide."""
+    """Without kinks: of so many activations one lies within rounding of its kink, where autograd itself is no guide."""
     monkeypatch.setattr(F, "leaky_relu", lambda hidden, slope: F.silu(hidden) + slope * hidden)
     model, batch = network(name, size, channels), batch_of([2, 1], size, 3, channels)
     fakes = images(2, size, 9, channels)
@@ -186,7 +186,7 @@ def test_step_of_a_private_autoencoder_raises_the_evidence_and_ignores_fakes():
 
 
 def test_every_thread_of_a_private_autoencoder_sees_the_noise_of_the_step():
-    model, batch, before = network("vae"), batch_of([1] * 70), torch.get_num_threads()
+    model, batch, before = network("vae"), batch_of([1] * 40), torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         private = prepared(copy.deepcopy(model), clip=0.01)

@@ -1,0 +1,26 @@
+"""The coordinator's listings."""
+
+from typing import get_args
+
+import pytest
+
+from common.config import IMAGE_SIZES, ModelName
+from common.config_text import build_config
+from server.cli import main
+from server.rounds import round_bytes
+
+
+def test_models_lists_what_a_round_sends(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["models"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    assert [(row[0], int(row[1])) for row in rows] == [
+        (name, size) for name in get_args(ModelName) for size in IMAGE_SIZES
+    ]
+    together = {"train.algorithm": "secure-sum", "train.steps_per_round": 1}
+    for name, size, *_, local, sum_of_all in rows:
+        changes = {"model.name": name, "image.size": int(size), "image.classes": ("a", "b")}
+        assert int(local.replace(",", "")) == round_bytes(build_config({}, changes))
+        assert int(sum_of_all.replace(",", "")) == round_bytes(build_config({}, changes | together))
