@@ -5,7 +5,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
@@ -18,7 +20,7 @@ MARK = "fedmedgan: synthetic image, drawn by a generator; not a recording of a p
 """What every PNG says of itself in its text chunk `Description`."""
 
 _SHEET_SEED = 20_180_207
-_COLUMNS = 8
+COLUMNS = 8
 _CELL_PX = 128
 _GAP_PX = 4
 _MAX_LABEL_PX = 160
@@ -35,17 +37,25 @@ def save_sheet(path: Path, generator: nn.Module, config: Config) -> None:
         StorageError: The file could not be written.
     """
     classes = config.image.classes
-    labels = torch.arange(len(classes)).repeat_interleave(_COLUMNS)
+    labels = torch.arange(len(classes)).repeat_interleave(COLUMNS)
     images = draw(generator, labels, config.model.latent_dim, torch.Generator().manual_seed(_SHEET_SEED))
-    margin, step = label_width(classes), _CELL_PX + _GAP_PX
-    cells = [Image.fromarray(pixels) for pixels in images]
-    sheet = Image.new(cells[0].mode, (margin + _COLUMNS * step, len(classes) * step), "white")
-    for number, image in enumerate(cells):
-        row, column = divmod(number, _COLUMNS)
-        cell = image.resize((_CELL_PX, _CELL_PX), Image.Resampling.BICUBIC)
-        sheet.paste(cell, (margin + column * step, row * step))
-    for row, name in enumerate(classes):
-        write_label(sheet, name, row * step, step)
+    save_rows(path, classes, images.reshape(len(classes), COLUMNS, *images.shape[1:]))
+
+
+def save_rows(path: Path, names: Sequence[str], rows: UInt8[np.ndarray, "rows columns size size *colours"]) -> None:
+    """Write a PNG of rows of images, each row's name at its left.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    margin, step = label_width(names), _CELL_PX + _GAP_PX
+    cells = [[Image.fromarray(pixels) for pixels in row] for row in rows]
+    sheet = Image.new(cells[0][0].mode, (margin + rows.shape[1] * step, len(names) * step), "white")
+    for top, (name, row) in enumerate(zip(names, cells, strict=True)):
+        for column, image in enumerate(row):
+            cell = image.resize((_CELL_PX, _CELL_PX), Image.Resampling.BICUBIC)
+            sheet.paste(cell, (margin + column * step, top * step))
+        write_label(sheet, name, top * step, step)
     write_png(path, sheet)
 
 

@@ -26,6 +26,7 @@ from server.rounds import round_bytes
 from server.run_folder import RunFolder, latest_folder, next_folder, open_run, stored_tree
 from simulations.engines import check_engine, run_job
 from simulations.evaluate import evaluate, save_evaluation
+from simulations.gallery import save_gallery
 from simulations.hospitals import (
     Federation,
     build_hospitals,
@@ -134,6 +135,16 @@ def generate(
     """Draw synthetic images from a finished run."""
     written = generate_images(run, out, count, labels, seed, format)
     print(f"{count} synthetic images in {written}")
+
+
+@app.command()
+def gallery(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")],
+) -> None:
+    """Draw the first, the best and the worst of 200 images of each class; nobody picks them."""
+    save_gallery(run, out)
+    print(f"gallery: {out}")
 
 
 def effective_config(path: Path | None, changes: dict[str, Any]) -> Config:
