@@ -26,9 +26,10 @@ DROWNED = 0.5
 """The same below which nothing is asked for at all: the noise is more than twice the sum."""
 _FAKES = 3000
 _CHUNK = 500
-_REACH = 0.8
-"""Share of the fakes that lie inside length 1, less a tenth of margin."""
-_MARGIN = 1.1
+_REACH = 0.88
+"""Share of the images that lie inside length 1 of a lens; what lies outside is cut, which costs no privacy."""
+_REACH_UNFITTED = 0.5
+"""The same where images of all kinds stand in: patients are more alike than these."""
 _LEAST_SPREAD = 0.1
 """No coordinate's spread counts for less than this part of the largest: what fakes never vary in, patients may."""
 _NETWORK_STEPS = 500
@@ -82,21 +83,28 @@ def choose(seen: Outlook, largest: str) -> str:
     return "means"
 
 
-def make_lens(generator: nn.Module | None, config: Config, sight: Sight, rng: torch.Generator) -> Lens:
+def make_lens(
+    generator: nn.Module | None, config: Config, sight: Sight, rng: torch.Generator, fitted: bool = True
+) -> Lens:
     """Make a lens from a generator's fakes.
 
     Args:
-        generator: As it stands; None before anything was learned: then images of equal chance at every scale stand in.
+        generator: As it stands; None before anything was learned.
         config: Classes, sizes, latent length.
         sight: How much the lens sees.
         rng: The only source of randomness.
+        fitted: Whether the generator was fitted to the patients. If not, images with the amplitudes of natural ones
+            stand beside its fakes: patients may look quite different from what it was trained on.
 
     Guarantees:
         - deterministic: Equal arguments, generator states and thread counts give equal lenses.
-        - fakes_fit: At least three quarters of the fakes lie inside length 1 in every block.
+        - fakes_fit: Most fakes of a fitted generator lie inside length 1, in every block.
     """
     labels = torch.arange(_FAKES) % len(config.image.classes)
-    images = _pink(config, rng) if generator is None else _fakes(generator, labels, config, rng)
+    reach = _REACH if generator and fitted else _REACH_UNFITTED
+    drawn = [] if generator is None else [_fakes(generator, labels, config, rng)]
+    images = torch.cat(drawn if generator and fitted else [*drawn, _pink(config, rng)])
+    labels = labels.repeat(len(images) // _FAKES)
     network = _train_network(images, labels, config, rng) if sight == "learned" else None
     seen = torch.cat([_seen(config, network, part) for part in images.split(_CHUNK)])
     # Cosines are centred on all classes together: what differs between them is what is asked. A network's features
@@ -109,13 +117,13 @@ def make_lens(generator: nn.Module | None, config: Config, sight: Sight, rng: to
         dim=1,
     )
     offsets = (seen - centre[labels]).split(widths, dim=1)
-    return Lens(config.image, centre, torch.cat([_scale(block) for block in offsets if block.shape[1]]), network)
+    return Lens(config.image, centre, torch.cat([_scale(block, reach) for block in offsets if block.shape[1]]), network)
 
 
-def _scale(offsets: Float[Tensor, "fakes width"]) -> Float[Tensor, " width"]:
+def _scale(offsets: Float[Tensor, "fakes width"], reach: float) -> Float[Tensor, " width"]:
     spread = offsets.std(dim=0)
     spread = spread.clamp(min=_LEAST_SPREAD * float(spread.max().clamp(min=1e-6)))
-    return spread * (offsets / spread).norm(dim=1).quantile(_REACH) * _MARGIN
+    return spread * (offsets / spread).norm(dim=1).quantile(reach)
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def _where_to_look(config: Config, members: Members, number: int, generator: nn.
     seen = outlook(config, math.sqrt(sum(noise**2 for noise in noises)), patients)
     look = choose(seen, PUBLIC if number == 0 else "learned")
     rng = reproducible(config.federation.seed, "lens", number)
-    return look, {} if look not in SIGHTS else lenses.to_arrays(make_lens(generator, config, look, rng))
+    return look, {} if look not in SIGHTS else lenses.to_arrays(make_lens(generator, config, look, rng, number > 0))
 
 
 def _target(config: Config, release: WarmupRelease) -> Target:
