@@ -8,7 +8,7 @@ from torch import Tensor
 from common.errors import IntakeError
 from common.look import Look
 
-_CHUNK = 256
+_CHUNK = 64
 
 
 def embedding_sum(

@@ -34,7 +34,12 @@ def run(capsys):
 
 @pytest.fixture
 def used(tiny_home, tiny_proposal):
-    assert answer(open_site(tiny_home), Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal())).refusal is None
+    assert (
+        answer(
+            open_site(tiny_home), Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal(), {"look": "public"})
+        ).refusal
+        is None
+    )
     return tiny_home
 
 

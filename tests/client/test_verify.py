@@ -26,7 +26,12 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 def used_template(tiny_template, tiny_proposal, tmp_path_factory):
     folder = tmp_path_factory.mktemp("used") / "home"
     shutil.copytree(tiny_template, folder)
-    assert answer(open_site(Home(folder)), Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal())).refusal is None
+    assert (
+        answer(
+            open_site(Home(folder)), Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal(), {"look": "public"})
+        ).refusal
+        is None
+    )
     return folder
 
 

@@ -8,13 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.warmup import embedding_sum
+from common.config import ImageConfig
 from common.crypto import KeyStream
 from common.errors import IntakeError
 from common.features import CONSTANT, feature_dim, feature_map, features
+from common.look import Look, read_look
 from common.noise import gaussian
 
 FM = feature_map(28)
 CLASSES = 3
+IMAGE = ImageConfig(size=28, classes=("a", "b", "c"))
+LOOK = read_look(IMAGE, "public", {})
+COLOUR = read_look(IMAGE.model_copy(update={"channels": 3}), "public", {})
 
 
 def draw(rng: np.random.Generator, count: int) -> npt.NDArray[np.uint8]:
@@ -35,13 +40,40 @@ def test_one_patient_one_unit(seed: int, others: int, count: int, mixed: bool) -
     patients = np.array([f"p{number % 3}" for number in range(others)] + ["the patient"] * count)
     order = rng.permutation(len(images))
     colour = np.concatenate([images, draw(rng, len(images)), 255 - images], axis=1)
-    for pixels, fm in ((colour, feature_map(28, 3)), (images, FM)):
-        everybody = embedding_sum(pixels[order], labels[order], patients[order], CLASSES, fm)
-        without = embedding_sum(pixels[:others], labels[:others], patients[:others], CLASSES, fm)
+    for pixels, look in ((colour, COLOUR), (images, LOOK)):
+        everybody = embedding_sum(pixels[order], labels[order], patients[order], CLASSES, look)
+        without = embedding_sum(pixels[:others], labels[:others], patients[:others], CLASSES, look)
         moved = (everybody - without).norm().item()
         assert moved <= 1
     if not mixed and count == 1:
         assert moved > 0.99  # and the whole unit is used, none of the budget is lost
+
+
+@pytest.mark.parametrize("hostile", [1e30, float("inf"), float("nan"), -1e-30])
+def test_one_patient_one_unit_whatever_the_look_gives(hostile: float) -> None:
+    def vectors(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = images.flatten(1)[:, :5] + 1
+        rows[images[:, 0, 0, 0] > 0.9] = hostile  # only the patient's image is that bright
+        return rows
+
+    images = np.zeros((4, 1, 28, 28), np.uint8)
+    images[3] = 255
+    labels, patients = np.zeros(4, np.int64), np.arange(4)
+    everybody = embedding_sum(images, labels, patients, CLASSES, Look(vectors, 5))
+    without = embedding_sum(images[:3], labels[:3], patients[:3], CLASSES, Look(vectors, 5))
+    moved = (everybody - without).norm().item()
+    assert moved <= 1 + 1e-12
+    assert moved == 0 or np.isfinite(hostile)
+
+
+def test_one_image_is_rounded_alike_in_any_company() -> None:
+    rng = np.random.default_rng(4)
+    images = rng.integers(0, 256, (40, 1, 28, 28)).astype(np.uint8)
+    labels = np.zeros(40, np.int64)
+    labels[0] = 1  # so that its row of the sum is its own vector
+    alone = embedding_sum(images[:1], labels[:1], np.arange(1), CLASSES, LOOK)
+    among = embedding_sum(images, labels, np.arange(40), CLASSES, LOOK)
+    assert torch.equal(alone[1], among[1])
 
 
 @settings(deadline=None, derandomize=True, max_examples=15)
@@ -51,8 +83,8 @@ def test_duplicates(seed: int, copies: int) -> None:
     images, labels = draw(rng, 6), rng.integers(0, CLASSES, 6)
     patients = np.array([0, 0, 1, 1, 1, 2])
     more = np.concatenate([np.arange(6), np.repeat(np.flatnonzero(patients == 1), copies - 1)])
-    once = embedding_sum(images, labels, patients, CLASSES, FM)
-    again = embedding_sum(images[more], labels[more], patients[more], CLASSES, FM)
+    once = embedding_sum(images, labels, patients, CLASSES, LOOK)
+    again = embedding_sum(images[more], labels[more], patients[more], CLASSES, LOOK)
     assert torch.allclose(once, again, atol=1e-6)
 
 
@@ -66,14 +98,14 @@ def test_sum_is_the_plain_loop_over_patients() -> None:
         mine = np.flatnonzero(patients == patient)
         for image in mine:
             expected[labels[image]] += vectors[image] / len(mine)
-    total = embedding_sum(images, labels, patients, CLASSES, FM)
+    total = embedding_sum(images, labels, patients, CLASSES, LOOK)
     assert torch.allclose(total, expected, atol=1e-5)
     assert total[:, 0].sum().item() == pytest.approx(40 * CONSTANT)
 
 
 def test_an_empty_site_adds_nothing() -> None:
     nobody = np.zeros(0, dtype=np.int64)
-    total = embedding_sum(np.zeros((0, 1, 28, 28), dtype=np.uint8), nobody, nobody, CLASSES, FM)
+    total = embedding_sum(np.zeros((0, 1, 28, 28), dtype=np.uint8), nobody, nobody, CLASSES, LOOK)
     assert total.shape == (CLASSES, feature_dim(FM))
     assert torch.all(total == 0)
 
@@ -82,7 +114,7 @@ def test_an_empty_site_adds_nothing() -> None:
 def test_labels_out_of_range_are_refused(label: int) -> None:
     images = np.zeros((2, 1, 28, 28), dtype=np.uint8)
     with pytest.raises(IntakeError, match="labels from 0 to 2"):
-        embedding_sum(images, np.array([0, label]), np.array(["anna", "anna"]), CLASSES, FM)
+        embedding_sum(images, np.array([0, label]), np.array(["anna", "anna"]), CLASSES, LOOK)
 
 
 def test_rounded_last_hides_the_exact_sum():

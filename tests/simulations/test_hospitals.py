@@ -54,7 +54,9 @@ def test_hospitals_that_hold_grey_refuse_colour_and_their_ledgers_stay_empty(tmp
     colour = build_config(federation.config.model_dump(), {"image.channels": 3})
     for number in range(2):
         ask = connect(tmp_path / "run", colour, number)
-        assert ask(Request(Kind.WARMUP, "run-1", 0, colour.proposal())).refusal is RefusalCode.NO_DATA
+        assert (
+            ask(Request(Kind.WARMUP, "run-1", 0, colour.proposal(), {"look": "public"})).refusal is RefusalCode.NO_DATA
+        )
         home = Home(tmp_path / "run" / "hospitals" / site_name(number))
         assert open_site(home).ledger.entries == ()
         assert "28 px in colour (classes 0, 1), this site has 28 px in grey (classes 0, 1)" in home.log.read_text()
