@@ -31,39 +31,47 @@ _RENDERED_PX = 128
 _CHUNK = 250
 
 
-def put_start(config: Config, run: Path) -> None:
+def put_start(config: Config, run: Path, effort: WarmupConfig = EFFORT, phantoms: int = PHANTOMS) -> None:
     """Put the generator that a configuration wants to start from into a run's folder, unless it stands there.
+
+    Args:
+        config: The run's configuration, with its classes.
+        run: The run's folder.
+        effort: Of the fit.
+        phantoms: How many there are to learn from.
 
     Raises:
         StorageError: A file could not be written.
     """
     if config.simulation.start == "phantoms" and not has_start(run):
-        write_start(run, pretrain(config), config)
+        write_start(run, pretrain(config, effort, phantoms), config)
 
 
-def pretrain(config: Config) -> nn.Module:
+def pretrain(config: Config, effort: WarmupConfig = EFFORT, phantoms: int = PHANTOMS) -> nn.Module:
     """Fit a run's generator to phantoms, all of them to every class.
 
     Args:
         config: The run's configuration, with its classes.
+        effort: Of the fit.
+        phantoms: How many there are to learn from.
 
     Guarantees:
         - deterministic: The configuration decides the weights, for equal thread counts.
     """
     torch.set_num_threads(config.performance.threads)
     generator, look = initial_pair(config).generator, read_look(config.image, PUBLIC, {})
-    mean = phantom_mean(config, look)
+    mean = phantom_mean(config, look, phantoms)
     classes = len(config.image.classes)
     goal = Target(look.vectors, mean.repeat(classes, 1), torch.full((classes,), 1 / classes), 1.0)
     rng = reproducible(config.federation.seed, "pretrain", 0)
-    for _ in fit_generator(generator, [goal], EFFORT, config.model.latent_dim, rng):
+    for _ in fit_generator(generator, [goal], effort, config.model.latent_dim, rng):
         pass
     return generator
 
 
-def phantom_mean(config: Config, look: Look) -> Float[Tensor, "1 dim"]:
+def phantom_mean(config: Config, look: Look, count: int) -> Float[Tensor, "1 dim"]:
     """Return the mean vector of phantoms."""
-    pixels = np.stack(phantom_images(config.image.size, PHANTOMS))
+    pixels = np.stack(phantom_images(config.image.size, count))
     images = torch.from_numpy(pixels)[:, None].expand(-1, config.image.channels, -1, -1) * 2 - 1
     labels = torch.zeros(len(images), dtype=torch.int64)
     with torch.no_grad():

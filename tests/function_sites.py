@@ -42,7 +42,7 @@ def run_sites(
         return functools.partial(_answer, index, behaviours[index], release)
 
     grid = LocalGrid(make_app(connect), len(behaviours))
-    job = Job(config, open_run(tmp_path / "run", config, resume=False))
+    job = Job(config, open_run(tmp_path / "run", config, config.run.resume))
     return [event for event in federate(grid, job) if isinstance(event, RoundRecord)]
 
 

@@ -1,13 +1,14 @@
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from common.errors import ResumeError
 from server.aggregation import OptimizerState
-from server.checkpoint import State, load_latest, save
+from server.checkpoint import State, WarmupRelease, load_latest, save
 
 
 def _state(number: int) -> State:
@@ -24,6 +25,27 @@ def test_round_trip_keeps_dtypes_and_scalars(tmp_path) -> None:
     assert loaded.g_steps_on_rung == 12
     assert (loaded.weights["generator.w"] == _state(4).weights["generator.w"]).all()
     assert loaded.optimizer.second["generator.w"].dtype == np.float64
+
+
+def test_releases_of_the_warm_up_are_kept(tmp_path) -> None:
+    releases = (
+        WarmupRelease("public", 1.5, {"sum": np.arange(6.0).reshape(2, 3)}),
+        WarmupRelease("means", 2.5, {"sum": np.ones((2, 4)), "lens.scale": np.full(3, 7, np.float32)}),
+    )
+    save(tmp_path, replace(_state(1), warmup=releases))
+    loaded = load_latest(tmp_path)
+    assert [(release.look, release.noise_std) for release in loaded.warmup] == [("public", 1.5), ("means", 2.5)]
+    for found, wanted in zip(loaded.warmup, releases, strict=True):
+        assert found.arrays.keys() == wanted.arrays.keys()
+        assert all(found.arrays[name].tobytes() == wanted.arrays[name].tobytes() for name in wanted.arrays)
+
+
+def test_a_checkpoint_of_another_version_says_what_to_do(tmp_path) -> None:
+    save(tmp_path, _state(1))
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes().replace(b'\\"version\\": 2', b'\\"version\\": 1'))
+    with pytest.raises(ResumeError, match="the release that wrote it"):
+        load_latest(tmp_path)
 
 
 def test_keeps_the_last_three(tmp_path) -> None:

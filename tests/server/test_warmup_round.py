@@ -1,0 +1,130 @@
+"""Rounds of the warm-up: where they look, what they keep, and that a resumed run ends with the same bytes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import Config
+from common.config_text import build_config
+from common.errors import ConfigError
+from common.features import CONSTANT
+from common.look import look_dims
+from common.messages import Kind, Request
+from common.weights import get_weights
+from server import checkpoint
+from server.rounds import initial_pair
+from server.start import write_start
+from tests.function_sites import SMALL_RUN, run_sites
+
+
+def make_config(**changes: object) -> Config:
+    own = {
+        "warmup.share": 0.5,
+        "warmup.refinements": 2,
+        "warmup.steps": 3,
+        "warmup.batch_size": 8,
+        "privacy.batch_patients": 8,
+        "performance.threads": 1,
+    }
+    return build_config({}, {**SMALL_RUN, **own, **changes})
+
+
+def sums(request: Request) -> np.ndarray:
+    dim = look_dims(make_config().image)[str(request.settings["look"])]
+    rng = np.random.default_rng(request.round)
+    rows = rng.normal(size=(2, dim)).astype(np.float32)
+    rows[:, 0] = 40 * CONSTANT
+    return rows
+
+
+def release(index: int, request: Request, answer: object) -> tuple[Mapping[str, float], Mapping[str, np.ndarray]]:
+    fields = {"epsilon_spent": 1.0, "epsilon_allowed": 10.0}
+    if request.kind is Kind.WARMUP:
+        return fields, {"embedding": sums(request)}
+    return {**fields, "fake_accuracy": 0.5}, dict(request.arrays)
+
+
+def run(path: Path, config: Config, seen: list[Request] | None = None) -> list[int]:
+    asked = seen if seen is not None else []
+    path.mkdir(exist_ok=True)
+    records = run_sites(path, config, [lambda request: asked.append(request)] * 3, release)
+    return [record.round for record in records]
+
+
+def test_first_public_then_through_lenses_then_training(tmp_path: Path) -> None:
+    asked: list[Request] = []
+    rounds = run(tmp_path / "a", make_config(**{"privacy.epsilon": 900.0}), asked)
+    assert rounds == [0, 1, 2, 3]
+    kinds = [(request.kind, request.round, request.settings.get("look")) for request in asked[::3]]
+    assert kinds == [
+        (Kind.WARMUP, 0, "public"),
+        (Kind.WARMUP, 1, "learned"),
+        (Kind.WARMUP, 2, "learned"),
+        (Kind.TRAIN, 3, None),
+    ]
+    assert not asked[0].arrays
+    first, second = asked[3].arrays["lens.centre"], asked[6].arrays["lens.centre"]
+    assert not np.array_equal(first, second)  # made anew from the generator as it stands
+
+
+def test_few_patients_are_asked_for_means_alone(tmp_path: Path) -> None:
+    asked: list[Request] = []
+    run(tmp_path / "a", make_config(**{"privacy.epsilon": 1.0, "federation.rounds": 1}), asked)
+    assert [request.settings["look"] for request in asked[::3]] == ["means", "means"]
+
+
+def test_releases_are_kept_while_more_are_to_come(tmp_path: Path) -> None:
+    run(tmp_path / "a", make_config())
+    folder = tmp_path / "a" / "run" / "checkpoints"
+    kept = []
+    for number in (1, 2, 3):
+        for path in sorted(folder.iterdir())[number:]:
+            path.rename(path.with_suffix(".later"))
+        state = checkpoint.load_latest(folder)
+        assert state is not None
+        kept.append((state.round, len(state.warmup)))
+        for path in folder.glob("*.later"):
+            path.rename(path.with_suffix(".safetensors"))
+    assert kept == [(1, 2), (2, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_run_that_is_resumed_ends_with_the_same_bytes(tmp_path: Path, last: int) -> None:
+    def stops(request: Request) -> None:
+        if request.round > last:
+            raise KeyboardInterrupt  # what a kill leaves: everything up to here is on the disk
+
+    config = make_config(**{"privacy.epsilon": 1.0})
+    run(tmp_path / "whole", config)
+    (tmp_path / "cut").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run_sites(tmp_path / "cut", config, [stops] * 3, release)
+    resumed = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
+    assert run(tmp_path / "cut", resumed) == list(range(last + 1, 4))
+    states = [checkpoint.load_latest(tmp_path / name / "run" / "checkpoints") for name in ("whole", "cut")]
+    for name, array in states[0].weights.items():
+        assert array.tobytes() == states[1].weights[name].tobytes()
+
+
+def test_a_warm_up_that_drowns_asks_nobody(tmp_path: Path) -> None:
+    asked: list[Request] = []
+    with pytest.raises(ConfigError, match=r"noise is at most 2 times .* coordinates, the fewest there are"):
+        run(tmp_path / "a", make_config(**{"privacy.epsilon": 0.05}), asked)
+    assert asked == []
+
+
+def test_a_start_is_where_the_generator_begins(tmp_path: Path) -> None:
+    other = initial_pair(make_config(**{"federation.seed": 5})).generator
+    ends = {}
+    for name in ("a", "b"):
+        (tmp_path / name / "run").mkdir(parents=True, exist_ok=True)
+        if name == "a":
+            write_start(tmp_path / name / "run", other, make_config())
+        run(tmp_path / name, make_config(**{"federation.rounds": 0, "warmup.steps": 1, "warmup.learning_rate": 1e-9}))
+        state = checkpoint.load_latest(tmp_path / name / "run" / "checkpoints")
+        ends[name] = state.weights["generator.first.weight"]
+    wanted = other.first.weight.detach().numpy()
+    assert np.allclose(ends["a"], wanted, atol=1e-6)
+    assert np.allclose(ends["b"], get_weights(initial_pair(make_config()))["generator.first.weight"], atol=1e-6)
