@@ -16,6 +16,7 @@ from common.models import outline
 from common.plan import delta_warning, plan
 from common.secure_sum import Cohort, noise_shares
 from common.weights import weight_shapes
+from server.lens import foretell
 from server.report import write_report
 from server.rounds import round_bytes
 
@@ -53,6 +54,8 @@ def print_plan(
     if cohort is not None:
         shares = noise_shares(cohort, proposed.privacy.colluding_sites)
         print(f"secure-sum of these {cohort.sites} sites; of a step's noise each adds one part in {shares}")
+    if proposed.warmup.share > 0:
+        print(foretell(proposed, patients))
     print(f"bytes per round and site: {round_bytes(proposed):,} down and as many up")
 
 

@@ -4,7 +4,7 @@ No patient enters: fakes and public numbers decide everything here. Out of scope
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -17,8 +17,9 @@ from common.config import Config
 from common.errors import ConfigError
 from common.features import LOW_COSINES
 from common.lens import NETWORK_FEATURES, Lens, Sight, coordinates, make_network
-from common.look import look_dims
+from common.look import PUBLIC, look_dims
 from common.models import draw_weights
+from common.plan import plan
 
 CLEAR = 1.5
 """A class's sum over the noise in it at which a map is taken; below, the next smaller one."""
@@ -81,6 +82,26 @@ def choose(seen: Outlook, largest: str) -> str:
             "warmup.refinements, name fewer image.classes, or find more patients. Nothing was charged for it."
         )
     return "means"
+
+
+def foretell(config: Config, declared_patients: Sequence[int]) -> str:
+    """Say what the warm-up of a run would look at, in a line for people.
+
+    Args:
+        config: The run's configuration; its warm-up has a share of epsilon.
+        declared_patients: Of each site that takes part.
+
+    Raises:
+        ConfigError: It drowns.
+    """
+    plans = [plan(config, declared) for declared in declared_patients]
+    noise_std = math.sqrt(sum(agreed.charge_of_warmup().noise_multiplier ** 2 for agreed in plans))
+    seen = outlook(config, noise_std, sum(declared_patients))
+    looks = [choose(seen, PUBLIC if number == 0 else "learned") for number in range(1 + config.refinements)]
+    told = [
+        f"{look} ({seen.dims[look]:,} numbers, a class {seen.clearness(look):.1f} times its noise)" for look in looks
+    ]
+    return f"warm-up: {len(looks)} release{'s' * (len(looks) > 1)}, looking at {', then '.join(dict.fromkeys(told))}"
 
 
 def make_lens(

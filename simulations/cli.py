@@ -21,6 +21,7 @@ from common.generate import generate_images
 from common.plan import delta_warning, plan
 from common.secure_sum import Cohort
 from server.app import Job
+from server.lens import foretell
 from server.report import write_report
 from server.rounds import round_bytes
 from server.run_folder import RunFolder, latest_folder, next_folder, open_run, stored_tree
@@ -260,6 +261,9 @@ def _print_plan(federation: Federation) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     weights_bytes = round_bytes(config)
+    sizes = _taking_part(federation)
+    if config.warmup.share > 0 and sizes:
+        console.print(foretell(config, sizes))
     console.print(f"held out: {patients_in(federation.held_out)} patients")
     console.print(f"bytes per round and site: {weights_bytes:,} down, {weights_bytes:,} up")
 
@@ -269,9 +273,14 @@ def _cohort(federation: Federation) -> Cohort | None:
     config = federation.config
     if config.train.algorithm == "local":
         return None
-    sizes = [declared_patients(patients_in(part)) for part in federation.sites]
-    taking_part = [size for size in sizes if size >= config.privacy.min_patients]
+    taking_part = _taking_part(federation)
     return Cohort(len(taking_part), sum(taking_part))
+
+
+def _taking_part(federation: Federation) -> list[int]:
+    """Return the declared patients of the hospitals that have enough."""
+    sizes = [declared_patients(patients_in(part)) for part in federation.sites]
+    return [size for size in sizes if size >= federation.config.privacy.min_patients]
 
 
 if __name__ == "__main__":
