@@ -87,7 +87,7 @@ def init(
 def import_(
     home: HomeArgument,
     classes: Annotated[str, typer.Option(help="Class names of the run, comma-separated, in its order.")],
-    size: Annotated[int, typer.Option(help="Side of an image in pixels: 28, 32 or 64.")] = 32,
+    size: Annotated[int, typer.Option(help="Side of an image in pixels: 28, 32, 64 or 128.")] = 32,
     channels: Annotated[int, typer.Option(help="1: grey, colour becomes luminance; 3: colour, grey stays grey.")] = 1,
 ) -> None:
     """Read the site's images into its home, ready for a run; say what was refused and why."""

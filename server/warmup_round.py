@@ -75,7 +75,7 @@ def warm_up(
         for fit in fit_generator(pair.generator, targets, config.warmup, latent, rng, alike):
             loss = fit.loss
             yield Progress(number, fit.step, config.warmup.steps, "fit", dict(heard.sites))
-        take_over_decoder(pair.discriminator, pair.generator)
+    take_over_decoder(pair.discriminator, pair.generator)
     weights = get_weights(pair)
     if state is None:
         together = config.train.algorithm == "secure-sum"

@@ -225,6 +225,7 @@ def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path
         min_patients=config.privacy.min_patients,
         allow_unmasked_shares=config.privacy.colluding_sites != "all",
         max_rounds=max(1, config.federation.rounds),
+        allowed_image_sizes=(config.image.size,),
     )
     home = create_home(folder, SiteConfig(data="data", gradients=config.performance.gradients), policy)
     refused = import_images(home, classes, size, 1, channels)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from common.config import Config
 from common.config_text import build_config
 from common.errors import ConfigError, FederationError, RefusalCode
-from common.features import CONSTANT, feature_dim, feature_map
 from common.losses import WEIGHT_BOUND
 from common.messages import Kind, Request, Scalar
 from common.secure_sum import GRID, Cohort
@@ -146,27 +145,6 @@ def test_a_private_autoencoder_meets_no_fakes_and_gives_its_decoder_away() -> No
         assert all(same) == (state.round % 2 == 0)
         for name, array in state.weights.items():
             assert np.array_equal(array, state.averaged[name])
-
-
-def test_a_private_decoder_starts_from_the_generator_of_the_warm_up(tmp_path: Path) -> None:
-    changes = {"model.name": "vae", "warmup.share": 0.5, "warmup.steps": 3, "federation.rounds": 0}
-
-    def embedding(request: Request) -> np.ndarray:
-        shape = (2, feature_dim(feature_map(28)))
-        return np.full(shape, 100 * CONSTANT, np.float32)
-
-    def release(index: int, request: Request, answer: np.ndarray) -> tuple[dict[str, Scalar], dict[str, np.ndarray]]:
-        return {"epsilon_spent": 1.0, "epsilon_allowed": 10.0}, {"embedding": answer}
-
-    config = _config(**changes)
-    run_sites(tmp_path, config, [embedding] * 3, release)
-    state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
-    assert state is not None
-    fitted = {name: array for name, array in state.weights.items() if name.startswith("generator.")}
-    fresh = get_weights(initial_pair(config))
-    assert any(not np.array_equal(array, fresh[name]) for name, array in fitted.items())
-    for name, array in fitted.items():
-        assert np.array_equal(array, state.weights[name.replace("generator", "discriminator.decoder")])
 
 
 def test_g_and_its_average_move_when_it_is_their_turn() -> None:

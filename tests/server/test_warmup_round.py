@@ -128,3 +128,17 @@ def test_a_start_is_where_the_generator_begins(tmp_path: Path) -> None:
     wanted = other.first.weight.detach().numpy()
     assert np.allclose(ends["a"], wanted, atol=1e-6)
     assert np.allclose(ends["b"], get_weights(initial_pair(make_config()))["generator.first.weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_a_private_decoder_starts_from_what_the_generator_starts_from(tmp_path: Path, share: float) -> None:
+    changes = {"model.name": "vae", "model.latent_dim": 14, "warmup.share": share, "warmup.refinements": 0}
+    config, asked = make_config(**changes), list[Request]()
+    other = initial_pair(make_config(**changes, **{"federation.seed": 9})).generator
+    write_start(tmp_path / "run", other, config)
+    run(tmp_path, config, asked)
+    first = next(request.arrays for request in asked if request.kind is Kind.TRAIN)
+    started = {f"generator.{name}": parameter.detach().numpy() for name, parameter in other.named_parameters()}
+    assert all(np.array_equal(array, first[name]) for name, array in started.items()) == (share == 0)
+    for name in started:
+        assert np.array_equal(first[name], first[name.replace("generator", "discriminator.decoder")])

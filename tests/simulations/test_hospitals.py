@@ -7,6 +7,7 @@ import pytest
 
 from client.agent import open_site
 from client.home import Home, load_images
+from client.policy import load as load_policy
 from common.config import Config
 from common.config_text import build_config
 from common.errors import RefusalCode
@@ -45,6 +46,13 @@ def test_hospitals_and_the_held_out_hold_the_channels_that_are_asked(tmp_path: P
     if channels == 3:
         wanted = {image.tobytes() for image in np.moveaxis(COLOURS, 3, 1)}
         assert {image.tobytes() for image in seen} == wanted
+
+
+def test_hospitals_allow_the_size_that_the_run_asks_for(tmp_path: Path, data: Path) -> None:
+    config = build_config(_config(data, 1).model_dump(), {"image.size": 128})
+    for _ in build_hospitals(draw_federation(config), tmp_path / "run"):
+        pass
+    assert load_policy(Home(tmp_path / "run" / "hospitals" / site_name(0)).policy).allowed_image_sizes == (128,)
 
 
 def test_hospitals_that_hold_grey_refuse_colour_and_their_ledgers_stay_empty(tmp_path: Path, data: Path) -> None:
