@@ -56,7 +56,7 @@ def make_weights(proposal: Proposal = PROPOSAL) -> Arrays:
 
 def warmup_request(run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Request:
     """Make an honest warm-up request."""
-    return Request(Kind.WARMUP, run_id, 0, proposal.proposal())
+    return Request(Kind.WARMUP, run_id, 0, proposal.proposal(), {"look": "public"})
 
 
 def train_request(round_: int = 1, run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Request:

@@ -40,7 +40,7 @@ def site(tiny_home):
 
 @pytest.fixture
 def warmup(tiny_proposal):
-    return Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal())
+    return Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal(), {"look": "public"})
 
 
 @pytest.fixture

@@ -6,15 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from client.warmup import embedding_sum
+from common.config import ImageConfig
 from common.crypto import KeyStream
 from common.errors import IntakeError
 from common.features import CONSTANT, feature_dim, feature_map, features
+from common.lens import SIGHTS, Sight
+from common.look import PUBLIC, Look, read_look
 from common.noise import gaussian
+from tests.hostile_requests import HOSTILE_LENSES, make_lens
 
 FM = feature_map(28)
 CLASSES = 3
+GREY, COLOUR = (ImageConfig(size=28, channels=channels, classes=("a", "b", "c")) for channels in (1, 3))
+LOOK = read_look(GREY, PUBLIC, {})
 
 
 def draw(rng: np.random.Generator, count: int) -> npt.NDArray[np.uint8]:
@@ -35,9 +42,9 @@ def test_one_patient_one_unit(seed: int, others: int, count: int, mixed: bool) -
     patients = np.array([f"p{number % 3}" for number in range(others)] + ["the patient"] * count)
     order = rng.permutation(len(images))
     colour = np.concatenate([images, draw(rng, len(images)), 255 - images], axis=1)
-    for pixels, fm in ((colour, feature_map(28, 3)), (images, FM)):
-        everybody = embedding_sum(pixels[order], labels[order], patients[order], CLASSES, fm)
-        without = embedding_sum(pixels[:others], labels[:others], patients[:others], CLASSES, fm)
+    for pixels, look in ((colour, read_look(COLOUR, PUBLIC, {})), (images, LOOK)):
+        everybody = embedding_sum(pixels[order], labels[order], patients[order], CLASSES, look)
+        without = embedding_sum(pixels[:others], labels[:others], patients[:others], CLASSES, look)
         moved = (everybody - without).norm().item()
         assert moved <= 1
     if not mixed and count == 1:
@@ -51,9 +58,70 @@ def test_duplicates(seed: int, copies: int) -> None:
     images, labels = draw(rng, 6), rng.integers(0, CLASSES, 6)
     patients = np.array([0, 0, 1, 1, 1, 2])
     more = np.concatenate([np.arange(6), np.repeat(np.flatnonzero(patients == 1), copies - 1)])
-    once = embedding_sum(images, labels, patients, CLASSES, FM)
-    again = embedding_sum(images[more], labels[more], patients[more], CLASSES, FM)
+    once = embedding_sum(images, labels, patients, CLASSES, LOOK)
+    again = embedding_sum(images[more], labels[more], patients[more], CLASSES, LOOK)
     assert torch.allclose(once, again, atol=1e-6)
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("how", HOSTILE_LENSES)
+def test_one_patient_one_unit_through_a_hostile_lens(sight: Sight, how: str) -> None:
+    """Overflow, NaN, or a scale so small that the last bit of a pixel decides: the others' part stays what it was."""
+    look = read_look(GREY, sight, HOSTILE_LENSES[how](make_lens(GREY, sight)))
+    rng = np.random.default_rng(0)
+    images = np.concatenate([draw(rng, 2), draw(rng, 3), draw(rng, 2)])
+    labels, patients = rng.integers(0, CLASSES, 7), np.array([0, 0, 1, 1, 1, 2, 2])
+    everybody = embedding_sum(images, labels, patients, CLASSES, look)
+    assert everybody.isfinite().all()
+    for patient in range(3):
+        others = patients != patient
+        without = embedding_sum(images[others], labels[others], patients[others], CLASSES, look)
+        assert (everybody - without).norm() <= 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_patient_one_unit_counts_what_is_not_finite_as_zero(value: float) -> None:
+    """The second image's vector is not finite: the patient's mean is half of the first's, cut down to length 1."""
+
+    def vectors(images: Tensor, labels: Tensor) -> Tensor:
+        rows = torch.full((len(images), 4), 3e38)
+        rows[images[:, 0, 0, 0] > 0, 2] = value
+        return rows + 0 * labels[:, None]
+
+    images = np.zeros((2, 1, 28, 28), np.uint8)
+    images[1] = 255
+    total = embedding_sum(images, np.array([1, 1]), np.array([7, 7]), CLASSES, Look(vectors, 4))
+    assert torch.allclose(total[1], torch.full((4,), 0.25, dtype=torch.float64))
+    assert torch.all(total[[0, 2]] == 0)
+
+
+def kept(look: Look) -> tuple[Look, list[Tensor]]:
+    """Make a look that keeps what it gives."""
+    seen: list[Tensor] = []
+
+    def vectors(images: Tensor, labels: Tensor) -> Tensor:
+        seen.append(look.vectors(images, labels))
+        return seen[-1]
+
+    return Look(vectors, look.dim), seen
+
+
+@pytest.mark.parametrize("what", [PUBLIC, *SIGHTS])
+@pytest.mark.parametrize("image", [GREY, COLOUR], ids=["grey", "colour"])
+def test_rounding_of_one_image_does_not_depend_on_the_others(image: ImageConfig, what: str) -> None:
+    """Bit by bit, whatever stands before it and however many there are: a lens could make a last bit decide a vector,
+    and then one patient would move what the others give."""
+    look, seen = kept(read_look(image, what, {} if what == PUBLIC else make_lens(image, what)))
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (300, image.channels, 28, 28)).astype(np.uint8)
+    labels, patients = rng.integers(0, CLASSES, 300), np.arange(300)
+    embedding_sum(images, labels, patients, CLASSES, look)
+    whole = torch.cat(seen)[:300]
+    for first, last in ((0, 1), (0, 100), (1, 258), (37, 60), (299, 300)):
+        seen.clear()
+        part = slice(first, last)
+        embedding_sum(images[part], labels[part], patients[part], CLASSES, look)
+        assert torch.equal(torch.cat(seen)[: last - first], whole[part])
 
 
 def test_sum_is_the_plain_loop_over_patients() -> None:
@@ -66,14 +134,14 @@ def test_sum_is_the_plain_loop_over_patients() -> None:
         mine = np.flatnonzero(patients == patient)
         for image in mine:
             expected[labels[image]] += vectors[image] / len(mine)
-    total = embedding_sum(images, labels, patients, CLASSES, FM)
+    total = embedding_sum(images, labels, patients, CLASSES, LOOK)
     assert torch.allclose(total, expected, atol=1e-5)
     assert total[:, 0].sum().item() == pytest.approx(40 * CONSTANT)
 
 
 def test_an_empty_site_adds_nothing() -> None:
     nobody = np.zeros(0, dtype=np.int64)
-    total = embedding_sum(np.zeros((0, 1, 28, 28), dtype=np.uint8), nobody, nobody, CLASSES, FM)
+    total = embedding_sum(np.zeros((0, 1, 28, 28), dtype=np.uint8), nobody, nobody, CLASSES, LOOK)
     assert total.shape == (CLASSES, feature_dim(FM))
     assert torch.all(total == 0)
 
@@ -82,7 +150,7 @@ def test_an_empty_site_adds_nothing() -> None:
 def test_labels_out_of_range_are_refused(label: int) -> None:
     images = np.zeros((2, 1, 28, 28), dtype=np.uint8)
     with pytest.raises(IntakeError, match="labels from 0 to 2"):
-        embedding_sum(images, np.array([0, label]), np.array(["anna", "anna"]), CLASSES, FM)
+        embedding_sum(images, np.array([0, label]), np.array(["anna", "anna"]), CLASSES, LOOK)
 
 
 def test_rounded_last_hides_the_exact_sum():
