@@ -1,5 +1,7 @@
 """The bounded sums of the warm-up: one vector per patient, added up by class. Out of scope: noise (client/agent)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -9,6 +11,9 @@ from common.errors import IntakeError
 from common.look import Look
 
 _CHUNK = 64
+"""Images that pass a map together, where this machine computes the same, to the last bit, at every place of them."""
+
+_DRAWS = 3
 
 
 def embedding_sum(
@@ -47,17 +52,38 @@ def embedding_sum(
     classes = torch.from_numpy(labels.astype(np.int64))
     total = torch.zeros(number_of_classes, look.dim, dtype=torch.float64)
     with torch.no_grad():
-        for start in range(0, len(images), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
+        rows = rows_alike(look, images.shape[1:])
+        for start in range(0, len(images), rows):
+            chunk = slice(start, start + rows)
             count = len(classes[chunk])
             # Always as many rows: how many others there are must not change how one image's numbers are rounded.
-            pixels = torch.zeros(_CHUNK, *images.shape[1:])
+            pixels = torch.zeros(rows, *images.shape[1:])
             pixels[:count] = torch.from_numpy(images[chunk].astype(np.float32)) / 127.5 - 1
-            labels_of_rows = torch.zeros(_CHUNK, dtype=torch.int64)
-            labels_of_rows[:count] = classes[chunk]
-            rows = _bounded(look.vectors(pixels, labels_of_rows)[:count].double())
-            total.index_add_(0, classes[chunk], rows * weights[chunk, None])
+            padded = torch.zeros(rows, dtype=torch.int64)
+            padded[:count] = classes[chunk]
+            vectors = _bounded(look.vectors(pixels, padded)[:count].double())
+            total.index_add_(0, classes[chunk], vectors * weights[chunk, None])
     return total
+
+
+def rows_alike(look: Look, shape: Sequence[int]) -> int:
+    """Return how many images may pass together: `_CHUNK`, if equal ones get equal bits at every place, else one.
+
+    A patient who joins moves others to other places. A lens can be made to magnify the last bit of a number to the
+    whole length of a vector, so a difference of one bit between places would let one patient change what others add.
+
+    Args:
+        look: What images pass through.
+        shape: Of an image: channels, then its sides in pixels.
+    """
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.zeros(_CHUNK, dtype=torch.int64)
+    for _ in range(_DRAWS):
+        image = torch.rand(1, *shape, generator=rng) * 2 - 1
+        vectors = look.vectors(image.expand(_CHUNK, *shape).contiguous(), labels)
+        if not torch.equal(vectors.nan_to_num(), vectors[:1].nan_to_num().expand_as(vectors)):
+            return 1
+    return _CHUNK
 
 
 def _bounded(rows: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from client.channel import MAGIC, pack_request
-from common.messages import Request
-from tests.tiny_site import train_request
+from common.config import ImageConfig
+from common.lens import Lens, Sight, coordinates, make_network, to_arrays
+from common.messages import Arrays, Request
+from common.models import draw_weights
+from tests.tiny_site import PROPOSAL, train_request
 
 Change = Callable[[Request], Request]
 BIAS = "discriminator.last.bias"
@@ -188,14 +192,93 @@ TRAIN: Mapping[str, Change] = {
     }.items()
     for name, change in changes.items()
 }
+LOOKS = ("", "Public", "PUBLIC", "pixels", "means", "learned", "../x", "x" * 10**5, None, 0, True, 1.0)
+"""With no arrays, what is not `public` cannot be looked at."""
+
+
+def make_lens(image: ImageConfig = PROPOSAL.image, sight: Sight = "learned") -> Arrays:
+    """Make an honest lens: random weights, centred on and scaled by what they see of noise."""
+    rng = torch.Generator().manual_seed(5)
+    network = None
+    if sight == "learned":
+        network = make_network(image)
+        draw_weights(network, rng)
+        network.eval().requires_grad_(False)
+    seen = coordinates(image, network, torch.rand(16, image.channels, image.size, image.size, generator=rng) * 2 - 1)
+    return to_arrays(Lens(image, seen.mean(0).expand(len(image.classes), -1), seen.std(0) + 1e-3, network))
+
+
+Lenses = Callable[[Arrays], Arrays]
+
+
+def one_array(name: str, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Lenses:
+    """Return what changes one array of a lens."""
+    return lambda arrays: {**arrays, name: change(arrays[name])}
+
+
+def each_array(change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]], only: str = "lens.") -> Lenses:
+    """Return what changes every array of a lens, or those whose names begin so."""
+    return lambda arrays: {n: change(array) if n.startswith(only) else array for n, array in arrays.items()}
+
+
+HOSTILE_LENSES: Mapping[str, Lenses] = {
+    "honest": dict,
+    "a scale of nothing": one_array("lens.scale", np.zeros_like),
+    "a scale of next to nothing": one_array("lens.scale", lambda array: np.full_like(array, 1e-45)),
+    "a scale that reads the last bits": one_array("lens.scale", lambda array: np.full_like(array, 1e-9)),
+    "a negative scale": one_array("lens.scale", np.negative),
+    "a scale without end": one_array("lens.scale", lambda array: np.full_like(array, 3.4e38)),
+    "a centre far off": one_array("lens.centre", lambda array: np.full_like(array, -3.4e38)),
+    "far off and next to nothing": lambda arrays: {
+        **arrays,
+        "lens.centre": np.full_like(arrays["lens.centre"], 3.4e38),
+        "lens.scale": np.full_like(arrays["lens.scale"], 1e-45),
+    },
+    "loud": each_array(lambda array: np.full_like(array, 3.4e38)),
+    "weights that overflow": each_array(lambda array: np.copysign(np.float32(3e38), array), "lens.network."),
+    "weights of 1e12": each_array(lambda array: array * np.float32(1e12), "lens.network."),
+    "nothing": each_array(np.zeros_like),
+}
+"""Finite, of the right shapes, and made to break the bound on one patient: taken, and harmless."""
+
+BAD_LENSES: Mapping[str, Lenses] = {
+    "no scale": lambda arrays: {name: array for name, array in arrays.items() if name != "lens.scale"},
+    "one array more": lambda arrays: {**arrays, "lens.more": np.zeros(1, np.float32)},
+    "of means only": lambda arrays: {name: array for name, array in arrays.items() if "network" not in name},
+    "a class more": one_array("lens.centre", lambda array: np.concatenate([array, array[:1]])),
+    "a scale too short": one_array("lens.scale", lambda array: array[:-1]),
+    "a huge scale": one_array("lens.scale", lambda array: np.ones(10**7, np.float32)),
+    "an empty centre": one_array("lens.centre", lambda array: array[:0]),
+    "a scale of NaN": one_array("lens.scale", lambda array: array * np.float32(np.nan)),
+    "a centre without end": one_array("lens.centre", lambda array: np.full_like(array, np.inf)),
+    "weights of NaN": each_array(lambda array: np.full_like(array, np.nan), "lens.network."),
+    "doubles": each_array(lambda array: array.astype(np.float64)),
+    "halves": one_array("lens.scale", lambda array: array.astype(np.float16)),
+}
+"""Refused before they cost anything."""
+
+
+def bad_lens(change: Lenses) -> Change:
+    """Return what asks for a look through a lens that does not decode."""
+    return lambda request: replace(request, settings={"look": "learned"}, arrays=change(make_lens()))
+
+
 WARMUP: Mapping[str, Change] = {
     "share of 0": proposing("warmup", share=0.0),
     "share of 1": proposing("warmup", share=1.0),
     "share below 0": proposing("warmup", share=-0.5),
     "share NaN": proposing("warmup", share=float("nan")),
     "in round 1": asking(round=1),
+    "in round -1": asking(round=-1),
     "with weights": asking(arrays={"w": np.zeros(1, np.float32)}),
     "with settings": asking(settings={"d_steps_per_g_step": 1}),
+    "without settings": asking(settings={}),
+    "with one setting more": asking(settings={"look": "public", "noise_multiplier": 0.0}),
+    **{f"look {str(look)[:20]!r}": asking(settings={"look": look}) for look in LOOKS},
+    "refinements below 0": proposing("warmup", refinements=-1),
+    "refinements without end": proposing("warmup", refinements=10**9),
+    "half a refinement": proposing("warmup", refinements=0.5),
+    **{f"lens: {name}": bad_lens(change) for name, change in BAD_LENSES.items()},
     "above the policy": proposing("privacy", epsilon=9.0),
     "of classes that were never imported": proposing("image", classes=["opacity", "clear"]),
 }

@@ -54,6 +54,10 @@ def make_weights(proposal: Proposal = PROPOSAL) -> Arrays:
     return get_weights(build(proposal.model, proposal.image, 2, torch.Generator().manual_seed(3)))
 
 
+REFINED = Proposal.model_validate(PROPOSAL.model_dump() | {"warmup": {"share": 0.5, "refinements": 1}})
+"""The same with a warm-up of two releases and two rounds of training."""
+
+
 def warmup_request(run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Request:
     """Make an honest warm-up request."""
     return Request(Kind.WARMUP, run_id, 0, proposal.proposal(), {"look": "public"})

@@ -18,12 +18,14 @@ from common.config_text import parse_proposal
 from common.crypto import KeyStream
 from common.errors import IntakeError, RefusalCode, StorageError
 from common.features import feature_dim, feature_map
+from common.look import look_dims
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from common.models import build
 from common.plan import plan
 from common.privacy import Charge, epsilon, noise_for
 from common.weights import get_weights
-from tests.hostile_requests import changed
+from tests.hostile_requests import BAD_LENSES, HOSTILE_LENSES, bad_lens, changed, make_lens
+from tests.tiny_site import REFINED, train_request
 
 BUDGET = {"epsilon_spent", "epsilon_allowed"}
 
@@ -108,6 +110,70 @@ def test_a_whole_run_costs_what_was_proposed(site, warmup, train):
     assert spent[-1] <= 8.0
     assert [entry.epsilon_after for entry in released(site)] == spent
     assert site.ledger.spent(1e-5) == spent[-1]
+
+
+def refined(round_, kind=Kind.WARMUP, look="learned"):
+    """Make an honest request of the run with one refinement."""
+    if kind is Kind.TRAIN:
+        return train_request(round_, proposal=REFINED)
+    lens = {} if look == "public" else make_lens(REFINED.image, look)
+    return Request(Kind.WARMUP, "run-1", round_, REFINED.proposal(), {"look": look}, lens)
+
+
+@pytest.mark.parametrize("look", ["public", "means", "learned"])
+def test_a_refinement_is_charged_once_and_journaled_as_its_own_round(site, look):
+    first = answer(site, refined(0, look="public"))
+    second = answer(site, refined(1, look=look))
+    assert second.arrays["embedding"].shape == (2, look_dims(REFINED.image)[look])
+    assert second.arrays["embedding"].dtype == np.float32
+    assert set(second.fields) == BUDGET
+    assert pack_reply(answer(open_site(site.home), refined(1, look=look))) == pack_reply(second)
+    assert [(entry.round, entry.kind) for entry in released(site)] == [(0, Kind.WARMUP), (1, Kind.WARMUP)]
+    assert [entry.sha256 for entry in released(site)] == [content_digest(first), content_digest(second)]
+    assert [entry.request.round for entry in site.ledger.entries] == [0, 1]
+    assert list(site.ledger.charges) == [plan(REFINED, 40).charge_of_warmup()] * 2
+    assert 3.9 < second.fields["epsilon_spent"] <= 4.0
+
+
+def test_a_whole_refined_run_costs_what_was_proposed(site):
+    requests = [refined(0, look="public"), refined(1), *(refined(number, Kind.TRAIN) for number in (2, 3))]
+    spent = [answer(site, request).fields["epsilon_spent"] for request in requests]
+    assert spent == sorted(spent)
+    assert 7.9 < spent[-1] <= 8.0
+    assert [(entry.round, entry.epsilon_after) for entry in released(site)] == list(enumerate(spent))
+
+
+@pytest.mark.parametrize(("number", "kind"), [(2, Kind.WARMUP), (3, Kind.WARMUP), (0, Kind.TRAIN), (1, Kind.TRAIN)])
+def test_a_round_of_the_other_kind_is_refused_uncharged(site, number, kind):
+    for before in (False, True):
+        if before:
+            answer(site, refined(0, look="public"))
+        request = refined(number, kind)
+        assert_refused(answer(site, request), RefusalCode.BAD_REQUEST)
+        assert (charged(site), len(released(site))) == (before, before)
+
+
+def test_another_lens_for_the_same_round_is_a_replay(site):
+    request = refined(1)
+    first = pack_reply(answer(site, request))
+    others = [
+        dataclasses.replace(request, arrays=HOSTILE_LENSES["a negative scale"](request.arrays)),
+        refined(1, look="means"),
+        refined(1, look="public"),
+    ]
+    for other in others:
+        for again in (site, open_site(site.home)):
+            assert_refused(answer(again, other), RefusalCode.REPLAYED)
+    assert pack_reply(answer(site, request)) == first
+    assert (charged(site), len(released(site))) == (1, 1)
+
+
+@pytest.mark.parametrize("how", BAD_LENSES)
+def test_a_lens_that_does_not_decode_costs_nothing(site, how):
+    request = bad_lens(BAD_LENSES[how])(refined(1))
+    assert_refused(answer(site, request), RefusalCode.BAD_REQUEST)
+    assert (charged(site), released(site), list(site.home.replies.iterdir())) == (0, (), [])
+    assert answer(site, refined(1)).refusal is None  # the round is still to be had
 
 
 def test_images_that_were_never_imported_cost_nothing(site, warmup, train, tiny_proposal):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECRET = "DOE^JANE in /export/dicom/4711.dcm"
 REQUESTS = {
     Kind.HELLO: Request(Kind.HELLO, "run-1", 0, "{}"),
-    Kind.WARMUP: Request(Kind.WARMUP, "run-1", 0, "{}"),
+    Kind.WARMUP: Request(Kind.WARMUP, "run-1", 0, "{}", {"look": "public"}),
     Kind.TRAIN: Request(Kind.TRAIN, "run-1", 2, "{}", {"d_steps_per_g_step": 3}, {"w": np.arange(4, dtype=np.float32)}),
     Kind.GRADIENT: Request(
         Kind.GRADIENT,

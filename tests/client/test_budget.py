@@ -71,9 +71,11 @@ def takes(ledger, number, cost, kind):
 def take_all(ledger, proposal):
     """Charge a whole run as the agent would, and return which requests the ledger took."""
     agreed = plan(proposal, RULES.declared_patients)
-    requests = [(0, agreed.charge_of_warmup(), Kind.WARMUP)] if agreed.warmup_noise_multiplier else []
-    cost = agreed.charge_of_round(proposal.train.steps_per_round)
-    requests += [(number, cost, Kind.TRAIN) for number in range(1, proposal.federation.rounds + 1)]
+    last = proposal.refinements
+    warmup = range(last + 1) if agreed.warmup_noise_multiplier else ()
+    requests = [(number, agreed.charge_of_warmup(), Kind.WARMUP) for number in warmup]
+    rounds = range(last + 1, proposal.federation.rounds + 1)
+    requests += [(n, agreed.charge_of_round(proposal.train.steps_per_round), Kind.TRAIN) for n in rounds]
     return [number for number, cost, kind in requests if takes(ledger, number, cost, kind)]
 
 
@@ -99,6 +101,33 @@ def test_rounds_are_what_the_ledger_takes(ledger, before, share, expected):
     assert forecast.warmup == ((0 in taken) if share else None)
     assert forecast.epsilon_after == ledger.spent(DELTA)
     assert forecast.whole == (len(taken) == (9 if share else 8))
+
+
+@pytest.mark.parametrize(
+    ("before", "refinements", "expected"),
+    [
+        (1e6, 2, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (1e6, 8, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (1e6, 16, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (0.7637, 2, None),
+        (0.6003, 2, None),
+        (0.6003, 8, None),
+        (0.5004, 2, []),
+    ],
+)
+def test_rounds_are_what_the_ledger_takes_with_refinements(ledger, before, refinements, expected):
+    """A release that was paid for stands for a round of its number, the first of all for none."""
+    charge(ledger, "earlier", 1, Charge(before, 1.0, 1))
+    proposal = proposed(warmup={"refinements": refinements})
+    forecast = look_up(RULES, ledger.entries, proposal).forecast
+    taken = take_all(ledger, proposal)
+    assert expected in (None, taken)
+    releases = 1 + proposal.refinements
+    assert (forecast.warmup_releases, forecast.rounds_planned) == (releases, 8)
+    assert forecast.rounds == len([number for number in taken if number])
+    assert forecast.warmup == (set(range(releases)) <= set(taken))
+    assert forecast.epsilon_after == ledger.spent(DELTA)
+    assert forecast.whole == (len(taken) == 9)
 
 
 @pytest.mark.parametrize(

@@ -15,18 +15,21 @@ from client.ledger import read_ledger
 from common.config import Proposal
 from common.errors import RefusalCode, WireError
 from common.messages import Reply
+from common.plan import plan
 from tests.hostile_requests import (
     D_STEPS,
     FRAMES,
+    HOSTILE_LENSES,
     NOT_ON_THE_SOCKET,
     RUN_IDS,
     TRAIN,
     WARMUP,
     all_weights,
     changed,
+    make_lens,
     proposing,
 )
-from tests.tiny_site import train_request, warmup_request
+from tests.tiny_site import PROPOSAL, train_request, warmup_request
 
 CHEAP_CODES = (RefusalCode.POLICY, RefusalCode.BAD_REQUEST, RefusalCode.NO_DATA)
 
@@ -86,6 +89,24 @@ def test_codes_only_and_no_charge_for_foreign_dtypes(site, how):
 @pytest.mark.parametrize("how", WARMUP)
 def test_codes_only_and_no_charge_for_a_hostile_warmup(site, how):
     assert_costs_nothing(site, WARMUP[how](warmup_request()))
+
+
+@pytest.mark.parametrize("how", HOSTILE_LENSES)
+def test_a_lens_made_to_overflow_has_one_paid_outcome_at_the_price_of_the_plan(site, how):
+    """It is finite, so it is looked through; what comes of it is bounded, noisy, finite and paid for once."""
+    request = dataclasses.replace(
+        warmup_request(), settings={"look": "learned"}, arrays=HOSTILE_LENSES[how](make_lens())
+    )
+    first = answer(site, request)
+    assert first.refusal is None
+    (charge,) = site.ledger.charges
+    assert charge == plan(PROPOSAL, 40).charge_of_warmup()
+    embedding = first.arrays["embedding"].astype(np.float64)
+    assert np.isfinite(embedding).all()
+    noise = charge.noise_multiplier * np.sqrt(embedding.size)
+    assert 0.9 * noise < np.linalg.norm(embedding) < 1.1 * noise + 40  # forty patients, each of length 1 at most
+    assert pack_reply(answer(open_site(site.home), request)) == pack_reply(first)
+    assert charged(site) == 1
 
 
 @pytest.mark.parametrize("run_id", RUN_IDS, ids=lambda run_id: ascii(run_id[:20]))

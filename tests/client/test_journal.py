@@ -10,6 +10,8 @@ from client.journal import Release, append, check_egress, content_digest, entrie
 from common.config import Proposal
 from common.crypto import SigningKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
+from common.features import feature_dim, feature_map
+from common.look import look_dims
 from common.messages import Kind, Reply
 from common.models import build
 from common.weights import get_weights
@@ -142,7 +144,9 @@ def test_shapes_of_a_reply_follow_from_public_values_alone():
     pair = build(proposal.model, proposal.image, 3, torch.Generator().manual_seed(0))
     shapes = reply_shapes(proposal, pair)
     assert {name: array.shape for name, array in get_weights(pair).items()} == shapes
-    assert reply_shapes(proposal, 77) == {"embedding": (3, 77)}
+    assert reply_shapes(proposal, feature_dim(feature_map(28))) == {"embedding": (3, feature_dim(feature_map(28)))}
+    for dim in look_dims(proposal.image).values():
+        assert reply_shapes(proposal, dim) == {"embedding": (3, dim)}
 
 
 def test_digest_sees_every_part_and_no_order():

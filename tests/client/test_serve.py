@@ -16,6 +16,7 @@ from client.channel import MAGIC, connect, pack_request, read_frame, unpack_repl
 from client.serve import serve
 from common.errors import RefusalCode, StorageError
 from common.messages import Kind, Reply, Request
+from tests.tiny_site import warmup_request
 
 HELLO = Request(Kind.HELLO, "run-1", 0, "")
 
@@ -118,7 +119,7 @@ def test_an_exception_stays_inside(tiny_home, tiny_proposal):
     def crash(purpose):
         raise KeyError(f"DOE^JANE in /export/dicom for {purpose}")
 
-    request = Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal(), {"look": "public"})
+    request = warmup_request(proposal=tiny_proposal)
     with served(open_site(tiny_home, crash)) as path:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.connect(str(path))
@@ -133,7 +134,7 @@ def test_an_exception_stays_inside(tiny_home, tiny_proposal):
 @pytest.mark.parametrize("part", ["ledger", "journal", "replies", "images"])
 def test_an_unreadable_home_is_a_code(tiny_home, tiny_proposal, part):
     site = open_site(tiny_home)
-    request = Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal(), {"look": "public"})
+    request = warmup_request(proposal=tiny_proposal)
     with served(site) as path:
         folder = {"ledger": tiny_home.ledger, "journal": tiny_home.journal, "replies": tiny_home.replies}
         if part == "images":

@@ -13,9 +13,10 @@ from client.ledger import ChargeRequest
 from common.config_text import build_config, to_toml
 from common.crypto import load_key
 from common.errors import ExitCode, StorageError
-from common.messages import Kind, Request
+from common.messages import Kind
 from common.plan import plan
 from common.privacy import Charge, epsilon
+from tests.tiny_site import warmup_request
 
 
 @pytest.fixture
@@ -34,12 +35,7 @@ def run(capsys):
 
 @pytest.fixture
 def used(tiny_home, tiny_proposal):
-    assert (
-        answer(
-            open_site(tiny_home), Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal(), {"look": "public"})
-        ).refusal
-        is None
-    )
+    assert answer(open_site(tiny_home), warmup_request(proposal=tiny_proposal)).refusal is None
     return tiny_home
 
 

@@ -16,8 +16,9 @@ from client.ledger import ChargeRequest
 from client.verify import EXPORT_FORM, export_journal, read_export, verify_home
 from common.crypto import SigningKey, load_key
 from common.errors import StorageError, WireError
-from common.messages import Kind, Reply, Request
+from common.messages import Kind, Reply
 from common.privacy import Charge
+from tests.tiny_site import warmup_request
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -26,12 +27,7 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 def used_template(tiny_template, tiny_proposal, tmp_path_factory):
     folder = tmp_path_factory.mktemp("used") / "home"
     shutil.copytree(tiny_template, folder)
-    assert (
-        answer(
-            open_site(Home(folder)), Request(Kind.WARMUP, "run-1", 0, tiny_proposal.proposal(), {"look": "public"})
-        ).refusal
-        is None
-    )
+    assert answer(open_site(Home(folder)), warmup_request(proposal=tiny_proposal)).refusal is None
     return folder
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import Proposal
+from common.config import MAX_REFINEMENTS, Proposal
 from common.config_text import build_config, known_keys, parse_changes, parse_proposal, read_config, to_toml
 from common.errors import ConfigError
 
@@ -157,3 +157,26 @@ def test_secure_sum_is_a_key_and_local_the_default() -> None:
 def test_secure_sum_refuses_what_does_not_fit(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build_config(TOGETHER, changes)
+
+
+@pytest.mark.parametrize(
+    ("share", "asked", "rounds", "refinements"),
+    [(0.5, 0, 3, 0), (0.5, 2, 3, 2), (0.5, 3, 3, 3), (0.5, 9, 3, 3), (0.5, 2, 0, 0), (0.0, 2, 3, 0)],
+)
+def test_refinements_and_training_rounds_are_the_rounds(
+    share: float, asked: int, rounds: int, refinements: int
+) -> None:
+    config = build_config({"warmup": {"share": share, "refinements": asked}, "federation": {"rounds": rounds}})
+    assert (config.refinements, config.training_rounds) == (refinements, rounds - refinements)
+    assert parse_proposal(config.proposal()).refinements == refinements
+
+
+@pytest.mark.parametrize("value", [-1, MAX_REFINEMENTS + 1, 0.5])
+def test_refinements_are_bounded(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"warmup\.refinements"):
+        build_config({}, {"warmup.refinements": value})
+    assert build_config({}, {"warmup.refinements": MAX_REFINEMENTS}).warmup.refinements == MAX_REFINEMENTS
+
+
+def test_digest_holds_the_refinements() -> None:
+    assert build_config({}, {"warmup.refinements": 1}).digest() != build_config({}).digest()

@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.features import CONSTANT, FeatureMap, feature_dim, feature_map, features
+from common.features import (
+    CONSTANT,
+    LOW_COSINES,
+    FeatureMap,
+    feature_dim,
+    feature_map,
+    features,
+    low_basis,
+    low_frequencies,
+    pairs,
+    products,
+)
+from common.lens import low_pass
 
 SIZES = (28, 32, 64)
 
@@ -103,3 +115,63 @@ def test_differentiable_agrees_with_differences() -> None:
     with torch.no_grad():
         rise = features(fm, image + step * direction) - features(fm, image - step * direction)
     assert torch.isclose(slope, (rise @ weights).sum() / (2 * step), rtol=0.02)
+
+
+def blocks(fm: FeatureMap, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut out the low coefficients and their products, the last of a vector."""
+    width = pairs(LOW_COSINES)
+    assert width == 64 + 64 * 65 // 2
+    return features(fm, images)[:, -width:].split([LOW_COSINES, width - LOW_COSINES], dim=1)
+
+
+@pytest.mark.parametrize("side", [16, 28, 32])
+def test_low_basis_is_orthonormal_and_begins_with_the_mean(side: int) -> None:
+    basis = low_basis(side)
+    assert basis.shape == (side * side, LOW_COSINES)
+    assert torch.allclose(basis.T @ basis, torch.eye(LOW_COSINES), atol=1e-5)
+    assert torch.allclose(basis[:, 0], torch.tensor(1 / side))
+    frequencies = low_frequencies(side)
+    assert len(set(frequencies)) == LOW_COSINES
+    assert frequencies[:3] == [(0, 0), (0, 1), (1, 0)]
+    radii = [down**2 + across**2 for down, across in frequencies]
+    assert radii == sorted(radii)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(seed=st.integers(0, 2**31), width=st.integers(1, 70), scale=st.floats(1e-3, 1e3))
+def test_products_have_the_square_of_the_length(seed: int, width: int, scale: float) -> None:
+    vectors = torch.randn(3, width, generator=torch.Generator().manual_seed(seed)) * scale
+    together = products(vectors)
+    assert together.shape[1] + width == pairs(width)
+    assert torch.allclose(together.norm(dim=1), vectors.norm(dim=1).square(), rtol=1e-4)
+    assert torch.allclose(together @ together.T, (vectors @ vectors.T).square(), rtol=1e-3, atol=1e-3 * scale**4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_low_blocks_hold_their_shares_and_no_more(channels: int) -> None:
+    images = torch.randn(4, channels, 28, 28, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    low, both = blocks(feature_map(28, channels), images)
+    whole = 1 - CONSTANT**2
+    assert torch.allclose(low.square().sum(dim=1), torch.tensor(whole * 0.25 / 3.75), rtol=1e-2)
+    assert torch.allclose(both.square().sum(dim=1), torch.tensor(whole * 0.5 / 3.75), rtol=1e-2)
+
+
+def test_the_low_blocks_see_low_frequencies_in_the_mean_of_the_channels() -> None:
+    fm, colour = feature_map(28), torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    first, turned = blocks(feature_map(28, 3), colour), blocks(feature_map(28, 3), colour.flip(1))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, turned, strict=True))
+    image = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(1)) - 0.5
+    noise = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(2))
+    fine = 0.2 * (noise - low_pass(noise))  # what no low cosine sees
+    assert torch.allclose(blocks(fm, image)[0], blocks(fm, image + fine)[0], atol=1e-4)
+    assert (blocks(fm, image)[0] - blocks(fm, image.flip(3))[0]).norm() > 0.01
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_differentiable_where_all_low_coefficients_are_nothing(channels: int) -> None:
+    images = torch.zeros(2, channels, 28, 28, requires_grad=True)
+    low, both = blocks(feature_map(28, channels), images)
+    (low.sum() + both.sum()).backward()
+    assert images.grad is not None
+    assert images.grad.isfinite().all()
+    assert images.grad.abs().max() > 0

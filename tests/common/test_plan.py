@@ -121,3 +121,40 @@ def test_plan_refuses_a_cohort_that_does_not_fit():
         plan(changed(train=TOGETHER, privacy={"colluding_sites": 3}), 50, Cohort(3, 200))
     with pytest.raises(ConfigError, match="in one share"):
         plan(changed(train=TOGETHER, privacy={"batch_patients": 16_384}), 50, Cohort(3, 10**6))
+
+
+@pytest.mark.parametrize("refinements", [0, 1, 3, 7])
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_releases_of_the_warm_up_are_within_their_share_together(refinements, share):
+    """All of them at their share, none at a share of its own; the training that is left fills the rest."""
+    proposal = changed(warmup={"share": share, "refinements": refinements})
+    agreed = plan(proposal, 200)
+    releases = [agreed.charge_of_warmup()] * (1 + refinements)
+    assert 0.99 * share * 10.0 < epsilon(releases, DELTA) <= share * 10.0
+    assert agreed.steps == (8 - refinements) * proposal.train.steps_per_round
+    rounds = [agreed.charge_of_round(proposal.train.steps_per_round)] * (8 - refinements)
+    assert 9.98 < epsilon([*releases, *rounds], DELTA) == agreed.epsilon <= 10.0
+
+
+@pytest.mark.parametrize("asked", [8, 16])
+def test_refinements_that_leave_no_training_get_all_of_epsilon(asked):
+    agreed = plan(changed(warmup={"refinements": asked}), 200)
+    assert (agreed.steps, agreed.train_noise_multiplier) == (0, None)
+    assert 9.98 < epsilon([agreed.charge_of_warmup()] * 9, DELTA) == agreed.epsilon <= 10.0
+
+
+def test_more_releases_are_each_noisier_and_none_without_a_warm_up():
+    few, many = (plan(changed(warmup={"refinements": n}), 200).warmup_noise_multiplier for n in (1, 4))
+    assert few < many
+    none = changed(warmup={"share": 0.0, "refinements": 4})
+    assert plan(none, 200) == plan(changed(warmup={"share": 0.0}), 200)
+
+
+def test_refinements_with_a_cohort():
+    proposal = changed(train=TOGETHER, federation={"rounds": 100}, warmup={"refinements": 3})
+    before, after = plan(proposal, 50), plan(proposal, 50, Cohort(5, 1000))
+    assert (before.steps, after.steps) == (0, 97)
+    assert before.charge_of_warmup() == after.charge_of_warmup()
+    releases = [after.charge_of_warmup()] * 4
+    assert epsilon(releases, DELTA) <= 7.0
+    assert epsilon([*releases, Charge(after.train_noise_multiplier, 0.064, 97)], DELTA) == after.epsilon <= 10.0
