@@ -96,7 +96,7 @@ def save_generator(
         generator: The result.
         config: The run's configuration, with its classes.
         run_id: The run.
-        rounds: Finished rounds, the warm-up not counted.
+        rounds: Finished rounds; round 0 is not counted.
         epsilon_by_site: What each site reported as spent.
 
     Raises:

@@ -74,6 +74,7 @@ def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
     codes = f" ({_codes(record)})" if record.refused else ""
     parts = [
         f"round {record.round}/{config.federation.rounds}",
+        _warmup(config, record.round) if config.refinements else "",
         f"sites {len(record.sites)} in {len(record.refused)} out{codes}",
         f"epsilon {_spent(record)} of {_allowed(record)}" if record.sites else "",
         f"fakes told {record.fake_accuracy:.2f}" if record.fake_accuracy is not None else "",
@@ -83,9 +84,9 @@ def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def progress_line(progress: Progress) -> str:
+def progress_line(config: Config, progress: Progress) -> str:
     """Write where the round under way stands."""
-    label = "warm-up" if progress.round == 0 else f"round {progress.round}"
+    label = _warmup(config, progress.round) or f"round {progress.round}"
     if progress.what == "fit":
         return f"{label}: fitting the generator {progress.done}/{progress.of}"
     return f"{label}: {progress.done} of {progress.of} {progress.what}"
@@ -115,7 +116,7 @@ def _print(console: Console, config: Config, seen: Seen, event: Event) -> None:
 
 
 def _drawing(config: Config, seen: Seen) -> Group:
-    below = progress_line(seen.progress) if seen.progress else _waiting(config, seen)
+    below = progress_line(config, seen.progress) if seen.progress else _waiting(config, seen)
     eta = _eta(config, seen.records) if seen.records else ""
     return Group(_header(config, seen), _table(config, seen), Text(f"{below}, ETA {eta}" if eta else below, "cyan"))
 
@@ -149,7 +150,7 @@ def _table(config: Config, seen: Seen) -> Table:
         table.add_column("refused")
     for record in shown:
         cells = [
-            "warm-up" if record.round == 0 else f"{record.round}/{config.federation.rounds}",
+            _warmup(config, record.round) or f"{record.round}/{config.federation.rounds}",
             f"{len(record.sites)}/{len(record.refused)}",
             *([_of_site(record, name) for name in names] or [_of_all(record)]),
             "" if record.fake_accuracy is None else f"{record.fake_accuracy:.2f}",
@@ -160,11 +161,19 @@ def _table(config: Config, seen: Seen) -> Table:
     return table
 
 
+def _warmup(config: Config, number: int) -> str:
+    """Name a round of the warm-up, the first release by 1; nothing for a round of training."""
+    if number > config.refinements:
+        return ""
+    return f"warm-up {number + 1}" if config.refinements else "warm-up"
+
+
 def _waiting(config: Config, seen: Seen) -> str:
     if not seen.records:
         return "waiting for the sites"
     after = seen.records[-1].round + 1
-    return "finished" if after > config.federation.rounds else f"round {after}: waiting for the sites"
+    label = _warmup(config, after) or f"round {after}"
+    return "finished" if after > config.federation.rounds else f"{label}: waiting for the sites"
 
 
 def _of_site(record: RoundRecord, name: str) -> str:
@@ -194,7 +203,7 @@ def _codes(record: RoundRecord, without: Sequence[str] = ()) -> str:
 
 def _eta(config: Config, records: Sequence[RoundRecord]) -> str:
     # The warm-up is another kind of work: its time says nothing about a round's.
-    pace = [record.seconds for record in records if record.round > 0][-_PACE_ROUNDS:]
+    pace = [record.seconds for record in records if record.round > config.refinements][-_PACE_ROUNDS:]
     left = config.federation.rounds - records[-1].round
     return _duration(left * sum(pace) / len(pace)) if pace and left > 0 else ""
 

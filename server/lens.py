@@ -33,6 +33,8 @@ _REACH_UNFITTED = 0.5
 """The same where images of all kinds stand in: patients are more alike than these."""
 _LEAST_SPREAD = 0.1
 """No coordinate's spread counts for less than this part of the largest: what fakes never vary in, patients may."""
+_LEAST_LENGTH = 1e-3
+"""Of fakes that are all alike: a scale of 0 would divide by 0."""
 _NETWORK_STEPS = 500
 _NETWORK_BATCH = 80
 
@@ -144,7 +146,7 @@ def make_lens(
 def _scale(offsets: Float[Tensor, "fakes width"], reach: float) -> Float[Tensor, " width"]:
     spread = offsets.std(dim=0)
     spread = spread.clamp(min=_LEAST_SPREAD * float(spread.max().clamp(min=1e-6)))
-    return spread * (offsets / spread).norm(dim=1).quantile(reach)
+    return spread * (offsets / spread).norm(dim=1).quantile(reach).clamp(min=_LEAST_LENGTH)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class SiteRelease:
 @final
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round; round 0 is the warm-up.
+    """One round; round 0 and the refinements after it are the warm-up.
 
     Attributes:
         round: Its number.

@@ -40,6 +40,7 @@ LINES = ("#0b6e99", "#c8553d", "#5b8c2a", "#7a4fa3", "#b07d12", "#3a3a3a")
 _KNOWN_FILES = {
     "config.toml": "every setting of the run",
     "run.json": "the run's id",
+    "start": "the generator that the run started from, trained on public data",
     "metrics.jsonl": "one line a round: sites, cost, accuracy on fakes, time",
     "generator.safetensors": "the weights of the generator: the result",
     "generator.json": "what the weights are, and their SHA-256",
@@ -140,15 +141,15 @@ def _shown(
         "attack_bounds": attack_bounds,
         "final_sheet": (sheets[-1][0], _data_uri(sheets[-1][1])) if sheets else None,
         "class_sheets": [(name, _data_uri(path)) for name, path in there],
-        "curves": list(_curves(records, names)),
+        "curves": list(_curves(config, records, names)),
         "refusals": _refusals(records),
         "settings": [(section, list(getattr(config, section))) for section in Config.model_fields],
         "files": _files(run),
     }
 
 
-def _curves(records: Sequence[RoundRecord], names: Sequence[str]) -> Iterator[Curve]:
-    trained = [record for record in records if record.round > 0]
+def _curves(config: Config, records: Sequence[RoundRecord], names: Sequence[str]) -> Iterator[Curve]:
+    trained = [record for record in records if record.round > config.refinements]
     told = [(record.round, record.fake_accuracy) for record in trained if record.fake_accuracy is not None]
     if names:
         yield _epsilon_curve(records, names)
@@ -168,7 +169,9 @@ def _curves(records: Sequence[RoundRecord], names: Sequence[str]) -> Iterator[Cu
         figure, axes = _axes("seconds")
         shown = _thinned([(record.round, record.seconds) for record in records])
         axes.bar(*zip(*shown, strict=True), color=_BLUE, width=0.7 * max(1.0, len(records) / len(shown)))
-        yield Curve("Time of a round", "Wall time at the coordinator. Round 0 is the warm-up.", _svg(figure))
+        last = config.refinements
+        warmup = f"Rounds 0 to {last} are the warm-up" if last else "Round 0 is the warm-up"
+        yield Curve("Time of a round", f"Wall time at the coordinator. {warmup}.", _svg(figure))
 
 
 def _epsilon_curve(records: Sequence[RoundRecord], names: Sequence[str]) -> Curve:

@@ -58,7 +58,8 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 {{ config.image.size }} x {{ config.image.size }} pixels in {{ config.image.classes|length }}
 {{ "class" if config.image.classes|length == 1 else "classes" }}
 ({{ config.image.classes[:8]|join(", ") }}{{ ", …" if config.image.classes|length > 8 }}):
-{% if config.warmup.share > 0 %}a warm-up, then {% endif %}{{ info.rounds }} of {{ config.federation.rounds }} rounds.
+{% set refined = [info.rounds, config.refinements]|min %}
+{% if config.warmup.share > 0 %}a warm-up{% if config.refinements %} of {{ 1 + refined }} of {{ 1 + config.refinements }} releases{% endif %}, then {% endif %}{{ info.rounds - refined }} of {{ config.training_rounds }} rounds.
 No image left a site; what left is private per patient, at the figures below. The images shown here are synthetic.
 </p>
 <dl class="facts">

@@ -2,6 +2,7 @@
 
 config.toml             the whole effective configuration
 run.json                the run's id and state
+start/                  the generator that the run starts from, if it was trained on public data before
 checkpoints/            one file a round, the last three
 metrics.jsonl           one line a round
 samples/                sheets of the same latents over the rounds

@@ -119,9 +119,7 @@ def fit_generator(
         remembered = _remember(remembered, means, min(max(0.0, 1 - _WINDOWS / config.steps), 1 - 1 / step))
         loss = torch.zeros(())
         for share, target, now, before in zip(shares, targets, means, remembered, strict=True):
-            pull = (
-                2 * (before - target.means[classes]) * now
-            )  # the gradient of |before - means|^2, if `before` were now
+            pull = 2 * (before - target.means[classes]) * now  # has the gradient of |before - means|^2
             loss = loss + share * (target.weights[classes] * pull.sum(dim=1)).sum()
         if alike:
             loss = loss + _LIKENESS * _fine_differences(images, len(classes))

@@ -105,8 +105,10 @@ def cohort_of(config: Config, members: Members, heard: Heard) -> dict[str, int]:
 
 def _where_to_look(config: Config, members: Members, number: int, generator: nn.Module | None) -> tuple[str, Arrays]:
     """Choose the map of a release by numbers that are public; with a lens make it."""
-    noises = [member.plan.charge_of_warmup().noise_multiplier for member in members.values()]
-    patients = sum(member.declared_patients for member in members.values())
+    least = config.privacy.min_patients  # those with fewer take no part
+    able = [member for member in members.values() if member.declared_patients >= least] or list(members.values())
+    noises = [member.plan.charge_of_warmup().noise_multiplier for member in able]
+    patients = sum(member.declared_patients for member in able)
     seen = outlook(config, math.sqrt(sum(noise**2 for noise in noises)), patients)
     look = choose(seen, PUBLIC if number == 0 else "learned")
     rng = reproducible(config.federation.seed, "lens", number)
