@@ -222,17 +222,17 @@ def _cohort(site: Site, request: Request, proposal: Proposal) -> Cohort | None:
 
 
 def _require_one_price(site: Site, request: Request, cost: Charge) -> None:
-    """Refuse a gradient at another price than the run's first: one cohort a run.
+    """Refuse a gradient, or a release of the warm-up, at another price than the run's first: one plan a run.
 
     Else a coordinator could choose rate and noise anew in each round by what it has seen, and every other price in the
     ledger makes all later accounts slower.
     """
     before = [entry for entry in site.ledger.entries if entry.request.run_id == request.run_id]
-    gradients = [entry.charge for entry in before if entry.request.kind is request.kind is Kind.GRADIENT]
-    if gradients and gradients[0] != cost:
+    alike = [entry.charge for entry in before if entry.request.kind is request.kind is not Kind.TRAIN]
+    if alike and alike[0] != cost:
         raise PolicyRefusal(
             RefusalCode.POLICY,
-            f"Expected round {request.round} at the price of the run's first, {gradients[0]}, got {cost}: the cohort "
+            f"Expected round {request.round} at the price of the run's first, {alike[0]}, got {cost}: the cohort "
             "or the proposal changed. Start another run.",
         )
 

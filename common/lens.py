@@ -9,7 +9,7 @@ whatever it holds, no vector is longer than 1. Out of scope: the public map of t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, cast, final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.config import ImageConfig
 from common.features import CONSTANT, LOW_COSINES, low_basis, pairs, products
+from common.models import draw_weights
 from common.weights import check_arrays
 
 Sight = Literal["means", "learned"]
@@ -75,6 +76,18 @@ def make_network(image: ImageConfig) -> nn.Sequential:
     )
 
 
+def plain_lens(image: ImageConfig, sight: Sight) -> Lens:
+    """Make a lens of numbers of our own: random weights from a fixed seed, nothing taken off, nothing scaled."""
+    network = None
+    if sight == "learned":
+        with torch.device("meta"):
+            network = make_network(image)
+        network = cast("nn.Sequential", draw_weights(network, torch.Generator().manual_seed(0)))
+        network.eval().requires_grad_(False)
+    width = sum(_widths(image, sight))
+    return Lens(image, torch.zeros(len(image.classes), width), torch.ones(width), network)
+
+
 def lens_dim(image: ImageConfig, sight: Sight) -> int:
     """Return the length of one vector seen through a lens."""
     return 1 + sum(pairs(width) if sight == "learned" else width for width in _widths(image, sight))
@@ -101,8 +114,8 @@ def look(
         labels: Their class numbers.
 
     Returns:
-        One vector per image; the first coordinate is the constant `CONSTANT`. Of finite numbers where the lens's
-        network gives finite ones.
+        One vector per image; the first coordinate is the constant `CONSTANT`. Not finite where
+        the lens's numbers overflow.
 
     Guarantees:
         - unit_norm: Every finite vector has an L2 norm of at most 1, whatever images and lens are.

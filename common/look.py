@@ -27,10 +27,18 @@ Vectors = Callable[[Float[Tensor, "batch channels size size"], Int64[Tensor, " b
 @final
 @dataclass(frozen=True)
 class Look:
-    """Pixels in [-1, 1] and labels to vectors, and how long these are."""
+    """What is looked at.
+
+    Attributes:
+        vectors: Pixels in [-1, 1] and labels to vectors.
+        dim: How long these are.
+        trial: The same computation with numbers of our own in place of a sender's, to try what this machine does: a
+            sender could choose some that hide it.
+    """
 
     vectors: Vectors
     dim: int
+    trial: Vectors
 
 
 def look_dims(image: ImageConfig) -> dict[str, int]:
@@ -53,10 +61,12 @@ def read_look(image: ImageConfig, look: Scalar | None, arrays: Arrays) -> Look:
     if look == PUBLIC:
         check_arrays(arrays, {})
         public = feature_map(image.size, image.channels)
-        return Look(functools.partial(_without_labels, public), feature_dim(public))
+        vectors = functools.partial(_without_labels, public)
+        return Look(vectors, feature_dim(public), vectors)
     for sight in SIGHTS:
         if look == sight:
-            return Look(functools.partial(lens.look, lens.from_arrays(image, sight, arrays)), lens_dim(image, sight))
+            vectors = functools.partial(lens.look, lens.from_arrays(image, sight, arrays))
+            return Look(vectors, lens_dim(image, sight), functools.partial(lens.look, lens.plain_lens(image, sight)))
     raise WireError(f"Expected look to be {PUBLIC} or one of {', '.join(SIGHTS)}.")
 
 

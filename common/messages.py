@@ -33,12 +33,12 @@ class Request:
     Attributes:
         kind: What is asked.
         run_id: The run, chosen once by the coordinator.
-        round: 0 for hello and warm-up, 1... for training rounds and gradients.
+        round: 0 for hello, 0... for releases of the warm-up, then training rounds or gradients.
         proposal: The coordinator's proposal as JSON (`Config.proposal`); the site's policy disposes.
         settings: What may change from round to round: `d_steps_per_g_step` for training,
-            `cohort_sites` and `cohort_patients`, of all sites together for a gradient.
+            `cohort_sites` and `cohort_patients`, of all sites together for a gradient, `look` for a warm-up.
         arrays: Weights by name ("generator.…", "discriminator.…"), for a gradient the discriminator's only; empty for
-            hello and warm-up.
+            hello, and for a warm-up but for a lens.
 
     """
 
