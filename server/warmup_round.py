@@ -56,6 +56,9 @@ def warm_up(
         set_weights(pair, start, ("generator",))
     loss, so_far = 0.0, () if state is None else state.warmup
     if config.warmup.share > 0:
+        if len(members) < config.federation.min_sites:  # whoever is here would be asked, and charged, for nothing
+            yield None, make_record(number, heard, None, loss, started)
+            return
         look, lens = _where_to_look(config, members, number, pair.generator if state or start else None)
         shape = (len(config.image.classes), look_dims(config.image)[look])
         total, variance = np.zeros(shape), 0.0

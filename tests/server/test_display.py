@@ -161,3 +161,18 @@ def test_an_error_inside_passes_through(terminal: bool) -> None:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
     with pytest.raises(KeyError), open_display(_config(), console):
         raise KeyError("x")
+
+
+def test_rounds_of_the_warm_up_are_named_and_their_time_tells_nothing_of_the_rest() -> None:
+    config = _config(**{"warmup.refinements": 2})
+    slow = [RoundRecord(number, _record(0, FOUR).sites, {}, None, None, 0.0, 999.0, 0) for number in range(3)]
+    assert plain_line(config, slow[:2]) == "round 1/8  warm-up 2  sites 4 in 0 out  epsilon 7.41-7.58 of 10  999.0 s"
+    line = plain_line(config, [*slow, _record(3, FOUR)])
+    assert line.startswith("round 3/8  sites")
+    assert line.endswith("ETA 26 s")
+    text = _shown([*slow[:2], Progress(2, 120, 400, "fit")], terminal=True, config=config)
+    last = text[text.rindex("fedmedgan") :]
+    assert [row.split()[:2] for row in last.splitlines()[3:5]] == [["warm-up", "1"], ["warm-up", "2"]]
+    assert "warm-up 3: fitting the generator 120/400" in last
+    assert "warm-up 3: waiting for the sites" in _shown(slow[:2], terminal=True, config=config)
+    assert "round 3: waiting for the sites" in _shown(slow, terminal=True, config=config)

@@ -42,9 +42,12 @@ def _records(sites: Sequence[str], rounds: int) -> list[RoundRecord]:
     ]
 
 
-def _run(path: Path, records: list[RoundRecord], classes: tuple[str, ...] = ("clear", "mass")) -> Config:
+def _run(
+    path: Path, records: list[RoundRecord], classes: tuple[str, ...] = ("clear", "mass"), refinements: int = 0
+) -> Config:
     model = {"model.name": "mlp", "model.latent_dim": 3, "model.generator_width": 8, "model.discriminator_width": 8}
-    config = build_config({}, {"image.classes": classes, "image.size": 28, **model})
+    changes = {"image.classes": classes, "image.size": 28, "warmup.refinements": refinements}
+    config = build_config({}, changes | model)
     folder = open_run(path, config, resume=False)
     generator = build(config.model, config.image, len(classes), torch.Generator().manual_seed(0)).generator
     for record in records:
@@ -124,6 +127,19 @@ def test_report_says_what_was_spent_and_what_it_means(tmp_path: Path) -> None:
     assert "[federation]" in words
     assert "generator.safetensors" in words
     assert "Test of the generator" not in words
+
+
+def test_report_tells_the_warm_up_from_training(tmp_path: Path) -> None:
+    _run(tmp_path / "plain", _records(["a"], 3))
+    assert "(clear, mass): a warm-up, then 3 of 8 rounds." in _words(write_report(tmp_path / "plain"))
+    _run(tmp_path / "refined", _records(["a"], 3), refinements=2)
+    words = _words(write_report(tmp_path / "refined"))
+    assert "(clear, mass): a warm-up of 3 of 3 releases, then 1 of 6 rounds." in words
+    assert "Rounds 0 to 2 are the warm-up." in words
+    _run(tmp_path / "begun", _records(["a"], 1), refinements=2)
+    words = _words(write_report(tmp_path / "begun"))
+    assert "a warm-up of 2 of 3 releases, then 0 of 6 rounds." in words
+    assert "Change of the global weights" not in words  # what stands there of the warm-up is the loss of a fit
 
 
 def test_report_shows_the_evaluation(tmp_path: Path) -> None:

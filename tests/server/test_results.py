@@ -116,6 +116,16 @@ def test_privacy_card_states_each_site_with_its_releases() -> None:
         assert any(part in item for item in card["not_covered"])
 
 
+def test_privacy_card_counts_refinements_as_releases_of_the_warm_up() -> None:
+    config = build_config(_config().model_dump(), {"warmup.refinements": 1})
+    records = [_record(number, {"a": _release(5.0 + number, 1, 1.0, 0.8)}) for number in range(2)]
+    card = privacy_card(config, [*records, _record(2, {"a": _release(8.0)})], "")
+    assert [(release["kind"], release["count"]) for release in card["sites"]["a"]["releases"]] == [
+        ("warm-up", 2),
+        ("train", 1),
+    ]
+
+
 def test_privacy_card_worst_site() -> None:
     assert privacy_card(_config(), _records(), "")["epsilon_max"] == 8.991
     assert privacy_card(_config(), _records()[:2], "")["epsilon_max"] == 8.001

@@ -2,20 +2,27 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context
 
+from client.app import make_app
 from common.config import Config
 from common.config_text import build_config
 from common.errors import ConfigError
 from common.features import CONSTANT
 from common.look import look_dims
 from common.messages import Kind, Request
+from common.plan import plan
 from common.weights import get_weights
 from server import checkpoint
+from server.roster import Member
 from server.rounds import initial_pair
 from server.start import write_start
+from server.warmup_round import warm_up
+from simulations.local_grid import LocalGrid
 from tests.function_sites import SMALL_RUN, run_sites
 
 
@@ -142,3 +149,19 @@ def test_a_private_decoder_starts_from_what_the_generator_starts_from(tmp_path: 
     assert all(np.array_equal(array, first[name]) for name, array in started.items()) == (share == 0)
     for name in started:
         assert np.array_equal(first[name], first[name.replace("generator", "discriminator.decoder")])
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_with_fewer_members_than_min_sites_nobody_is_asked(present: int) -> None:
+    config = make_config(**{"federation.min_sites": 2})
+    members = {"a": Member("a", 1, 100, plan(config, 100))} if present else {}
+
+    def connect(context: Context) -> Any:
+        raise OSError("asked")
+
+    events = list(warm_up(LocalGrid(make_app(connect), 1), config, members, "run", None, None))
+    assert len(events) == 1
+    assert isinstance(events[0], tuple)
+    after, record = events[0]
+    assert after is None
+    assert record.refused == {}  # a site that is asked refuses
