@@ -25,7 +25,7 @@ class ChargeRequest:
 
     Attributes:
         run_id: The run.
-        round: The round, 0 for the warm-up.
+        round: The round; the warm-up's are 0 and its refinements.
         kind: What was asked.
         request_digest: SHA-256 of the request, in hexadecimal.
     """
