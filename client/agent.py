@@ -35,7 +35,7 @@ from common.models import Pair, build
 from common.noise import gaussian, to_public_grid
 from common.plan import Plan, plan
 from common.privacy import Charge
-from common.secure_sum import Cohort, parse_cohort
+from common.secure_sum import COHORT_SETTINGS, WARMUP_GRID, Cohort, parse_cohort, to_integers
 from common.weights import BOTH, get_weights, set_weights
 
 LOG = logging.getLogger("fedmedgan.agent")
@@ -132,7 +132,7 @@ def _private(site: Site, request: Request) -> Reply:
         asked, rng = _asked(site, request, proposal)  # what does not decode is refused before it costs anything
         warmup = isinstance(asked, Look)
         shapes = journal.reply_shapes(proposal, asked.dim if warmup else asked)
-        allowed = journal.release_schema(request.kind, shapes)
+        allowed = journal.release_schema(request.kind, shapes, proposal.train.algorithm)
         policy.check_reply(site.policy, allowed.size_bytes)
         cost = agreed.charge_of_warmup() if warmup else agreed.charge_of_round(proposal.train.steps_per_round)
         _require_one_price(site, request, cost)
@@ -205,20 +205,26 @@ def _check_request(request: Request) -> Proposal:
         first, last = 0, proposal.refinements
     if not first <= request.round <= last:
         raise WireError(f"Expected {request.kind} in a round of [{first}, {last}], got {request.round}.")
-    if request.kind is Kind.GRADIENT:
-        return proposal  # whose settings are the cohort, see `_cohort`
-    wanted = "d_steps_per_g_step" if request.kind is Kind.TRAIN else "look"
-    value = request.settings.get(wanted)
-    whole = type(value) is int and 1 <= value <= MAX_D_STEPS
-    if list(request.settings) != [wanted] or (request.kind is Kind.TRAIN and not whole):
-        raise WireError(f"Expected the one setting {wanted}, d_steps_per_g_step a whole number in [1, {MAX_D_STEPS}].")
+    _check_settings(request, proposal)
     return proposal
 
 
+def _check_settings(request: Request, proposal: Proposal) -> None:
+    """Check the names of the settings; what a look and a cohort must be is checked where they are read."""
+    wanted = {Kind.TRAIN: ["d_steps_per_g_step"], Kind.WARMUP: ["look"]}.get(request.kind, [])
+    wanted += COHORT_SETTINGS if proposal.train.algorithm == "secure-sum" else ()
+    if sorted(request.settings) != sorted(wanted):
+        raise WireError(f"Expected the settings {', '.join(wanted)} and no others.")
+    value = request.settings.get("d_steps_per_g_step", 1)
+    if type(value) is not int or not 1 <= value <= MAX_D_STEPS:
+        raise WireError(f"Expected d_steps_per_g_step as a whole number in [1, {MAX_D_STEPS}].")
+
+
 def _cohort(site: Site, request: Request, proposal: Proposal) -> Cohort | None:
-    if request.kind is not Kind.GRADIENT:
+    if proposal.train.algorithm == "local":
         return None
-    return parse_cohort(request.settings, site.policy.declared_patients, proposal.privacy.min_patients)
+    stated = {name: request.settings[name] for name in COHORT_SETTINGS}
+    return parse_cohort(stated, site.policy.declared_patients, proposal.privacy.min_patients)
 
 
 def _require_one_price(site: Site, request: Request, cost: Charge) -> None:
@@ -251,9 +257,11 @@ def _warmup(
     dataset: Dataset, proposal: Proposal, agreed: Plan, look: Look, secret: KeyStream
 ) -> dict[str, npt.NDArray[Any]]:
     sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), look)
-    std = agreed.charge_of_warmup().noise_multiplier
-    noisy = to_public_grid(sums + gaussian(secret, tuple(sums.shape), std), std)
-    return {"embedding": noisy.float().numpy()}
+    std = agreed.share_warmup_noise
+    noisy = sums + gaussian(secret, tuple(sums.shape), std)
+    if agreed.cohort is not None:
+        return {"embedding": to_integers(noisy, WARMUP_GRID)}
+    return {"embedding": to_public_grid(noisy, std).float().numpy()}
 
 
 def _released(site: Site) -> set[tuple[str, Kind, int]]:

@@ -163,7 +163,7 @@ def _refusal(rules: Policy, proposal: Proposal, agreed: Plan) -> str | None:
         policy.check_proposal(rules, proposal)
         policy.check_plan(rules, agreed)
         for kind, asked in planned:
-            allowed = journal.release_schema(kind, journal.reply_shapes(proposal, asked))
+            allowed = journal.release_schema(kind, journal.reply_shapes(proposal, asked), proposal.train.algorithm)
             policy.check_reply(rules, allowed.size_bytes)
     except PolicyRefusal as error:
         return str(error)

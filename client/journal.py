@@ -19,7 +19,7 @@ import numpy as np
 
 from client.chain import Body, Chain
 from client.policy import MAX_REPLY_BYTES, SITE_NAME
-from common.config import Proposal
+from common.config import Algorithm, Proposal
 from common.crypto import SigningKey, VerifyKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
 from common.messages import Kind, Reply, size_bytes
@@ -95,14 +95,15 @@ def reply_shapes(proposal: Proposal, asked: Pair | int) -> dict[str, tuple[int, 
     return weight_shapes(asked)
 
 
-def release_schema(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> Release:
+def release_schema(kind: Kind, shapes: Mapping[str, tuple[int, ...]], algorithm: Algorithm = "local") -> Release:
     """Return what a reply of one kind may carry.
 
     Args:
         kind: The request's kind.
-        shapes: Of the arrays by name, all float32, or int32 for a gradient: none for hello, else `reply_shapes`.
+        shapes: Of the arrays by name: none for hello, else `reply_shapes`.
+        algorithm: The proposal's: all arrays are int32 with secure-sum, else float32.
     """
-    dtype = "int32" if kind is Kind.GRADIENT else "float32"
+    dtype = "int32" if algorithm == "secure-sum" else "float32"
     return Release({name: (tuple(shape), dtype) for name, shape in shapes.items()}, _FIELDS[kind])
 
 

@@ -34,6 +34,7 @@ ROBUST_MINIMUM = {"median": 3, "trimmed-mean": 5, "krum": 5}
 """Updates that a robust rule needs to outvote one of them."""
 
 ModelName = Literal["mlp", "dcgan", "resnet", "unet", "vae"]
+Algorithm = Literal["local", "secure-sum"]
 GradientEngine = Literal["fast", "opacus"]
 LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -117,7 +118,7 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Training in one round: at each site, or with secure-sum one step of all together."""
 
-    algorithm: Literal["local", "secure-sum"] = "local"
+    algorithm: Algorithm = "local"
     """`local`: every site trains both networks, and the weights are averaged. `secure-sum`: a round is one step of one
     discriminator on the sum of what all sites send; it wants many rounds of one step."""
     steps_per_round: Annotated[int, Field(ge=1, le=100_000)] = 12

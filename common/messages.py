@@ -36,7 +36,7 @@ class Request:
         round: 0 for hello, 0... for releases of the warm-up, then training rounds or gradients.
         proposal: The coordinator's proposal as JSON (`Config.proposal`); the site's policy disposes.
         settings: What may change from round to round: `d_steps_per_g_step` for training,
-            `cohort_sites` and `cohort_patients`, of all sites together for a gradient, `look` for a warm-up.
+            `look` for a warm-up; with secure-sum also `cohort_sites` and `cohort_patients`, of all sites together.
         arrays: Weights by name ("generator.…", "discriminator.…"), for a gradient the discriminator's only; empty for
             hello, and for a warm-up but for a lens.
 

@@ -5,13 +5,14 @@ Out of scope: what a composition costs (common/privacy), what was spent so far (
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import final
 
 from common.config import Proposal
 from common.errors import ConfigError
 from common.privacy import Charge, epsilon, noise_for
-from common.secure_sum import Cohort, check_integers, noise_shares
+from common.secure_sum import GRID, WARMUP_GRID, Cohort, check_integers, noise_shares
 
 
 @final
@@ -28,7 +29,7 @@ class Plan:
         epsilon: What the whole run costs by PLD; at most the proposal's epsilon.
         delta: The proposal's delta.
         cohort: With secure-sum all sites together; a step is then one of all of them.
-        noise_shares: Into how many sites' equal parts the noise of a step is split; 1: each site adds all of it.
+        noise_shares: Into how many sites' equal parts the noise of a release is split; 1: each site adds all of it.
     """
 
     declared_patients: int
@@ -54,6 +55,15 @@ class Plan:
             ConfigError: The plan has no training rounds.
         """
         return self.charge_of_round(1).noise_multiplier / math.sqrt(self.noise_shares)
+
+    @property
+    def share_warmup_noise(self) -> float:
+        """Deviation of the noise that one site adds to a release of the warm-up.
+
+        Raises:
+            ConfigError: The plan has no warm-up.
+        """
+        return self.charge_of_warmup().noise_multiplier / math.sqrt(self.noise_shares)
 
     def charge_of_warmup(self) -> Charge:
         """Return what one release of the warm-up costs: a Gaussian release of sensitivity 1.
@@ -84,8 +94,8 @@ def plan(proposal: Proposal, declared_patients: int, cohort: Cohort | None = Non
     Args:
         proposal: The shared sections of the configuration.
         declared_patients: The rounded cohort size that the site made public.
-        cohort: All sites together: with secure-sum, and with that only, the sample rate follows from it. It is known
-            after the warm-up: without it a plan with secure-sum holds nothing else.
+        cohort: All sites together: with secure-sum, and with that only, the sample rate follows from it. Until it is
+            known a plan with secure-sum holds the warm-up alone.
 
     Raises:
         ConfigError: Nothing to do, no patients, too many steps, or no noise multiplier keeps the bound; a cohort
@@ -118,10 +128,24 @@ def plan(proposal: Proposal, declared_patients: int, cohort: Cohort | None = Non
         train = noise_for(privacy.epsilon, privacy.delta, rate, steps, charges)
         charges.append(Charge(train, rate, steps))
     shares = 1 if cohort is None else noise_shares(cohort, privacy.colluding_sites)
+    if cohort is not None and warmup is not None:
+        check_integers(declared_patients, warmup / math.sqrt(shares), WARMUP_GRID)
     if cohort is not None and train is not None:
-        check_integers(privacy, train / math.sqrt(shares))
+        # more than twice as many as expected and 128 are sampled with a chance below 2^-64, see client/dp
+        check_integers(2 * privacy.batch_patients + 128, train / math.sqrt(shares), GRID)
     cost = epsilon(charges, privacy.delta)
     return Plan(declared_patients, rate, warmup, train, steps, cost, privacy.delta, cohort, shares)
+
+
+def plans_of(proposal: Proposal, declared_patients: Collection[int]) -> list[Plan]:
+    """Return the plan of each site of a run by the declared patients of all of them.
+
+    Raises:
+        ConfigError: As `plan`.
+    """
+    together = proposal.train.algorithm == "secure-sum"
+    cohort = Cohort(len(declared_patients), sum(declared_patients)) if together else None
+    return [plan(proposal, declared, cohort) for declared in declared_patients]
 
 
 def delta_warning(delta: float, declared_patients: int) -> str | None:

@@ -1,8 +1,8 @@
 """The numbers of one secure sum, as sites and coordinator both compute them: who takes part, the noise, the grid.
 
-A site rounds its clipped sum with its part of the noise to whole steps of a public grid; the coordinator adds whole
-numbers. Out of scope: the sum itself (client/dp/share), what is done with it (server/secure_sum), masking: there is
-none yet.
+A site rounds its bounded sum with its part of the noise to whole steps of a public grid; the coordinator adds whole
+numbers. So it is with gradients and with the warm-up. Out of scope: the sums themselves (client/dp/share,
+client/warmup), what is done with them (server/secure_sum, server/warmup_round), masking: there is none yet.
 
 Source: docs/decisions/0011.
 """
@@ -12,12 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from common.config import MAX_COHORT_PATIENTS, MAX_SITES, PrivacyConfig
+import numpy as np
+from jaxtyping import Float64, Int32
+from torch import Tensor
+
+from common.config import MAX_COHORT_PATIENTS, MAX_SITES
 from common.errors import ConfigError, WireError
 from common.messages import Scalar
 
 GRID = 2.0**-16
-"""Step of the public grid, in clipping norms."""
+"""Step of the public grid of gradients, in clipping norms."""
+
+WARMUP_GRID = 2.0**-10
+"""Step of the public grid of the warm-up, in vectors of length 1: coarser, since every patient of a site is in it."""
 
 MIN_STEPS = 64.0
 """Least deviation of one share in grid steps: what rounding does to the law of the sum is then below e^-40,000."""
@@ -26,6 +33,8 @@ TAILS = 17.2
 """No draw of `common.noise.gaussian` is further out, in its standard deviations."""
 
 _LARGEST = 2**31 - 1
+
+COHORT_SETTINGS = ("cohort_sites", "cohort_patients")
 
 
 @final
@@ -42,7 +51,7 @@ class Cohort:
     patients: int
 
     def settings(self) -> dict[str, Scalar]:
-        """Return what a request for a gradient says of the cohort."""
+        """Return what a request says of the cohort."""
         return {"cohort_sites": self.sites, "cohort_patients": self.patients}
 
 
@@ -86,32 +95,42 @@ def noise_shares(cohort: Cohort, colluding_sites: int | str) -> int:
     return cohort.sites - int(colluding_sites)
 
 
-def check_integers(privacy: PrivacyConfig, share_noise_multiplier: float) -> None:
+def check_integers(patients: int, share_noise_multiplier: float, grid: float) -> None:
     """Refuse what the whole numbers cannot carry, from public values alone.
 
     Args:
-        privacy: Expected patients in a step.
-        share_noise_multiplier: Deviation of one site's share over the clipping norm.
+        patients: Who can be in one share, with room to spare.
+        share_noise_multiplier: Deviation of one site's share over the bound on a patient's contribution.
+        grid: Step of the grid over the same bound.
 
     Raises:
         ConfigError: A share's noise is too fine for the grid, or a share might not fit into 32 bits.
 
     Guarantees:
-        - fits: With at most twice as many sampled patients as expected and 128 (more have a chance below 2^-64, see
-          client/dp) no coordinate of a share exceeds 32 bits. One that did would be cut, which is post-processing.
+        - fits: With so many patients no coordinate of a share exceeds 32 bits. One that did would be cut, which is
+          post-processing.
         - fine_grid: The deviation of a share is at least `MIN_STEPS` grid steps.
     """
-    if share_noise_multiplier < MIN_STEPS * GRID:
+    if share_noise_multiplier < MIN_STEPS * grid:
         raise ConfigError(
-            f"Expected a share's noise of at least {MIN_STEPS * GRID:g} clipping norms, got "
+            f"Expected a share's noise of at least {MIN_STEPS * grid:g} times a patient's bound, got "
             f"{share_noise_multiplier:g}: rounding to the grid would show. Raise privacy.colluding_sites, or plan "
             "fewer sites."
         )
     # 1.01 is more than the widening for rounding adds
-    largest = 2 * privacy.batch_patients + 128 + 1.01 * TAILS * share_noise_multiplier + 1
-    if largest / GRID > _LARGEST:
+    largest = patients + 1.01 * TAILS * share_noise_multiplier + 1
+    if largest / grid > _LARGEST:
         raise ConfigError(
-            f"Expected at most {math.floor(_LARGEST * GRID)} clipping norms in one share of the sum, got up to "
-            f"{largest:.0f}: twice privacy.batch_patients={privacy.batch_patients} and {TAILS} times the noise "
-            f"{share_noise_multiplier:g}. Lower privacy.batch_patients, or raise privacy.epsilon."
+            f"Expected at most {math.floor(_LARGEST * grid)} times a patient's bound in one share of the sum, got up "
+            f"to {largest:.0f}: {patients} patients and {TAILS} times the noise {share_noise_multiplier:g}. "
+            "Lower privacy.batch_patients, raise privacy.epsilon, or split a site with so many patients."
         )
+
+
+def to_integers(noisy: Float64[Tensor, "..."], step: float) -> Int32[np.ndarray, "..."]:
+    """Round a sum that has its noise already to whole steps of the grid.
+
+    Guarantees:
+        - always_fits: Every number fits into 32 bits; what does not is cut.
+    """
+    return (noisy / step).round_().clamp_(-_LARGEST, _LARGEST).numpy().astype(np.int32)

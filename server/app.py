@@ -25,7 +25,7 @@ from server.roster import greet, wait_for_sites
 from server.rounds import averaged_pair, train
 from server.run_folder import RunFolder, open_run
 from server.secure_sum import train_together
-from server.start import read_start
+from server.start import begin
 from server.warmup_round import warm_up
 
 ATTEMPTS_A_ROUND = 3
@@ -78,8 +78,8 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
         number = 0 if state is None else state.round + 1
         members = greet(grid, config, folder.run_id, members)  # 1 who
         if state is None or number <= config.refinements:
-            start = read_start(folder, config) if state is None else None
-            events = warm_up(grid, config, members, folder.run_id, state, start)  # 2 a lens out, sums in, fitted
+            before = begin(folder, config, members) if state is None else state
+            events = warm_up(grid, config, members, before)  # 2 a lens out, sums in, fitted
         else:
             one_round = train if config.train.algorithm == "local" else train_together
             events = one_round(grid, config, members, state)  # 2 weights out, updates in, combined, stepped

@@ -53,7 +53,7 @@ class State:
         d_steps_per_g_step: The rung of the ladder, or the fixed number.
         fake_accuracy: Moving average that the ladder reads.
         g_steps_on_rung: Generator steps since the last change of rung.
-        cohort: With secure-sum the sites of the run with their declared patients, fixed after the first release.
+        cohort: With secure-sum the sites of the run with their declared patients, fixed before the first release.
         warmup: The releases up to now, while more of them are to come.
     """
 

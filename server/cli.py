@@ -13,8 +13,7 @@ from common.command import run_command
 from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
 from common.models import outline
-from common.plan import delta_warning, plan
-from common.secure_sum import Cohort, noise_shares
+from common.plan import delta_warning, plans_of
 from common.weights import weight_shapes
 from server.lens import foretell
 from server.report import write_report
@@ -38,24 +37,22 @@ def print_plan(
     proposed = build_config(read_config(config) if config is not None else {})
     if not proposed.image.classes:
         proposed = build_config(proposed.model_dump(), {"image.classes": ("all",)})
-    together = proposed.train.algorithm == "secure-sum"
-    cohort = Cohort(len(patients), sum(patients)) if together else None
+    plans = plans_of(proposed, patients)
     table = Table(title=f"epsilon {proposed.privacy.epsilon:g} at delta {proposed.privacy.delta:g}")
     for column in ("declared patients", "sample rate", "sigma warm-up", "sigma", "steps"):
         table.add_column(column, justify="right")
-    for declared in patients:
-        agreed = plan(proposed, declared, cohort)
+    for declared, agreed in zip(patients, plans, strict=True):
         noises = (agreed.warmup_noise_multiplier, agreed.train_noise_multiplier)
         cells = [f"{noise:.3f}" if noise else "-" for noise in noises]
         table.add_row(str(declared), f"{agreed.sample_rate:.4f}", *cells, str(agreed.steps))
         if warning := delta_warning(proposed.privacy.delta, declared):
             print(f"warning: {warning}", file=sys.stderr)
     Console().print(table)
-    if cohort is not None:
-        shares = noise_shares(cohort, proposed.privacy.colluding_sites)
-        print(f"secure-sum of these {cohort.sites} sites; of a step's noise each adds one part in {shares}")
+    if proposed.train.algorithm == "secure-sum":
+        shares = plans[0].noise_shares
+        print(f"secure-sum of these {len(plans)} sites; of the noise of a release each adds one part in {shares}")
     if proposed.warmup.share > 0:
-        print(foretell(proposed, patients))
+        print(foretell(proposed, plans))
     print(f"bytes per round and site: {round_bytes(proposed):,} down and as many up")
 
 

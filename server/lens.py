@@ -19,7 +19,7 @@ from common.features import LOW_COSINES
 from common.lens import NETWORK_FEATURES, Lens, Sight, coordinates, make_network
 from common.look import PUBLIC, look_dims
 from common.models import draw_weights
-from common.plan import plan
+from common.plan import Plan
 
 CLEAR = 1.5
 """A class's sum over the noise in it at which a map is taken; below, the next smaller one."""
@@ -57,14 +57,15 @@ class Outlook:
         return self.length / math.sqrt(self.dims[name])
 
 
-def outlook(config: Config, noise_std: float, patients: int) -> Outlook:
+def outlook(config: Config, plans: Sequence[Plan]) -> Outlook:
     """Reckon how clear each map would be.
 
     Args:
         config: The run's configuration.
-        noise_std: Of each coordinate of the sum over all sites.
-        patients: Declared by all sites together.
+        plans: Of each site that takes part, with a warm-up.
     """
+    noise_std = math.sqrt(sum(agreed.share_warmup_noise**2 for agreed in plans))
+    patients = sum(agreed.declared_patients for agreed in plans)
     return Outlook(look_dims(config.image), patients / max(1, len(config.image.classes)) / noise_std)
 
 
@@ -86,19 +87,17 @@ def choose(seen: Outlook, largest: str) -> str:
     return "means"
 
 
-def foretell(config: Config, declared_patients: Sequence[int]) -> str:
+def foretell(config: Config, plans: Sequence[Plan]) -> str:
     """Say what the warm-up of a run would look at, in a line for people.
 
     Args:
-        config: The run's configuration; its warm-up has a share of epsilon.
-        declared_patients: Of each site that takes part.
+        config: The run's configuration.
+        plans: Of each site that takes part, with a warm-up.
 
     Raises:
         ConfigError: It drowns.
     """
-    plans = [plan(config, declared) for declared in declared_patients]
-    noise_std = math.sqrt(sum(agreed.charge_of_warmup().noise_multiplier ** 2 for agreed in plans))
-    seen = outlook(config, noise_std, sum(declared_patients))
+    seen = outlook(config, plans)
     looks = [choose(seen, PUBLIC if number == 0 else "learned") for number in range(1 + config.refinements)]
     told = [
         f"{look} ({seen.dims[look]:,} numbers, a class {seen.clearness(look):.1f} times its noise)" for look in looks

@@ -42,14 +42,15 @@ _NOISE = (
     "(Holohan and Braghin 2021, arXiv 2107.10138); there is no exact argument as for noise on integers"
 )
 _TOGETHER = {
-    "warm_up": _MECHANISM["warm_up"],
+    "warm_up": "Gaussian noise on the sum over all patients of all sites of vectors of norm at most 1, one vector a "
+    "patient in each of its releases; each site adds its share of the noise and rounds to a public grid",
     "training": "One step of one discriminator a round, of all sites together (secure-sum). Poisson sampling of "
     "patients with one public rate at all sites; each sampled patient's mean gradient is clipped to max_grad_norm; "
     "each site adds its share of Gaussian noise to its sum and rounds to a public grid; the coordinator adds the whole "
     "numbers, divides by a public constant and steps; it alone has the generator, which is post-processing",
 }
 _NOISE_TOGETHER = (
-    "Drawn and added in float64, then rounded to whole steps of 2^-16 max_grad_norm. The sum of rounded normal numbers "
+    "Drawn and added in float64, then rounded to whole steps of 2^-16 max_grad_norm, in the warm-up of 2^-10. The sum of rounded normal numbers "
     "has, up to less than e^-40,000, the law of a rounded normal number with rounding noise of public law on top: "
     "post-processing of the Gaussian mechanism (docs/decisions/0011). Each number is the sum of four normal numbers "
     "over two, against attacks on the low bits of floating-point noise; draws in float64 are normal but for rounding"
@@ -172,6 +173,7 @@ def _secure_sum(config: Config, declared: Mapping[str, int]) -> dict[str, Any]:
         "sample_rate": agreed.sample_rate,
         "noise_shares": agreed.noise_shares,
         "noise_multiplier_of_a_share": agreed.share_noise_multiplier if agreed.steps else None,
+        "warmup_noise_of_a_share": agreed.share_warmup_noise if agreed.warmup_noise_multiplier else None,
         "grid_step": GRID * config.privacy.max_grad_norm,
         "assumption": _assumption(config, cohort.sites),
     }

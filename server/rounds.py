@@ -69,7 +69,7 @@ def releases(
             heard.refused[member.name] = answer.code
             continue
         try:
-            check_arrays(reply.arrays, shapes, np.int32 if request.kind is Kind.GRADIENT else np.float32)
+            check_arrays(reply.arrays, shapes, np.float32 if config.train.algorithm == "local" else np.int32)
             heard.sites[member.name] = _release(member, reply, config, request.kind)
         except WireError:
             heard.refused[member.name] = "malformed-reply"

@@ -2,6 +2,7 @@
 
 config.toml             the whole effective configuration
 run.json                the run's id and state
+cohort.json             with secure-sum: who takes part, with the declared patients
 start/                  the generator that the run starts from, if it was trained on public data before
 checkpoints/            one file a round, the last three
 metrics.jsonl           one line a round

@@ -22,11 +22,12 @@ from common.losses import Loss, bound_weights, losses_of
 from common.messages import Kind, Request
 from common.models import Pair
 from common.plan import plan
-from common.secure_sum import GRID, Cohort
+from common.secure_sum import GRID
 from common.weights import get_weights, named_parameters, only, set_weights
 from server import aggregation
 from server.aggregation import OptimizerState
 from server.checkpoint import State
+from server.cohort import cohort_of, least_sites, taking_part
 from server.exchange import Grid
 from server.records import Progress
 from server.rounds import Heard, Members, Outcome, averaged_pair, initial_pair, make_record, releases
@@ -40,8 +41,8 @@ def train_together(grid: Grid, config: Config, members: Members, state: State) -
     started = time.monotonic()
     torch.set_num_threads(config.performance.threads)
     number, heard = state.round + 1, Heard()
-    cohort = Cohort(len(state.cohort), sum(state.cohort.values()))
-    asked = _asked(config, members, state, cohort)
+    cohort = cohort_of(state.cohort)
+    asked = taking_part(config, members, state.cohort)
     weights = {name: array for name, array in state.weights.items() if name.startswith("discriminator.")}
     request = Request(Kind.GRADIENT, state.run_id, number, config.proposal(), cohort.settings(), weights)
     numbers = sum(array.size for array in weights.values())
@@ -50,7 +51,7 @@ def train_together(grid: Grid, config: Config, members: Members, state: State) -
         total += arrays["gradient"]
         yield Progress(number, len(heard.sites), len(asked), "sites", dict(heard.sites))
     heard.refused |= dict.fromkeys(sorted(set(state.cohort) - set(asked)), "not-connected")
-    if len(heard.sites) < least_sites(config, cohort):
+    if len(heard.sites) < least_sites(config, state.cohort):
         yield None, make_record(number, heard, state.d_steps_per_g_step, 0.0, started)
         return
     divisor = plan(config, min(state.cohort.values()), cohort).divisor
@@ -58,16 +59,6 @@ def train_together(grid: Grid, config: Config, members: Members, state: State) -
     heard.fake_accuracy += [] if told is None else [told]
     change = aggregation.norm(after.weights[name] - state.weights[name] for name in after.weights)
     yield after, make_record(number, heard, state.d_steps_per_g_step, change, started)
-
-
-def least_sites(config: Config, cohort: Cohort) -> int:
-    """Return how many sites must answer: with `colluding_sites` a number, no more than that may be missing.
-
-    A site that is missing takes its part of the noise with it, and the guarantee reckons with that many.
-    """
-    colluding = config.privacy.colluding_sites
-    missing = cohort.sites if colluding == "all" else colluding
-    return max(config.federation.min_sites, cohort.sites - missing)
 
 
 def step_together(
@@ -157,12 +148,6 @@ def _draw_and_tell(
     with torch.no_grad():
         fakes, labels = draw_fakes(pair.generator, count, config, rng)
         return fakes, labels, int((pair.discriminator(fakes, labels) < 0).sum()) / count
-
-
-def _asked(config: Config, members: Members, state: State, cohort: Cohort) -> Members:
-    """Return the members of the cohort that are here, with the plan that follows from it; nobody else is asked."""
-    here = {name: member for name, member in members.items() if member.declared_patients == state.cohort.get(name)}
-    return {name: replace(member, plan=plan(config, member.declared_patients, cohort)) for name, member in here.items()}
 
 
 def _adam(pair: Pair, network: str, learning_rate: float, moments: OptimizerState, steps: int) -> torch.optim.Adam:

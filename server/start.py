@@ -1,9 +1,11 @@
-"""The generator that a run starts from, if it was trained on public data before: `start/` in the run folder.
+"""What a run starts from: with secure-sum its cohort, and the generator that was trained on public data before, if any.
 
-Out of scope: training one (simulations/pretrain).
+That generator stands in `start/` of the run folder. Out of scope: training one (simulations/pretrain).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 from torch import nn
 
@@ -11,9 +13,39 @@ from common.artefact import load_generator, save_generator
 from common.config import Config
 from common.errors import ConfigError
 from common.messages import Arrays
+from server.cohort import Declared, fix_cohort
+from server.rounds import Members
 from server.run_folder import RunFolder
 
 _NAME = "start"
+
+
+@final
+@dataclass(frozen=True)
+class Beginning:
+    """What the first round depends on.
+
+    Attributes:
+        run_id: The run, as the sites know it.
+        cohort: With secure-sum the sites that take part with their declared patients; empty with local training.
+        weights: Of a generator that was trained on public data; None: random ones.
+    """
+
+    run_id: str
+    cohort: Declared
+    weights: Arrays | None
+
+
+def begin(folder: RunFolder, config: Config, members: Members) -> Beginning:
+    """Read what a run starts from, and fix its cohort.
+
+    Raises:
+        ConfigError: The generator is of another model or of other images.
+        WireError: A file of the generator is damaged.
+        FederationError: With secure-sum nobody may take part.
+        ResumeError: `cohort.json` does not read.
+    """
+    return Beginning(folder.run_id, fix_cohort(folder, config, members), read_start(folder, config))
 
 
 def write_start(run: Path, generator: nn.Module, config: Config) -> None:

@@ -5,7 +5,7 @@ Read the loop in server/app first. Out of scope: the fit (server/warmup), lenses
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,63 +14,51 @@ from torch import nn
 
 from common import lens as lenses
 from common.config import Config
-from common.errors import FederationError
 from common.generator_step import reproducible
 from common.lens import SIGHTS
 from common.look import PUBLIC, look_dims, read_look
-from common.messages import Arrays, Kind, Request
+from common.messages import Arrays, Kind, Request, Scalar
 from common.models.vae import take_over_decoder
-from common.weights import get_weights, set_weights
+from common.plan import Plan, plans_of
+from common.secure_sum import WARMUP_GRID
+from common.weights import BOTH, get_weights, set_weights
 from server.checkpoint import State, WarmupRelease
+from server.cohort import cohort_of, least_sites, taking_part
 from server.exchange import Grid
 from server.ladder import first_rung
 from server.lens import choose, make_lens, outlook
 from server.records import Progress
 from server.rounds import Heard, Members, Outcome, initial_pair, make_record, releases
+from server.start import Beginning
 from server.warmup import Target, fit_generator, target
 
 
-def warm_up(
-    grid: Grid, config: Config, members: Members, run_id: str, state: State | None, start: Arrays | None
-) -> Iterator[Progress | Outcome]:
+def warm_up(grid: Grid, config: Config, members: Members, before: Beginning | State) -> Iterator[Progress | Outcome]:
     """Run round 0 or a refinement; yield progress, and in the end the outcome.
 
     Args:
         grid: Flower's grid.
         config: The run's configuration.
         members: Whom to ask.
-        run_id: The run, as the sites know it.
-        state: Before the round; None before round 0.
-        start: Weights of a generator that was trained on public data, for round 0.
+        before: The state before the round, or before round 0 what the run starts from.
 
     Raises:
         ConfigError: Whatever would be looked at drowns in the noise; nobody was asked.
-        FederationError: With secure-sum nobody may take part.
     """
     started = time.monotonic()
     torch.set_num_threads(config.performance.threads)
+    state = before if isinstance(before, State) else None
     number, heard, pair = 0 if state is None else state.round + 1, Heard(), initial_pair(config)
-    if state is not None:
-        set_weights(pair, state.weights)
-    elif start is not None:
-        set_weights(pair, start, ("generator",))
+    if before.weights is not None:
+        set_weights(pair, before.weights, ("generator",) if state is None else BOTH)
     loss, so_far = 0.0, () if state is None else state.warmup
     if config.warmup.share > 0:
-        if len(members) < config.federation.min_sites:  # whoever is here would be asked, and charged, for nothing
+        known = None if before.weights is None else pair.generator
+        release = yield from _collect(grid, config, members, before, number, known, heard)
+        if release is None:
             yield None, make_record(number, heard, None, loss, started)
             return
-        look, lens = _where_to_look(config, members, number, pair.generator if state or start else None)
-        shape = (len(config.image.classes), look_dims(config.image)[look])
-        total, variance = np.zeros(shape), 0.0
-        request = Request(Kind.WARMUP, run_id, number, config.proposal(), {"look": look}, lens)
-        for member, arrays in releases(grid, config, members, request, {"embedding": shape}, heard):
-            total += arrays["embedding"]
-            variance += member.plan.charge_of_warmup().noise_multiplier ** 2
-            yield Progress(number, len(heard.sites), len(members), "sites", dict(heard.sites))
-        if len(heard.sites) < config.federation.min_sites:
-            yield None, make_record(number, heard, None, loss, started)
-            return
-        so_far = (*so_far, WarmupRelease(look, math.sqrt(variance), {"sum": total, **lens}))
+        so_far = (*so_far, release)
         targets = [_target(config, release) for release in so_far]
         rng = reproducible(config.federation.seed, "fit", number)
         alike = all(release.look == "means" for release in so_far)
@@ -81,39 +69,53 @@ def warm_up(
     take_over_decoder(pair.discriminator, pair.generator)
     weights = get_weights(pair)
     if state is None:
-        together = config.train.algorithm == "secure-sum"
-        cohort = cohort_of(config, members, heard) if together else {}
         rung = first_rung(config.train)
-        state = State(run_id, config.digest(), 0, weights, weights, d_steps_per_g_step=rung, cohort=cohort)
+        state = State(
+            before.run_id, config.digest(), 0, weights, weights, d_steps_per_g_step=rung, cohort=before.cohort
+        )
     kept = so_far if number < config.refinements else ()
     after = replace(state, round=number, weights=weights, averaged=weights, warmup=kept)
     yield after, make_record(number, heard, None, loss, started)
 
 
-def cohort_of(config: Config, members: Members, heard: Heard) -> dict[str, int]:
-    """Fix who takes part in a run with secure-sum: those who gave the warm-up, or without one, all who may.
+def _collect(
+    grid: Grid,
+    config: Config,
+    members: Members,
+    before: Beginning | State,
+    number: int,
+    generator: nn.Module | None,
+    heard: Heard,
+) -> Generator[Progress, None, WarmupRelease | None]:
+    """Ask the sites for one release and return their sum; None where too few are there or answered."""
+    cohort, least = before.cohort, config.federation.min_sites
+    asked, plans, settings = members, [member.plan for member in members.values()], dict[str, Scalar]()
+    if cohort:
+        asked, least = taking_part(config, members, cohort), least_sites(config, cohort)
+        plans, settings = plans_of(config, cohort.values()), dict(cohort_of(cohort).settings())
+    if len(asked) < least:  # whoever is here would be asked, and charged, for nothing
+        return None
+    look, lens = _where_to_look(config, plans, number, generator)
+    shape = (len(config.image.classes), look_dims(config.image)[look])
+    total, variance = np.zeros(shape), 0.0
+    request = Request(Kind.WARMUP, before.run_id, number, config.proposal(), {"look": look, **settings}, lens)
+    for member, arrays in releases(grid, config, asked, request, {"embedding": shape}, heard):
+        total += arrays["embedding"] * (WARMUP_GRID if cohort else 1.0)  # a power of two: exact
+        variance += member.plan.share_warmup_noise**2
+        yield Progress(number, len(heard.sites), len(asked), "sites", dict(heard.sites))
+    heard.refused |= dict.fromkeys(sorted(set(cohort) - set(asked)), "not-connected")
+    if len(heard.sites) < least:
+        return None
+    return WarmupRelease(look, math.sqrt(variance), {"sum": total, **lens})
 
-    Raises:
-        FederationError: Nobody may.
-    """
-    names = heard.sites if config.warmup.share > 0 else members
-    declared = {name: members[name].declared_patients for name in names}
-    cohort = {name: patients for name, patients in declared.items() if patients >= config.privacy.min_patients}
-    if not cohort:
-        raise FederationError(
-            f"No site declares privacy.min_patients={config.privacy.min_patients} patients. Lower it, or ask others."
-        )
-    return cohort
 
-
-def _where_to_look(config: Config, members: Members, number: int, generator: nn.Module | None) -> tuple[str, Arrays]:
+def _where_to_look(
+    config: Config, plans: Sequence[Plan], number: int, generator: nn.Module | None
+) -> tuple[str, Arrays]:
     """Choose the map of a release by numbers that are public; with a lens make it."""
     least = config.privacy.min_patients  # those with fewer take no part
-    able = [member for member in members.values() if member.declared_patients >= least] or list(members.values())
-    noises = [member.plan.charge_of_warmup().noise_multiplier for member in able]
-    patients = sum(member.declared_patients for member in able)
-    seen = outlook(config, math.sqrt(sum(noise**2 for noise in noises)), patients)
-    look = choose(seen, PUBLIC if number == 0 else "learned")
+    able = [agreed for agreed in plans if agreed.declared_patients >= least] or plans
+    look = choose(outlook(config, able), PUBLIC if number == 0 else "learned")
     rng = reproducible(config.federation.seed, "lens", number)
     return look, {} if look not in SIGHTS else lenses.to_arrays(make_lens(generator, config, look, rng, number > 0))
 

@@ -18,8 +18,7 @@ from common.config import Config
 from common.config_text import build_config, parse_changes, read_config, to_toml
 from common.errors import ExitCode
 from common.generate import generate_images
-from common.plan import delta_warning, plan
-from common.secure_sum import Cohort
+from common.plan import delta_warning, plans_of
 from server.app import Job
 from server.lens import foretell
 from server.report import write_report
@@ -243,14 +242,15 @@ def _print_plan(federation: Federation) -> None:
     table = Table(title=f"Plan: {config.federation.rounds} rounds, delta {config.privacy.delta:g}")
     for column in ("site", "patients", "images", "declared", "q", "sigma warm-up", "sigma", "steps", "epsilon"):
         table.add_column(column, justify="left" if column == "site" else "right")
-    cohort = _cohort(federation)
+    plans = plans_of(config, _taking_part(federation))
+    coming = iter(plans)
     for index, part in enumerate(federation.sites):
         declared = declared_patients(patients_in(part))
         cells = [site_name(index), str(patients_in(part)), str(len(part.records)), str(declared)]
         if declared < config.privacy.min_patients:
             table.add_row(*cells, "takes no part: fewer than privacy.min_patients")
             continue
-        agreed = plan(config, declared, cohort)
+        agreed = next(coming)
         noise = [
             f"{sigma:.3f}" if sigma else "-"
             for sigma in (agreed.warmup_noise_multiplier, agreed.train_noise_multiplier)
@@ -261,20 +261,10 @@ def _print_plan(federation: Federation) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     weights_bytes = round_bytes(config)
-    sizes = _taking_part(federation)
-    if config.warmup.share > 0 and sizes:
-        console.print(foretell(config, sizes))
+    if config.warmup.share > 0 and plans:
+        console.print(foretell(config, plans))
     console.print(f"held out: {patients_in(federation.held_out)} patients")
     console.print(f"bytes per round and site: {weights_bytes:,} down, {weights_bytes:,} up")
-
-
-def _cohort(federation: Federation) -> Cohort | None:
-    """Return the cohort that the hospitals will be, with secure-sum, if all of them answer."""
-    config = federation.config
-    if config.train.algorithm == "local":
-        return None
-    taking_part = _taking_part(federation)
-    return Cohort(len(taking_part), sum(taking_part))
 
 
 def _taking_part(federation: Federation) -> list[int]:

@@ -35,8 +35,7 @@ def missing_sites(config: Config, number: int) -> frozenset[int]:
 def missing_at_times(transport: Transport, config: Config, partition: int) -> Transport:
     """Wrap the way to a virtual hospital: in the rounds that it misses, no request reaches it.
 
-    Greeting and warm-up always do. The warm-up is one release for the whole run, for which a coordinator can wait; with
-    secure-sum who misses it is out of the run, not of a round.
+    Greeting and warm-up always do: the warm-up is one release for the whole run, for which a coordinator can wait.
     """
     if config.simulation.missing_share == 0:
         return transport

@@ -60,7 +60,9 @@ REFINED = Proposal.model_validate(PROPOSAL.model_dump() | {"warmup": {"share": 0
 
 def warmup_request(run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Request:
     """Make an honest warm-up request."""
-    return Request(Kind.WARMUP, run_id, 0, proposal.proposal(), {"look": "public"})
+    together = proposal.train.algorithm == "secure-sum"
+    settings = {"look": "public", **(COHORT.settings() if together else {})}
+    return Request(Kind.WARMUP, run_id, 0, proposal.proposal(), settings)
 
 
 def train_request(round_: int = 1, run_id: str = "run-1", proposal: Proposal = PROPOSAL) -> Request:

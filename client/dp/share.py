@@ -13,9 +13,7 @@ from client.dp.engine import Loss
 from client.dp.packing import Batch
 from client.dp.step import Noise, rounding
 from client.dp.sums import Adder
-from common.secure_sum import GRID
-
-_LARGEST = 2**31 - 1
+from common.secure_sum import GRID, to_integers
 
 
 def integer_share(
@@ -54,5 +52,4 @@ def integer_share(
     engine_order = adder.clipped_sum([(batch, of_real)])
     total = torch.cat([part.flatten() for part in adder.by_parameter(engine_order)]).cpu()
     std = noise_multiplier * max_grad_norm * (1 + rounding(divisor))
-    steps = total.add_(noise((len(total),), std)).div_(GRID * max_grad_norm).round_()
-    return steps.clamp_(-_LARGEST, _LARGEST).numpy().astype(np.int32)
+    return to_integers(total.add_(noise((len(total),), std)), GRID * max_grad_norm)

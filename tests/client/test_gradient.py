@@ -18,7 +18,7 @@ from common.messages import Kind
 from common.models import build
 from common.plan import plan
 from common.privacy import Charge, epsilon
-from common.secure_sum import GRID, Cohort
+from common.secure_sum import GRID, WARMUP_GRID, Cohort
 from tests.hostile_requests import BIAS, WEIGHTS, changed
 from tests.tiny_site import COHORT, PROPOSAL, TOGETHER, gradient_request, numbered, train_request, warmup_request
 
@@ -83,7 +83,7 @@ def test_a_round_carries_whole_numbers_and_nothing_else(site):
     assert reply.refusal is None
     assert set(reply.fields) == {"epsilon_spent", "epsilon_allowed"}
     numbers = sum(array.size for array in gradient_request().arrays.values())
-    check_egress(reply, release_schema(Kind.GRADIENT, {"gradient": (numbers,)}))
+    check_egress(reply, release_schema(Kind.GRADIENT, {"gradient": (numbers,)}, "secure-sum"))
     assert reply.arrays["gradient"].dtype == np.int32
     assert all(name.startswith("discriminator.") for name in gradient_request().arrays)
     assert [(entry.kind, entry.round) for entry in released(site)] == [(Kind.GRADIENT, 1)]
@@ -212,3 +212,52 @@ def test_a_deployed_site_takes_part_where_all_others_may_collude(site):
 def test_the_policy_binds_before_the_charge(site, bounds):
     assert answer(with_policy(site, **bounds), gradient_request()).refusal is RefusalCode.POLICY
     assert (charges(site), released(site)) == ([], ())
+
+
+def warmup_of(site, proposal=TOGETHER, cohort=COHORT):
+    request = warmup_request(proposal=proposal)
+    return answer(site, dataclasses.replace(request, settings={"look": "public", **cohort.settings()}))
+
+
+def test_a_warm_up_of_all_sites_together_is_whole_numbers(site):
+    reply = warmup_of(site)
+    assert reply.arrays["embedding"].dtype == np.int32
+    check_egress(reply, release_schema(Kind.WARMUP, {"embedding": reply.arrays["embedding"].shape}, "secure-sum"))
+    assert charges(site) == [plan(TOGETHER, 40, COHORT).charge_of_warmup()]
+
+
+@pytest.mark.parametrize(("number", "parts"), [("all", 1), (2, 1), (1, 2), (0, 3)])
+def test_a_warm_up_has_a_part_of_the_noise_and_is_charged_for_all_of_it(site, number, parts):
+    """Two classes of 5,929 coordinates; the patients' sum, of length 40 at most, hardly shows in their deviation."""
+    tree = colluding(number).model_dump(mode="json")
+    tree["privacy"]["epsilon"] = 0.5
+    proposal = type(TOGETHER).model_validate(tree)
+    reply = warmup_of(with_policy(site, allow_unmasked_shares=True), proposal)
+    full = plan(proposal, 40, COHORT).charge_of_warmup()
+    assert charges(site) == [full]
+    deviation = (reply.arrays["embedding"] * WARMUP_GRID).std()
+    assert deviation == pytest.approx(full.noise_multiplier / parts**0.5, rel=0.03)
+
+
+def test_shares_of_a_warm_up_are_refused_where_nothing_hides_them(site):
+    assert warmup_of(site, colluding(0)).refusal is RefusalCode.POLICY
+    assert charges(site) == []
+
+
+@pytest.mark.parametrize("settings", [{"look": "public"}, {**COHORT.settings()}, {"look": "public", "cohort_sites": 3}])
+def test_a_warm_up_of_all_together_without_a_cohort_costs_nothing(site, settings):
+    request = dataclasses.replace(warmup_request(proposal=TOGETHER), settings=settings)
+    assert answer(site, request).refusal is RefusalCode.BAD_REQUEST
+    assert charges(site) == []
+
+
+def test_a_warm_up_at_a_site_alone_takes_no_cohort(site):
+    request = warmup_request()
+    request = dataclasses.replace(request, settings={**request.settings, **COHORT.settings()})
+    assert answer(site, request).refusal is RefusalCode.BAD_REQUEST
+    assert charges(site) == []
+
+
+def test_a_site_that_will_refuse_the_rounds_refuses_their_warm_up(site):
+    assert warmup_of(with_policy(site, max_sample_rate=0.01)).refusal is RefusalCode.POLICY
+    assert charges(site) == []

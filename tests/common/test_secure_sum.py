@@ -4,11 +4,22 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import ndtr
 
-from common.config import PrivacyConfig
 from common.errors import ConfigError, WireError
-from common.secure_sum import GRID, MIN_STEPS, Cohort, check_integers, noise_shares, parse_cohort
+from common.secure_sum import (
+    GRID,
+    MIN_STEPS,
+    WARMUP_GRID,
+    Cohort,
+    check_integers,
+    noise_shares,
+    parse_cohort,
+    to_integers,
+)
 
 GOOD = {"cohort_sites": 3, "cohort_patients": 120}
 
@@ -44,15 +55,27 @@ def test_noise_is_split_among_those_who_are_surely_honest():
 
 
 def test_check_integers_fits_and_fine_grid():
-    check_integers(PrivacyConfig(batch_patients=64), 1.0)
-    check_integers(PrivacyConfig(batch_patients=64), MIN_STEPS * GRID)
-    with pytest.raises(ConfigError, match="rounding to the grid would show"):
-        check_integers(PrivacyConfig(batch_patients=64), 0.99 * MIN_STEPS * GRID)
-    most = 2**15 - 1 - 2 * 1000 - 128 - 1  # clipping norms that are left for the noise
-    check_integers(PrivacyConfig(batch_patients=1000), most / (1.01 * 17.2) * 0.999)
-    for batch, noise in ((1000, most / (1.01 * 17.2) * 1.001), (16_384, 1.0)):
-        with pytest.raises(ConfigError, match="clipping norms in one share"):
-            check_integers(PrivacyConfig(batch_patients=batch), noise)
+    for grid in (GRID, WARMUP_GRID):
+        check_integers(256, 1.0, grid)
+        check_integers(256, MIN_STEPS * grid, grid)
+        with pytest.raises(ConfigError, match="rounding to the grid would show"):
+            check_integers(256, 0.99 * MIN_STEPS * grid, grid)
+        most = 2**31 * grid - 1 - 2128 - 1  # bounds that are left for the noise
+        check_integers(2128, most / (1.01 * 17.2) * 0.999, grid)
+        for patients, noise in ((2128, most / (1.01 * 17.2) * 1.001), (int(2**31 * grid), 1.0)):
+            with pytest.raises(ConfigError, match="in one share"):
+                check_integers(patients, noise, grid)
+
+
+@given(st.lists(st.floats(-1e12, 1e12), min_size=1), st.sampled_from([GRID, WARMUP_GRID, 0.3]))
+def test_to_integers_always_fits(values, step):
+    noisy = torch.tensor(values, dtype=torch.float64)
+    whole = to_integers(noisy, step)
+    assert whole.dtype == np.int32
+    cut = np.abs(noisy.numpy() / step) > 2**31 - 1
+    assert (np.abs(whole[cut]) == 2**31 - 1).all()
+    assert np.abs(whole[~cut] - noisy.numpy()[~cut] / step).max(initial=0) <= 0.5
+    assert torch.equal(noisy, torch.tensor(values, dtype=torch.float64))
 
 
 def cells(k, mean, std):

@@ -7,6 +7,8 @@ from common.config import Config
 from common.config_text import build_config
 from common.errors import ConfigError
 from common.lens import coordinates, lens_dim, to_arrays
+from common.plan import Plan
+from common.secure_sum import Cohort
 from server.lens import CLEAR, choose, make_lens, outlook
 from server.rounds import initial_pair
 from tests.function_sites import SMALL_RUN
@@ -60,23 +62,35 @@ def test_one_class_has_a_lens() -> None:
     assert lens.centre.shape == (1, 160)
 
 
+def plans(noise: float, patients: int, sites: int = 1, shares: int = 1) -> list[Plan]:
+    cohort = Cohort(sites, patients * sites)
+    return [Plan(patients, 0.1, noise, None, 0, 1.0, 1e-5, cohort, shares)] * sites
+
+
+def test_shares_of_the_noise_add_up_to_one() -> None:
+    config = make_config()
+    alone, apart = outlook(config, plans(3.0, 400)), outlook(config, plans(3.0, 100, 4))
+    assert outlook(config, plans(3.0, 100, 4, shares=4)).length == pytest.approx(alone.length)
+    assert apart.length == pytest.approx(alone.length / 2)
+
+
 def test_the_largest_clear_map_is_taken() -> None:
     config = make_config()
     dims = {"public": 5929, "means": 65, "learned": 6897}
-    clear = outlook(config, 1.0, int(2 * CLEAR * dims["public"] ** 0.5) + 2)
+    clear = outlook(config, plans(1.0, int(2 * CLEAR * dims["public"] ** 0.5) + 2))
     assert clear.dims == dims
     assert choose(clear, "public") == "public"
     assert choose(clear, "learned") == "means"
-    assert choose(outlook(config, 1.01, int(2 * CLEAR * dims["public"] ** 0.5)), "public") == "means"
+    assert choose(outlook(config, plans(1.01, int(2 * CLEAR * dims["public"] ** 0.5))), "public") == "means"
 
 
 def test_what_drowns_is_refused_with_the_dimension_that_would_not() -> None:
     config = make_config()
     with pytest.raises(ConfigError) as caught:
-        choose(outlook(config, 50.0, 200), "public")
+        choose(outlook(config, plans(50.0, 200)), "public")
     # 100 patients of a class, noise 50 x sqrt(65) = 403: 4.0 times; (2 x 100 / 50)^2 = 16 coordinates would do
     assert "4.0 times with 65 coordinates" in str(caught.value)
     assert "16 would do" in str(caught.value)
     assert "warmup.refinements" in str(caught.value)
-    assert choose(outlook(config, 24.0, 200), "public") == "means"
+    assert choose(outlook(config, plans(24.0, 200)), "public") == "means"
     assert lens_dim(config.image, "means") == 65

@@ -16,13 +16,13 @@ from common.config_text import build_config
 from common.errors import ConfigError, FederationError, RefusalCode
 from common.losses import WEIGHT_BOUND
 from common.messages import Kind, Request, Scalar
-from common.secure_sum import GRID, Cohort
+from common.secure_sum import GRID
 from common.weights import get_weights
 from server import checkpoint
 from server.checkpoint import State
 from server.records import RoundRecord
 from server.rounds import initial_pair
-from server.secure_sum import clipped_sum_of_fakes, least_sites, step_together
+from server.secure_sum import clipped_sum_of_fakes, step_together
 from tests.function_sites import SMALL_RUN, run_sites
 
 Answer = Callable[[Request], RefusalCode | np.ndarray]
@@ -177,13 +177,6 @@ def test_deterministic_over_a_checkpoint(tmp_path: Path) -> None:
     assert not _same(
         state, step_together(config, replace(state, round=7), total, 8.0)[0]
     )  # the fakes are a round's own
-
-
-def test_a_number_of_colluding_sites_is_how_many_may_be_missing() -> None:
-    five = Cohort(5, 500)
-    assert least_sites(_config(), five) == 1
-    assert least_sites(_config(**{"federation.min_sites": 2}), five) == 2
-    assert [least_sites(_config(**{"privacy.colluding_sites": t}), five) for t in (0, 1, 4)] == [5, 4, 1]
 
 
 def _release(index: int, request: Request, answer: np.ndarray) -> tuple[dict[str, Scalar], dict[str, np.ndarray]]:

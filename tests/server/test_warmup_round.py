@@ -11,16 +11,17 @@ from flwr.app import Context
 from client.app import make_app
 from common.config import Config
 from common.config_text import build_config
-from common.errors import ConfigError
+from common.errors import ConfigError, FederationError, RefusalCode
 from common.features import CONSTANT
 from common.look import look_dims
 from common.messages import Kind, Request
 from common.plan import plan
+from common.secure_sum import WARMUP_GRID, Cohort
 from common.weights import get_weights
 from server import checkpoint
 from server.roster import Member
 from server.rounds import initial_pair
-from server.start import write_start
+from server.start import Beginning, write_start
 from server.warmup_round import warm_up
 from simulations.local_grid import LocalGrid
 from tests.function_sites import SMALL_RUN, run_sites
@@ -159,9 +160,62 @@ def test_with_fewer_members_than_min_sites_nobody_is_asked(present: int) -> None
     def connect(context: Context) -> Any:
         raise OSError("asked")
 
-    events = list(warm_up(LocalGrid(make_app(connect), 1), config, members, "run", None, None))
+    events = list(warm_up(LocalGrid(make_app(connect), 1), config, members, Beginning("run", {}, None)))
     assert len(events) == 1
     assert isinstance(events[0], tuple)
     after, record = events[0]
     assert after is None
     assert record.refused == {}  # a site that is asked refuses
+
+
+def together(**changes: object) -> Config:
+    own = {"train.algorithm": "secure-sum", "train.steps_per_round": 1, "federation.rounds": 1, "warmup.refinements": 0}
+    return make_config(**{**own, "privacy.epsilon": 10.0, **changes})
+
+
+def whole(index: int, request: Request, answer: object) -> tuple[Mapping[str, float], Mapping[str, np.ndarray]]:
+    fields = {"epsilon_spent": 1.0, "epsilon_allowed": 10.0}
+    if request.kind is Kind.WARMUP:
+        return fields, {"embedding": np.round(sums(request) / WARMUP_GRID).astype(np.int32)}
+    return fields, {"gradient": np.zeros(sum(array.size for array in request.arrays.values()), np.int32)}
+
+
+def run_together(path: Path, config: Config, behaviours: list[Any]) -> checkpoint.State:
+    """Run to the state after the first release, which keeps its sum since another is to come."""
+    path.mkdir(exist_ok=True)
+    run_sites(path, config, behaviours, whole)
+    folder = path / "run" / "checkpoints"
+    for later in sorted(folder.iterdir())[1:]:
+        later.unlink()
+    state = checkpoint.load_latest(folder)
+    assert state is not None
+    return state
+
+
+@pytest.mark.parametrize(("colluding", "parts"), [("all", 1), (0, 3), (1, 2)])
+def test_the_sum_of_all_together_has_the_noise_of_its_shares(tmp_path: Path, colluding: object, parts: int) -> None:
+    asked: list[Request] = []
+    config = together(**{"privacy.colluding_sites": colluding, "warmup.refinements": 1})
+    state = run_together(tmp_path, config, [lambda request: asked.append(request)] * 3)
+    assert dict(asked[0].settings) == {"look": "public", "cohort_sites": 3, "cohort_patients": 600}
+    alone = plan(config, 100, Cohort(3, 600)).charge_of_warmup().noise_multiplier
+    assert state.warmup[0].noise_std == pytest.approx(alone * (3 / parts) ** 0.5)
+    assert np.abs(state.warmup[0].arrays["sum"] - 3 * sums(asked[0])).max() <= 1.5 * WARMUP_GRID
+    assert state.cohort == {"site-0": 100, "site-1": 200, "site-2": 300}
+
+
+def test_a_site_without_the_warm_up_stays_in_the_cohort(tmp_path: Path) -> None:
+    refuses: list[Any] = [lambda r: None, lambda r: RefusalCode.OVER_BUDGET if r.kind is Kind.WARMUP else None]
+    config = together(**{"warmup.refinements": 1, "federation.rounds": 2})
+    state = run_together(tmp_path, config, [*refuses, lambda r: None])
+    assert set(state.cohort) == {"site-0", "site-1", "site-2"}
+    alone = plan(config, 100, Cohort(3, 600)).charge_of_warmup().noise_multiplier
+    assert state.warmup[0].noise_std == pytest.approx(alone * 2**0.5)
+
+
+@pytest.mark.slow
+def test_with_too_many_missing_a_warm_up_of_all_together_ends(tmp_path: Path) -> None:
+    behaviours: list[Any] = [lambda r: None, lambda r: RefusalCode.UNREACHABLE, lambda r: RefusalCode.UNREACHABLE]
+    with pytest.raises(FederationError, match=r"Round 0 heard 1 sites in 3 attempts.*colluding_sites=1 may be missing"):
+        run_together(tmp_path, together(**{"privacy.colluding_sites": 1}), behaviours)
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints") is None

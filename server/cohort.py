@@ -1,0 +1,80 @@
+"""Who takes part in a run with secure-sum: fixed before the first release, since everybody's noise follows from it.
+
+`cohort.json` in the run folder is written before a site is asked; from then on no other cohort is ever stated.
+With local training there is no cohort: whoever is here takes part. Out of scope: greeting (server/roster), the numbers
+that follow (common/secure_sum).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+from common.config import Config
+from common.errors import FederationError, ResumeError
+from common.files import write_atomic
+from common.plan import plan
+from common.secure_sum import Cohort
+from server.rounds import Members
+from server.run_folder import RunFolder
+
+Declared = Mapping[str, int]
+"""Declared patients by site; empty with local training."""
+
+VERSION = 1
+
+
+def fix_cohort(folder: RunFolder, config: Config, members: Members) -> Declared:
+    """Return who takes part: those who may and are here, or whom this run named before.
+
+    Raises:
+        FederationError: Nobody may.
+        ResumeError: `cohort.json` does not read.
+        StorageError: It cannot be written.
+    """
+    if config.train.algorithm == "local":
+        return {}
+    path = folder.path / "cohort.json"
+    if path.exists():
+        return _read(path.read_bytes())
+    declared = {name: member.declared_patients for name, member in members.items()}
+    cohort = {name: patients for name, patients in declared.items() if patients >= config.privacy.min_patients}
+    if not cohort:
+        raise FederationError(
+            f"No site declares privacy.min_patients={config.privacy.min_patients} patients. Lower it, or ask others."
+        )
+    write_atomic(path, json.dumps({"version": VERSION, "declared_patients": cohort}).encode())
+    return cohort
+
+
+def cohort_of(declared: Declared) -> Cohort:
+    """Return the numbers that everybody is told."""
+    return Cohort(len(declared), sum(declared.values()))
+
+
+def taking_part(config: Config, members: Members, declared: Declared) -> Members:
+    """Return the members of the cohort that are here, with the plan that follows from it; nobody else is asked."""
+    cohort = cohort_of(declared)
+    here = {name: member for name, member in members.items() if member.declared_patients == declared.get(name)}
+    return {name: replace(member, plan=plan(config, member.declared_patients, cohort)) for name, member in here.items()}
+
+
+def least_sites(config: Config, declared: Declared) -> int:
+    """Return how many sites must answer: with `colluding_sites` a number, no more than that may be missing.
+
+    A site that is missing takes its part of the noise with it, and the guarantee reckons with that many.
+    """
+    colluding = config.privacy.colluding_sites
+    missing = len(declared) if colluding == "all" else colluding
+    return max(config.federation.min_sites, len(declared) - missing)
+
+
+def _read(content: bytes) -> dict[str, int]:
+    try:
+        stored = json.loads(content)
+        if stored["version"] != VERSION:
+            raise ResumeError(f"Expected cohort.json of version {VERSION}. Resume with the release that wrote it.")
+        return {str(name): int(patients) for name, patients in stored["declared_patients"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(
+            "cohort.json of the run folder does not read. If no site has been asked yet, delete it; else start anew."
+        ) from error
