@@ -50,10 +50,11 @@ _TOGETHER = {
     "numbers, divides by a public constant and steps; it alone has the generator, which is post-processing",
 }
 _NOISE_TOGETHER = (
-    "Drawn and added in float64, then rounded to whole steps of 2^-16 max_grad_norm, in the warm-up of 2^-10. The sum of rounded normal numbers "
-    "has, up to less than e^-40,000, the law of a rounded normal number with rounding noise of public law on top: "
-    "post-processing of the Gaussian mechanism (docs/decisions/0011). Each number is the sum of four normal numbers "
-    "over two, against attacks on the low bits of floating-point noise; draws in float64 are normal but for rounding"
+    "Drawn and added in float64, then rounded to whole steps of 2^-16 max_grad_norm, in the warm-up of 2^-10. The sum "
+    "of rounded normal numbers has, up to less than e^-40,000, the law of a rounded normal number with rounding noise "
+    "of public law on top: post-processing of the Gaussian mechanism (docs/decisions/0011). Each number is the sum of "
+    "four normal numbers over two, against attacks on the low bits of floating-point noise; draws in float64 are "
+    "normal but for rounding"
 )
 _NOT_COVERED = (
     "What is true of the population as a whole, with or without any one patient: that is what the generator learns.",
