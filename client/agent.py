@@ -7,6 +7,7 @@ sends, a refusal is a code; the reason stays in the site's own log.
 
 import logging
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,12 +22,12 @@ from client.home import Home, head_copy, load_images, one_at_a_time, read_site_c
 from client.intake import Dataset
 from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.policy import Policy
-from client.replies import forget_old_replies, request_digest, secret_of_charge, store_reply, stored_reply
+from client.replies import forget_old_replies, secret_of_charge, store_reply, stored_reply
 from client.train import train_round
 from client.warmup import embedding_sum
 from common.config import GradientEngine, Proposal
 from common.config_text import parse_proposal
-from common.crypto import KeyStream, SigningKey, load_key
+from common.crypto import KeyStream, SigningKey, VerifyKey, load_key
 from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.generator_step import reproducible
 from common.look import Look, read_look
@@ -35,6 +36,7 @@ from common.models import Pair, build
 from common.noise import gaussian, to_public_grid
 from common.plan import Plan, plan
 from common.privacy import Charge
+from common.seal import check_request, request_digest, sign_reply
 from common.secure_sum import COHORT_SETTINGS, WARMUP_GRID, Cohort, parse_cohort, to_integers
 from common.weights import BOTH, get_weights, set_weights
 
@@ -64,14 +66,18 @@ class Site:
     ledger: Ledger
     secrets: Secrets = os_secrets
     gradients: GradientEngine = "fast"
+    coordinator: VerifyKey | None = None
+    """Whose requests are answered; None: those of whoever reaches the agent, on one machine."""
+    clock: Callable[[], float] = time.time
 
 
-def open_site(home: Home, secrets: Secrets = os_secrets) -> Site:
+def open_site(home: Home, secrets: Secrets = os_secrets, coordinator: VerifyKey | None = None) -> Site:
     """Open a site's home and verify its ledger.
 
     Args:
         home: The site's folder.
         secrets: Where secret randomness comes from. Only the simulator passes anything but the operating system's.
+        coordinator: Whose requests are answered; None for everybody's, within one machine.
 
     Raises:
         ConfigError: The policy or site.toml does not read.
@@ -80,7 +86,8 @@ def open_site(home: Home, secrets: Secrets = os_secrets) -> Site:
     key = load_key(home.key)
     require_books(home)
     ledger = open_ledger(home.ledger, key, head_copy(home))
-    return Site(home, policy.load(home.policy), key, ledger, secrets, read_site_config(home).gradients)
+    gradients = read_site_config(home).gradients
+    return Site(home, policy.load(home.policy), key, ledger, secrets, gradients, coordinator)
 
 
 def answer(site: Site, request: Request) -> Reply:
@@ -101,14 +108,20 @@ def answer(site: Site, request: Request) -> Reply:
         - one_outcome_per_charge: Whatever fails after the charge, by an error or by kill -9, the same request draws the
           same secrets again; no second sample of patients or noise can be had for one charge.
         - codes_only: A refusal holds no text, no field, no array.
+        - pinned_coordinator_only: With a coordinator's key, what that key did not sign, or too long ago, is refused
+          before anything is read for it; and every answer is signed by the site for this very request.
     """
     try:
+        if site.coordinator is not None:
+            check_request(site.coordinator, request, site.clock())
         if request.kind is Kind.HELLO:
-            return _hello(site, request)
-        with one_at_a_time(site.home):
-            return _private(site, request)
+            reply = _hello(site, request)
+        else:
+            with one_at_a_time(site.home):
+                reply = _private(site, request)
     except FedmedganError as error:
-        return _refusal(request, error)
+        reply = _refusal(request, error)
+    return sign_reply(site.key, request, reply)
 
 
 def _hello(site: Site, request: Request) -> Reply:

@@ -17,9 +17,9 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from common.errors import RefusalCode, WireError
-from common.messages import Kind, Reply, Request
+from common.messages import Kind, Reply, Request, Seal
 
-MAGIC = b"FMGC\x01\x00\x00\x00"
+MAGIC = b"FMGC\x02\x00\x00\x00"
 MAX_HEADER_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 30
 _PREFIX = struct.Struct("<8sIQ")
@@ -29,7 +29,8 @@ Transport = Callable[[Request], Reply]
 
 def pack_request(request: Request) -> bytes:
     """Write a request as one frame."""
-    header = {"proposal": request.proposal, "settings": dict(request.settings)}
+    seal = None if request.seal is None else [request.seal.nonce, request.seal.deadline, request.seal.signature]
+    header = {"proposal": request.proposal, "settings": dict(request.settings), "seal": seal}
     return _pack(request.kind, request.run_id, request.round, header, request.arrays)
 
 
@@ -40,15 +41,15 @@ def unpack_request(frame: bytes) -> Request:
         WireError: The frame does not decode, or bytes are left over.
 
     """
-    header, arrays = _unpack(frame, {"kind", "run", "round", "proposal", "settings"})
-    return Request(
-        _kind(header), str(header["run"]), int(header["round"]), str(header["proposal"]), header["settings"], arrays
-    )
+    header, arrays = _unpack(frame, {"kind", "run", "round", "proposal", "settings", "seal"})
+    run_id, round_, seal = str(header["run"]), int(header["round"]), _seal(header["seal"])
+    return Request(_kind(header), run_id, round_, str(header["proposal"]), header["settings"], arrays, seal)
 
 
 def pack_reply(reply: Reply) -> bytes:
     """Write a reply as one frame."""
-    header = {"refusal": reply.refusal.value if reply.refusal else None, "fields": dict(reply.fields)}
+    header: dict[str, Any] = {"refusal": reply.refusal.value if reply.refusal else None, "fields": dict(reply.fields)}
+    header["signature"] = reply.signature
     return _pack(reply.kind, reply.run_id, reply.round, header, reply.arrays)
 
 
@@ -59,12 +60,13 @@ def unpack_reply(frame: bytes) -> Reply:
         WireError: The frame does not decode, or bytes are left over.
 
     """
-    header, arrays = _unpack(frame, {"kind", "run", "round", "refusal", "fields"})
+    header, arrays = _unpack(frame, {"kind", "run", "round", "refusal", "fields", "signature"})
     code = header["refusal"]
     if code is not None and not (isinstance(code, str) and code in set(RefusalCode)):
         raise WireError("Expected a known refusal code.")
     refusal = RefusalCode(code) if code is not None else None
-    return Reply(_kind(header), str(header["run"]), int(header["round"]), refusal, header["fields"], arrays)
+    signature = header["signature"]
+    return Reply(_kind(header), str(header["run"]), int(header["round"]), refusal, header["fields"], arrays, signature)
 
 
 def connect(path: Path, timeout_s: float) -> Transport:
@@ -120,8 +122,10 @@ def _unpack(frame: bytes, keys: set[str]) -> tuple[dict[str, Any], dict[str, npt
     for part in ("settings", "fields"):
         if part in keys and not isinstance(header[part], dict):
             raise WireError(f"Expected {part} as a table of scalars.")
-    if type(header["round"]) is not int or not all(isinstance(header[k], str) for k in keys & {"run", "proposal"}):
-        raise WireError("Expected round as a whole number, run and proposal as texts.")
+    if type(header["round"]) is not int or not all(
+        isinstance(header[k], str) for k in keys & {"run", "proposal", "signature"}
+    ):
+        raise WireError("Expected round as a whole number, run, proposal and signature as texts.")
     return cast("dict[str, Any]", header), arrays
 
 
@@ -144,6 +148,16 @@ def _read_exactly(connection: socket.socket, size_bytes: int) -> bytes:
         parts.append(part)
         size_bytes -= len(part)
     return b"".join(parts)
+
+
+def _seal(value: object) -> Seal | None:
+    if value is None:
+        return None
+    match value:
+        case [str(nonce), int(deadline), str(signature)] if type(deadline) is int:
+            return Seal(nonce, deadline, signature)
+        case _:
+            raise WireError("Expected a seal of nonce, deadline and signature, or none.")
 
 
 def _kind(header: dict[str, Any]) -> Kind:

@@ -5,8 +5,6 @@ public values or on outputs that are already private. Everything else is refused
 what a privacy officer reads. Out of scope: what it cost (client/ledger).
 """
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from common.crypto import SigningKey, VerifyKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
 from common.messages import Kind, Reply, size_bytes
 from common.models import Pair
+from common.seal import content_digest
 from common.weights import weight_shapes
 
 NAME = "journal"
@@ -67,7 +66,7 @@ class Entry:
         run_id: The run.
         round: The round.
         kind: What was asked.
-        sha256: Digest of the content (`content_digest`).
+        sha256: Digest of the content (`common.seal.content_digest`).
         size_bytes: Bytes of the arrays.
         epsilon_after: Epsilon of everything charged, this release with it.
     """
@@ -143,22 +142,6 @@ def check_egress(reply: Reply, allowed: Release, max_reply_bytes: int = MAX_REPL
             _refuse(f"field {name} is not finite")
         if isinstance(value, str) and re.fullmatch(SITE_NAME, value) is None:
             _refuse(f"field {name} is not a site name")
-
-
-def content_digest(reply: Reply) -> str:
-    """Return the SHA-256 of all that a reply carries, in hexadecimal.
-
-    Over the refusal, the fields and the sorted names, dtypes and shapes of the arrays as canonical JSON, then the bytes
-    of the arrays in that order.
-    """
-    arrays = {name: np.ascontiguousarray(reply.arrays[name]) for name in sorted(reply.arrays)}
-    listing = [[name, array.dtype.str, list(reply.arrays[name].shape)] for name, array in arrays.items()]
-    head = {"refusal": reply.refusal, "fields": dict(reply.fields), "arrays": listing}
-    text = json.dumps(head, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    digest = hashlib.sha256(len(text).to_bytes(8, "big") + text)
-    for array in arrays.values():
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def append(folder: Path, key: SigningKey, reply: Reply, epsilon_after: float, time: datetime) -> None:

@@ -4,12 +4,8 @@ A charge's secret stands on disk until its outcome is stored. Out of scope: what
 record of it (client/journal).
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-
-import numpy as np
 
 from client.channel import pack_reply, unpack_reply
 from common.crypto import KeyStream
@@ -22,17 +18,6 @@ SECRET_BYTES = 32
 
 Released = Collection[tuple[str, Kind, int]]
 """Run, kind and round of everything that stands in the journal."""
-
-
-def request_digest(request: Request) -> str:
-    """Return the SHA-256 of all that a request asks, its run aside, in hexadecimal."""
-    parts = [request.kind.value, str(request.round), request.proposal]
-    parts += [json.dumps(dict(request.settings), sort_keys=True)]
-    sha = hashlib.sha256("\0".join(parts).encode())
-    for name in sorted(request.arrays):
-        array = np.ascontiguousarray(request.arrays[name])
-        sha.update(f"\0{name}\0{array.dtype}\0{array.shape}\0".encode() + array.tobytes())
-    return sha.hexdigest()
 
 
 def secret_of_charge(folder: Path, request: Request, draw: Callable[[], KeyStream]) -> KeyStream:

@@ -42,6 +42,7 @@ class RefusalCode(StrEnum):
     OVER_BUDGET = "over-budget"
     POLICY = "policy"
     REPLAYED = "replayed"
+    EXPIRED = "expired"
     BAD_REQUEST = "bad-request"
     NO_DATA = "no-data"
     UNREACHABLE = "unreachable"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from common.errors import RefusalCode
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Scalar = int | float | str
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -27,6 +27,22 @@ class Kind(StrEnum):
 
 @final
 @dataclass(frozen=True)
+class Seal:
+    """The coordinator's signature under a request (common/seal).
+
+    Attributes:
+        nonce: Of this request to this site alone, in hexadecimal.
+        deadline: Seconds since 1970 after which no site acts on it.
+        signature: Over everything else, in hexadecimal.
+    """
+
+    nonce: str
+    deadline: int
+    signature: str
+
+
+@final
+@dataclass(frozen=True)
 class Request:
     """One request of the coordinator to one site.
 
@@ -39,7 +55,7 @@ class Request:
             `look` for a warm-up; with secure-sum also `cohort_sites` and `cohort_patients`, of all sites together.
         arrays: Weights by name ("generator.…", "discriminator.…"), for a gradient the discriminator's only; empty for
             hello, and for a warm-up but for a lens.
-
+        seal: The coordinator's signature; None within one machine, where nobody stands between.
     """
 
     kind: Kind
@@ -48,6 +64,7 @@ class Request:
     proposal: str
     settings: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar])
     arrays: Arrays = field(default_factory=dict[str, npt.NDArray[Any]])
+    seal: Seal | None = None
 
 
 @final
@@ -62,7 +79,7 @@ class Reply:
         refusal: None when the site did what was asked.
         fields: Public scalars by name; the egress schema lists them (client/journal).
         arrays: Released arrays by name.
-
+        signature: Of the site, in hexadecimal, if the request was sealed; else empty.
     """
 
     kind: Kind
@@ -71,6 +88,7 @@ class Reply:
     refusal: RefusalCode | None = None
     fields: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar])
     arrays: Arrays = field(default_factory=dict[str, npt.NDArray[Any]])
+    signature: str = ""
 
 
 def size_bytes(arrays: Arrays) -> int:

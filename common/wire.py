@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 
 from common.config import MAX_PROPOSAL_BYTES
 from common.errors import RefusalCode, WireError
-from common.messages import PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar
+from common.messages import PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar, Seal
 
 MAX_ARRAYS = 512
 MAX_NAME_CHARACTERS = 128
@@ -33,15 +33,16 @@ MESSAGE_TYPES = {
 }
 _DTYPES = ("<f4", "<i4")
 
-_REQUEST_KEYS = {"protocol", "kind", "run", "round", "proposal"}
-_REPLY_KEYS = {"protocol", "kind", "run", "round", "refusal"}
+_REQUEST_KEYS = {"protocol", "kind", "run", "round", "proposal", "nonce", "deadline", "signature"}
+_REPLY_KEYS = {"protocol", "kind", "run", "round", "refusal", "signature"}
 _SCALAR_PREFIX = "scalar."
 
 
 def encode_request(request: Request, node_id: int, ttl_s: float) -> Message:
     """Make the Flower message of a request, valid for `ttl_s` seconds."""
     header = _header(request.kind, request.run_id, request.round, request.settings)
-    header["proposal"] = request.proposal
+    header["proposal"], seal = request.proposal, request.seal or Seal("", 0, "")
+    header |= {"nonce": seal.nonce, "deadline": seal.deadline, "signature": seal.signature}
     return Message(
         _content(header, request.arrays),
         dst_node_id=node_id,
@@ -60,13 +61,15 @@ def decode_request(message: Message) -> Request:
     """
     header, scalars, arrays = _read(message.content, _REQUEST_KEYS)
     proposal = _text(header, "proposal", MAX_PROPOSAL_BYTES)
-    return Request(_kind(header), _text(header, "run"), _whole(header, "round"), proposal, scalars, arrays)
+    seal = Seal(_text(header, "nonce"), _whole(header, "deadline", 2**53), _text(header, "signature"))
+    sealed = seal if seal.signature else None
+    return Request(_kind(header), _text(header, "run"), _whole(header, "round"), proposal, scalars, arrays, sealed)
 
 
 def encode_reply(reply: Reply, request: Message) -> Message:
     """Make the Flower message that answers `request`."""
     header = _header(reply.kind, reply.run_id, reply.round, reply.fields)
-    header["refusal"] = reply.refusal.value if reply.refusal else ""
+    header |= {"refusal": reply.refusal.value if reply.refusal else "", "signature": reply.signature}
     return Message(_content(header, reply.arrays), reply_to=request)
 
 
@@ -82,7 +85,8 @@ def decode_reply(message: Message) -> Reply:
     if code and code not in set(RefusalCode):
         raise WireError(f"Expected a known refusal code, got {len(code)} characters that are none.")
     refusal = RefusalCode(code) if code else None
-    return Reply(_kind(header), _text(header, "run"), _whole(header, "round"), refusal, scalars, arrays)
+    run_id, round_, signature = _text(header, "run"), _whole(header, "round"), _text(header, "signature")
+    return Reply(_kind(header), run_id, round_, refusal, scalars, arrays, signature)
 
 
 def _header(kind: Kind, run_id: str, round_: int, scalars: Mapping[str, Scalar]) -> dict[str, Any]:
@@ -154,10 +158,10 @@ def _text(header: ConfigRecord, key: str, longest: int = MAX_TEXT_CHARACTERS) ->
     return value
 
 
-def _whole(header: ConfigRecord, key: str) -> int:
+def _whole(header: ConfigRecord, key: str, bound: int = 2**31) -> int:
     value = header[key]
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise WireError(f"Expected {key} as a whole number in [0, 2^31).")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < bound:
+        raise WireError(f"Expected {key} as a whole number in [0, {bound}).")
     return value
 
 

@@ -16,9 +16,10 @@ from common.config import Config
 from common.config_text import build_config, read_config
 from common.errors import ConfigError, FederationError, PolicyRefusal, RefusalCode
 from common.flower_run import run_path
+from common.seal import Trust
 from common.sheets import save_sheet
 from server import checkpoint, display
-from server.exchange import PERMANENT
+from server.exchange import PERMANENT, Link
 from server.records import Progress, RoundRecord, append_record, is_landmark, read_records, write_records
 from server.results import write_results
 from server.roster import greet, wait_for_sites
@@ -44,12 +45,14 @@ class Job:
         folder: Its folder.
         stop: The wish to stop after the round under way.
         until: The round after which to stop, so that the state there can be looked at; None for the last.
+        trust: Keys of the coordinator and of the enrolled sites; None within one machine.
     """
 
     config: Config
     folder: RunFolder
     stop: threading.Event = field(default_factory=threading.Event)
     until: int | None = None
+    trust: Trust | None = None
 
 
 def federate(grid: Grid, job: Job) -> Iterator[Event]:
@@ -70,19 +73,20 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
     config, folder = job.config, job.folder
     state = checkpoint.load_latest(folder.checkpoints)
     write_records(folder.metrics, [r for r in read_records(folder.metrics) if state and r.round <= state.round])
-    wait_for_sites(grid, config)
-    members = greet(grid, config, folder.run_id, {})
+    link = Link(grid, job.trust)
+    wait_for_sites(link, config)
+    members = greet(link, config, folder.run_id, {})
     attempts = 0
     last = config.federation.rounds if job.until is None else job.until
     while state is None or (state.round < last and not job.stop.is_set()):
         number = 0 if state is None else state.round + 1
-        members = greet(grid, config, folder.run_id, members)  # 1 who
+        members = greet(link, config, folder.run_id, members)  # 1 who
         if state is None or number <= config.refinements:
             before = begin(folder, config, members) if state is None else state
-            events = warm_up(grid, config, members, before)  # 2 a lens out, sums in, fitted
+            events = warm_up(link, config, members, before)  # 2 a lens out, sums in, fitted
         else:
             one_round = train if config.train.algorithm == "local" else train_together
-            events = one_round(grid, config, members, state)  # 2 weights out, updates in, combined, stepped
+            events = one_round(link, config, members, state)  # 2 weights out, updates in, combined, stepped
         for event in events:
             if isinstance(event, Progress):
                 yield event

@@ -1,4 +1,7 @@
-"""One question to many sites over Flower's Grid: replies in a fixed order, failures as codes, never a wait for ever."""
+"""One question to many sites over Flower's Grid: replies in a fixed order, failures as codes, never a wait for ever.
+
+With keys, each question is signed for one site, and what a site did not sign for this very question is no answer.
+"""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,8 +11,10 @@ from typing import final
 from flwr.serverapp import Grid
 
 from common import wire
+from common.crypto import VerifyKey
 from common.errors import RefusalCode, WireError
 from common.messages import Reply, Request
+from common.seal import Trust, check_reply, seal_request
 
 POLL_S = 0.1
 
@@ -24,18 +29,47 @@ class Answer:
     code: str = ""
 
 
-def ask(grid: Grid, requests: Mapping[int, Request], timeout_s: float) -> Iterator[Answer]:
+@final
+@dataclass(frozen=True)
+class Link:
+    """The way to the sites.
+
+    Attributes:
+        grid: Flower's grid: in this process, on Ray, or over the network.
+        trust: The coordinator's key and those of the enrolled sites; None within one machine.
+    """
+
+    grid: Grid
+    trust: Trust | None = None
+
+
+UNSIGNED = frozenset({RefusalCode.UNREACHABLE, RefusalCode.BAD_REQUEST, RefusalCode.INTERNAL})
+"""Refusals that a relay gives itself, which has no key: they cost the site this answer and nothing else."""
+
+
+def ask(
+    link: Link, requests: Mapping[int, Request], timeout_s: float, names: Mapping[int, str] | None = None
+) -> Iterator[Answer]:
     """Ask each node its own question and yield the answers in the order of the questions.
 
     Args:
-        grid: Flower's grid.
+        link: The way to the nodes.
         requests: One request a node, in the order in which answers are wanted.
-        timeout_s: After this, missing answers are "timeout"; also the messages' time to live, so that no site works
-            on a stale round.
+        timeout_s: After this, missing answers are "timeout"; also the messages' time to live and the deadline that is
+            signed, so that no site works on a stale round.
+        names: The site behind each node, as it said when it was greeted; None in the greeting.
 
     Yields:
         One answer a node. In the order asked, so that sums of floats do not depend on who was faster.
+
+    Guarantees:
+        - answers_are_the_sites_own: With keys, a reply that is not signed by the enrolled site of its node for this
+          very question is no answer but a code.
     """
+    grid, trust = link.grid, link.trust
+    if trust is not None:
+        until = time.time() + timeout_s
+        requests = {node_id: seal_request(trust.key, request, until) for node_id, request in requests.items()}
     messages = [wire.encode_request(request, node_id, timeout_s) for node_id, request in requests.items()]
     ids = list(grid.push_messages(messages))
     del messages
@@ -49,15 +83,21 @@ def ask(grid: Grid, requests: Mapping[int, Request], timeout_s: float) -> Iterat
             if time.monotonic() > deadline:
                 arrived[node_id] = Answer(node_id, None, "timeout")
                 break
-            if not _pull(grid, node_of, requests, arrived):
+            if not _pull(link, node_of, requests, names, arrived):
                 time.sleep(POLL_S)
         yield arrived.pop(node_id)
 
 
-def _pull(grid: Grid, node_of: dict[str, int], requests: Mapping[int, Request], arrived: dict[int, Answer]) -> bool:
+def _pull(
+    link: Link,
+    node_of: dict[str, int],
+    requests: Mapping[int, Request],
+    names: Mapping[int, str] | None,
+    arrived: dict[int, Answer],
+) -> bool:
     """Take what has come; error replies are mapped by the message they answer, since their sender may be the link."""
     waiting: Sequence[str] = [message_id for message_id, node_id in node_of.items() if node_id not in arrived]
-    pulled = list(grid.pull_messages(waiting))
+    pulled = list(link.grid.pull_messages(waiting))
     for message in pulled:
         node_id = node_of.pop(message.metadata.reply_to_message_id, None)
         if node_id is None:
@@ -65,20 +105,35 @@ def _pull(grid: Grid, node_of: dict[str, int], requests: Mapping[int, Request], 
         if message.has_error():
             arrived[node_id] = Answer(node_id, None, f"flower-{message.error.code}")
             continue
-        arrived[node_id] = _decoded(node_id, requests[node_id], message)
+        name = None if names is None else names[node_id]
+        arrived[node_id] = _decoded(node_id, requests[node_id], message, link.trust, name)
     return bool(pulled)
 
 
-def _decoded(node_id: int, request: Request, message: wire.Message) -> Answer:
+def _decoded(node_id: int, request: Request, message: wire.Message, trust: Trust | None, name: str | None) -> Answer:
     try:
         reply = wire.decode_reply(message)
     except WireError:
         return Answer(node_id, None, "malformed-reply")
+    if trust is not None and not (reply.refusal in UNSIGNED and not reply.signature):
+        try:
+            check_reply(_key(trust, reply, name), request, reply)
+        except WireError:
+            return Answer(node_id, None, "forged-reply")
     if reply.refusal is not None:
         return Answer(node_id, None, reply.refusal.value)
     if (reply.kind, reply.run_id, reply.round) != (request.kind, request.run_id, request.round):
         return Answer(node_id, None, "wrong-reply")
     return Answer(node_id, reply)
+
+
+def _key(trust: Trust, reply: Reply, name: str | None) -> VerifyKey:
+    """Return the key of the site that a node is, or in the greeting claims to be."""
+    claimed = reply.fields.get("site") if name is None else name
+    key = trust.sites.get(claimed) if isinstance(claimed, str) else None
+    if key is None:
+        raise WireError("Expected an answer of an enrolled site.")
+    return key
 
 
 PERMANENT = frozenset({RefusalCode.OVER_BUDGET.value, RefusalCode.POLICY.value, RefusalCode.NO_DATA.value})

@@ -9,7 +9,7 @@ from common.config import Config
 from common.errors import ConfigError, FederationError
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from common.plan import Plan, plan
-from server.exchange import POLL_S, Grid, ask
+from server.exchange import POLL_S, Link, ask
 
 MAX_DECLARED_PATIENTS = 100_000_000
 
@@ -25,16 +25,16 @@ class Member:
     plan: Plan
 
 
-def wait_for_sites(grid: Grid, config: Config) -> None:
+def wait_for_sites(link: Link, config: Config) -> None:
     """Wait until all expected sites are connected, or as many as there must be when the time is over.
 
     Raises:
         FederationError: Fewer than `federation.min_sites` connected in `federation.connect_timeout_s`.
     """
     deadline = time.monotonic() + config.federation.connect_timeout_s
-    while len(list(grid.get_node_ids())) < config.simulation.sites and time.monotonic() < deadline:
+    while len(list(link.grid.get_node_ids())) < config.simulation.sites and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    connected = len(list(grid.get_node_ids()))
+    connected = len(list(link.grid.get_node_ids()))
     if connected < config.federation.min_sites:
         raise FederationError(
             f"Expected at least federation.min_sites={config.federation.min_sites} sites within "
@@ -42,17 +42,17 @@ def wait_for_sites(grid: Grid, config: Config) -> None:
         )
 
 
-def greet(grid: Grid, config: Config, run_id: str, known: Mapping[str, Member]) -> dict[str, Member]:
+def greet(link: Link, config: Config, run_id: str, known: Mapping[str, Member]) -> dict[str, Member]:
     """Ask every node that is not yet known who it is, and return all members by name, sorted.
 
     A node that does not answer, declares nonsense or takes a known name is left out; it is asked again next round.
     """
     known_nodes = {member.node_id for member in known.values()}
-    present = set(grid.get_node_ids())
+    present = set(link.grid.get_node_ids())
     members = {name: member for name, member in known.items() if member.node_id in present}
     new = sorted(present - known_nodes)
     requests = {node_id: Request(Kind.HELLO, run_id, 0, config.proposal()) for node_id in new}
-    for answer in ask(grid, requests, config.federation.connect_timeout_s):
+    for answer in ask(link, requests, config.federation.connect_timeout_s):
         member = _member(config, answer.node_id, answer.reply) if answer.reply else None
         if member is not None and member.name not in members:
             members[member.name] = member

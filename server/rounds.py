@@ -21,7 +21,7 @@ from common.weights import check_arrays, get_weights, only, set_weights
 from server import aggregation, robust
 from server.aggregation import MeanState
 from server.checkpoint import State
-from server.exchange import Grid, ask
+from server.exchange import Link, ask
 from server.ladder import climb
 from server.records import Progress, RoundRecord, SiteRelease
 from server.roster import Member
@@ -49,12 +49,12 @@ def initial_pair(config: Config) -> Pair:
 
 
 def releases(
-    grid: Grid, config: Config, members: Members, request: Request, shapes: Mapping[str, tuple[int, ...]], heard: Heard
+    link: Link, config: Config, members: Members, request: Request, shapes: Mapping[str, tuple[int, ...]], heard: Heard
 ) -> Iterator[tuple[Member, Arrays]]:
     """Ask all members the same and yield each valid release, in the order of names.
 
     Args:
-        grid: Flower's grid.
+        link: The way to the sites.
         config: The run's configuration.
         members: Whom to ask.
         request: What.
@@ -63,7 +63,8 @@ def releases(
     """
     by_node = {member.node_id: member for member in members.values()}
     requests = dict.fromkeys(by_node, request)
-    for answer in ask(grid, requests, config.federation.round_timeout_s):
+    names = {node_id: member.name for node_id, member in by_node.items()}
+    for answer in ask(link, requests, config.federation.round_timeout_s, names):
         member, reply = by_node[answer.node_id], answer.reply
         if reply is None:
             heard.refused[member.name] = answer.code
@@ -80,7 +81,7 @@ def releases(
         yield member, reply.arrays
 
 
-def train(grid: Grid, config: Config, members: Members, state: State) -> Iterator[Progress | Outcome]:
+def train(link: Link, config: Config, members: Members, state: State) -> Iterator[Progress | Outcome]:
     """Run one training round; yield progress, and in the end the outcome."""
     started = time.monotonic()
     number, heard = state.round + 1, Heard()
@@ -88,7 +89,7 @@ def train(grid: Grid, config: Config, members: Members, state: State) -> Iterato
     request = Request(Kind.TRAIN, state.run_id, number, config.proposal(), settings, state.weights)
     shapes = {name: tuple(array.shape) for name, array in state.weights.items()}
     mean, updates = MeanState(), list[Arrays]()
-    for member, arrays in releases(grid, config, members, request, shapes, heard):
+    for member, arrays in releases(link, config, members, request, shapes, heard):
         if config.server.aggregation == "mean":
             weight = member.declared_patients if config.server.weights == "declared" else 1
             mean = aggregation.add_to_mean(mean, arrays, float(weight))

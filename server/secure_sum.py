@@ -28,7 +28,7 @@ from server import aggregation
 from server.aggregation import OptimizerState
 from server.checkpoint import State
 from server.cohort import cohort_of, least_sites, taking_part
-from server.exchange import Grid
+from server.exchange import Link
 from server.records import Progress
 from server.rounds import Heard, Members, Outcome, averaged_pair, initial_pair, make_record, releases
 
@@ -36,7 +36,7 @@ BETAS = (0.5, 0.999)
 _CHUNK = 32
 
 
-def train_together(grid: Grid, config: Config, members: Members, state: State) -> Iterator[Progress | Outcome]:
+def train_together(link: Link, config: Config, members: Members, state: State) -> Iterator[Progress | Outcome]:
     """Run one round of secure-sum; yield progress, and in the end the outcome."""
     started = time.monotonic()
     torch.set_num_threads(config.performance.threads)
@@ -47,7 +47,7 @@ def train_together(grid: Grid, config: Config, members: Members, state: State) -
     request = Request(Kind.GRADIENT, state.run_id, number, config.proposal(), cohort.settings(), weights)
     numbers = sum(array.size for array in weights.values())
     total = np.zeros(numbers, np.int64)
-    for _, arrays in releases(grid, config, asked, request, {"gradient": (numbers,)}, heard):
+    for _, arrays in releases(link, config, asked, request, {"gradient": (numbers,)}, heard):
         total += arrays["gradient"]
         yield Progress(number, len(heard.sites), len(asked), "sites", dict(heard.sites))
     heard.refused |= dict.fromkeys(sorted(set(state.cohort) - set(asked)), "not-connected")

@@ -24,7 +24,7 @@ from common.secure_sum import WARMUP_GRID
 from common.weights import BOTH, get_weights, set_weights
 from server.checkpoint import State, WarmupRelease
 from server.cohort import cohort_of, least_sites, taking_part
-from server.exchange import Grid
+from server.exchange import Link
 from server.ladder import first_rung
 from server.lens import choose, make_lens, outlook
 from server.records import Progress
@@ -33,11 +33,11 @@ from server.start import Beginning
 from server.warmup import Target, fit_generator, target
 
 
-def warm_up(grid: Grid, config: Config, members: Members, before: Beginning | State) -> Iterator[Progress | Outcome]:
+def warm_up(link: Link, config: Config, members: Members, before: Beginning | State) -> Iterator[Progress | Outcome]:
     """Run round 0 or a refinement; yield progress, and in the end the outcome.
 
     Args:
-        grid: Flower's grid.
+        link: The way to the sites.
         config: The run's configuration.
         members: Whom to ask.
         before: The state before the round, or before round 0 what the run starts from.
@@ -54,7 +54,7 @@ def warm_up(grid: Grid, config: Config, members: Members, before: Beginning | St
     loss, so_far = 0.0, () if state is None else state.warmup
     if config.warmup.share > 0:
         known = None if before.weights is None else pair.generator
-        release = yield from _collect(grid, config, members, before, number, known, heard)
+        release = yield from _collect(link, config, members, before, number, known, heard)
         if release is None:
             yield None, make_record(number, heard, None, loss, started)
             return
@@ -79,7 +79,7 @@ def warm_up(grid: Grid, config: Config, members: Members, before: Beginning | St
 
 
 def _collect(
-    grid: Grid,
+    link: Link,
     config: Config,
     members: Members,
     before: Beginning | State,
@@ -99,7 +99,7 @@ def _collect(
     shape = (len(config.image.classes), look_dims(config.image)[look])
     total, variance = np.zeros(shape), 0.0
     request = Request(Kind.WARMUP, before.run_id, number, config.proposal(), {"look": look, **settings}, lens)
-    for member, arrays in releases(grid, config, asked, request, {"embedding": shape}, heard):
+    for member, arrays in releases(link, config, asked, request, {"embedding": shape}, heard):
         total += arrays["embedding"] * (WARMUP_GRID if cohort else 1.0)  # a power of two: exact
         variance += member.plan.share_warmup_noise**2
         yield Progress(number, len(heard.sites), len(asked), "sites", dict(heard.sites))

@@ -10,7 +10,7 @@ from flwr.app import Context
 from client.app import make_app
 from common.config import Config
 from common.errors import RefusalCode
-from common.messages import Arrays, Kind, Reply, Request, Scalar
+from common.messages import PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar
 from server.app import Job, federate
 from server.records import RoundRecord
 from server.run_folder import open_run
@@ -48,7 +48,7 @@ def run_sites(
 
 def _answer(index: int, behaviour: Callable[[Request], Any], release: Release, request: Request) -> Reply:
     if request.kind is Kind.HELLO:
-        fields = {"site": f"site-{index}", "declared_patients": 100 * (index + 1), "protocol": 1}
+        fields = {"site": f"site-{index}", "declared_patients": 100 * (index + 1), "protocol": PROTOCOL_VERSION}
         return Reply(request.kind, request.run_id, request.round, None, fields)
     answer = behaviour(request)
     if isinstance(answer, RefusalCode):

@@ -12,17 +12,18 @@ from client import journal
 from client.agent import answer, open_site
 from client.channel import pack_reply
 from client.home import import_images, load_images
-from client.journal import check_egress, content_digest, release_schema
+from client.journal import check_egress, release_schema
 from client.ledger import ChargeRequest, read_ledger
 from common.config_text import parse_proposal
-from common.crypto import KeyStream
-from common.errors import IntakeError, RefusalCode, StorageError
+from common.crypto import KeyStream, SigningKey
+from common.errors import IntakeError, RefusalCode, StorageError, WireError
 from common.features import feature_dim, feature_map
 from common.look import look_dims
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from common.models import build
 from common.plan import plan
 from common.privacy import Charge, epsilon, noise_for
+from common.seal import check_reply, content_digest, seal_request
 from common.weights import get_weights
 from tests.hostile_requests import BAD_LENSES, HOSTILE_LENSES, bad_lens, changed, make_lens
 from tests.tiny_site import REFINED, train_request
@@ -535,3 +536,55 @@ def test_a_deleted_ledger_stops_the_agent(tiny_home, warmup, left, used):
     with pytest.raises(StorageError, match="backup"):
         open_site(tiny_home)
     assert "ledger.head.json" not in {path.name for path in tiny_home.ledger.iterdir()}
+
+
+COORDINATOR = SigningKey(bytes(range(32)))
+
+
+@pytest.fixture
+def joined(tiny_home):
+    """A site that has pinned its coordinator's key, on the tenth of January 2027."""
+    return dataclasses.replace(open_site(tiny_home, coordinator=COORDINATOR.verify_key), clock=lambda: NOW)
+
+
+NOW = 1_799_539_200.0
+
+
+def sealed(request, key=COORDINATOR, deadline=NOW + 60):
+    return seal_request(key, request, deadline)
+
+
+def test_pinned_coordinator_only(joined, warmup):
+    hello = Request(Kind.HELLO, "run-1", 0, warmup.proposal)
+    for request in (hello, warmup):
+        honest = sealed(request)
+        wrong = [request, sealed(request, SigningKey.generate())]
+        wrong += [dataclasses.replace(honest, **change) for change in ({"run_id": "run-2"}, {"round": 1})]
+        wrong += [dataclasses.replace(honest, seal=dataclasses.replace(honest.seal, deadline=int(NOW) + 10**6))]
+        for forged in wrong:
+            assert answer(joined, forged).refusal is RefusalCode.BAD_REQUEST
+    assert not joined.ledger.charges
+
+
+def test_stale_requests_cost_nothing(joined, warmup):
+    late = sealed(warmup, deadline=NOW - 1)
+    reply = answer(joined, late)
+    assert reply.refusal is RefusalCode.EXPIRED
+    check_reply(joined.key.verify_key, late, reply)
+    assert not joined.ledger.charges
+    assert answer(joined, sealed(warmup)).refusal is None
+
+
+def test_a_sealed_request_gets_a_signed_answer_and_another_nonce_the_same_one_for_nothing(joined, warmup):
+    first, again = sealed(warmup), sealed(warmup)
+    replies = [answer(joined, request) for request in (first, again)]
+    assert content_digest(replies[0]) == content_digest(replies[1])
+    assert len(joined.ledger.charges) == 1
+    for request, reply in zip((first, again), replies, strict=True):
+        check_reply(joined.key.verify_key, request, reply)
+    with pytest.raises(WireError):
+        check_reply(joined.key.verify_key, again, replies[0])
+
+
+def test_an_answer_within_one_machine_is_not_signed(site, warmup):
+    assert answer(site, warmup).signature == ""

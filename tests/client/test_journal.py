@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.journal import Release, append, check_egress, content_digest, entries, release_schema, reply_shapes
+from client.journal import Release, append, check_egress, entries, release_schema, reply_shapes
 from common.config import Proposal
 from common.crypto import SigningKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
@@ -14,6 +14,7 @@ from common.features import feature_dim, feature_map
 from common.look import look_dims
 from common.messages import Kind, Reply
 from common.models import build
+from common.seal import content_digest
 from common.weights import get_weights
 
 KEY = SigningKey.from_bytes(bytes(range(32)))
@@ -31,7 +32,7 @@ def train_reply(**changes):
 
 def test_what_is_on_the_list_passes():
     check_egress(train_reply(), ALLOWED)
-    hello = Reply(Kind.HELLO, "run", 0, None, {"site": "st-mary", "declared_patients": 200, "protocol": 1})
+    hello = Reply(Kind.HELLO, "run", 0, None, {"site": "st-mary", "declared_patients": 200, "protocol": 2})
     check_egress(hello, release_schema(Kind.HELLO, {}))
     embedding = {"embedding": np.zeros((10, 4), np.float32)}
     warmup = Reply(Kind.WARMUP, "run", 0, None, BUDGET, embedding)
@@ -67,7 +68,7 @@ def test_closed_list_keeps_out(what):
 
 @pytest.mark.parametrize("text", ["KeyError: 'DOE^JANE'", "/export/doe.dcm", "a\n", "", "x" * 65])
 def test_closed_list_keeps_other_text_out_of_the_site_name(text):
-    hello = Reply(Kind.HELLO, "run", 0, None, {"site": text, "declared_patients": 200, "protocol": 1})
+    hello = Reply(Kind.HELLO, "run", 0, None, {"site": text, "declared_patients": 200, "protocol": 2})
     refused(hello, release_schema(Kind.HELLO, {}))
 
 

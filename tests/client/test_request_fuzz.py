@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from client.channel import unpack_request
 from common.config import Proposal
 from common.errors import WireError
+from common.messages import PROTOCOL_VERSION
 from tests.fuzz.targets import DOORS, HONEST, one_input
 from tests.hostile_requests import FRAMES
 
@@ -78,7 +79,7 @@ def test_proposals_with_other_values_are_harmless(changes):
 @fuzzed
 @given(trees, trees, trees, trees, st.sampled_from(["train", "warmup", "hello", "evaluate"]))
 def test_headers_with_other_values_are_harmless(run, round_, proposal, settings_, kind):
-    header = {"kind": kind, "run": run, "round": round_, "proposal": proposal, "settings": settings_}
+    header = {"kind": kind, "run": run, "round": round_, "proposal": proposal, "settings": settings_, "seal": None}
     text = json.dumps(header).encode()
     one_input(b"\1" + len(text).to_bytes(2, "little") + text + (2).to_bytes(8, "little") + b"{}")
 
@@ -86,14 +87,15 @@ def test_headers_with_other_values_are_harmless(run, round_, proposal, settings_
 @fuzzed
 @given(st.dictionaries(st.sampled_from(["protocol", "kind", "run", "round", "proposal", "scalar.d", "x"]), scalars))
 def test_messages_with_other_values_are_harmless(changes):
-    header = {"protocol": 1, "kind": "train", "run": "run-1", "round": 1, "proposal": HONEST.proposal} | changes
+    header = {"protocol": PROTOCOL_VERSION, "kind": "train", "run": "run-1", "round": 1, "proposal": HONEST.proposal}
+    header |= {"nonce": "", "deadline": 0, "signature": "", **changes}
     one_input(b"\4" + json.dumps({"header": header, "arrays": {}}).encode())
 
 
 @pytest.mark.parametrize("round_", [True, False, 1.0, "1", None, [1]])
 def test_a_round_is_a_whole_number_and_no_truth_value(round_):
-    header = {"kind": "train", "run": "run-1", "round": round_, "proposal": "", "settings": {}}
+    header = {"kind": "train", "run": "run-1", "round": round_, "proposal": "", "settings": {}, "seal": None}
     text = json.dumps(header).encode()
-    frame = b"FMGC\1\0\0\0" + len(text).to_bytes(4, "little") + (10).to_bytes(8, "little") + text
+    frame = b"FMGC\2\0\0\0" + len(text).to_bytes(4, "little") + (10).to_bytes(8, "little") + text
     with pytest.raises(WireError, match="round as a whole number"):
         unpack_request(frame + (2).to_bytes(8, "little") + b"{}")

@@ -18,6 +18,7 @@ from common.crypto import SigningKey, load_key
 from common.errors import StorageError, WireError
 from common.messages import Kind, Reply
 from common.privacy import Charge
+from common.seal import content_digest
 from tests.tiny_site import warmup_request
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -79,8 +80,8 @@ def test_one_release_per_charge(used):
     other = dataclasses.replace(first, fields={**first.fields, "epsilon_spent": 2.0})
     chain = journal.Chain(used.journal, journal.NAME, key_of(used).verify_key, key_of(used))
     with chain.locked():  # what `journal.append` refuses
-        chain.append({**chain.bodies[-1], "sha256": journal.content_digest(other)})
-    assert body.sha256 == journal.content_digest(first)
+        chain.append({**chain.bodies[-1], "sha256": content_digest(other)})
+    assert body.sha256 == content_digest(first)
     assert verified(used).findings == ("round 1 (train) of run run-1 was released 2 times",)
 
 

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from common import wire
 from common.errors import RefusalCode, WireError
-from common.messages import Kind, Reply, Request
+from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 
@@ -53,13 +53,14 @@ def _message(header: dict, record: ArrayRecord | None = None, **more: ConfigReco
     return Message(RecordDict(content), dst_node_id=1, message_type="train.round")
 
 
-_HEADER = {"protocol": 1, "kind": "train", "run": "run", "round": 1, "proposal": "{}"}
+_HEADER = {"protocol": PROTOCOL_VERSION, "kind": "train", "run": "run", "round": 1, "proposal": "{}"}
+_HEADER |= {"nonce": "", "deadline": 0, "signature": ""}
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        _HEADER | {"protocol": 2},
+        _HEADER | {"protocol": 1},
         _HEADER | {"kind": "evaluate"},
         _HEADER | {"extra": 1},
         {k: v for k, v in _HEADER.items() if k != "run"},
@@ -120,7 +121,8 @@ def test_too_many_arrays_or_records_are_refused() -> None:
 
 
 def test_unknown_refusal_code_is_refused() -> None:
-    header = {"protocol": 1, "kind": "train", "run": "run", "round": 1, "refusal": "patient 123 failed"}
+    header = {"protocol": PROTOCOL_VERSION, "kind": "train", "run": "run", "round": 1, "refusal": "patient 123 failed"}
+    header["signature"] = ""
     with pytest.raises(WireError):
         wire.decode_reply(_message(header))
 

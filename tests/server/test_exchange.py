@@ -1,4 +1,5 @@
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -7,9 +8,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
+from common.crypto import SigningKey
 from common.errors import RefusalCode
 from common.messages import Kind, Reply, Request
-from server.exchange import ask
+from common.seal import Trust, check_request, sign_reply
+from server.exchange import Link, ask
 
 
 class FakeGrid(Grid):
@@ -73,7 +76,7 @@ def _other_round(message: Message) -> Message:
 
 def _ask(grid: FakeGrid, timeout_s: float = 5.0) -> dict[int, str]:
     requests = {node: Request(Kind.TRAIN, "run", 1, "{}") for node in sorted(grid.answers)}
-    return {answer.node_id: answer.code for answer in ask(grid, requests, timeout_s)}
+    return {answer.node_id: answer.code for answer in ask(Link(grid), requests, timeout_s)}
 
 
 def test_every_failure_is_a_code_and_nobody_stops_the_round() -> None:
@@ -100,3 +103,57 @@ def test_order_of_answers_does_not_depend_on_who_was_faster(order: list[int]) ->
 
 def test_silent_site_is_a_timeout_and_the_others_count() -> None:
     assert _ask(FakeGrid({1: _ok, 2: "silent", 3: _ok}), timeout_s=0.3) == {1: "", 2: "timeout", 3: ""}
+
+
+COORDINATOR, SITES = SigningKey(bytes(32)), {name: SigningKey(name.encode() * 32) for name in "abc"}
+TRUST = Trust(COORDINATOR, {name: key.verify_key for name, key in SITES.items()})
+
+
+def _signed(name: str, refusal: RefusalCode | None = None, site: str = "") -> Callable[[Message], Message]:
+    def answer(message: Message) -> Message:
+        request = wire.decode_request(message)
+        check_request(COORDINATOR.verify_key, request, time.time())
+        fields = {} if refusal else {"site": site or name}
+        reply = Reply(request.kind, request.run_id, request.round, refusal, fields)
+        return wire.encode_reply(sign_reply(SITES[name], request, reply), message)
+
+    return answer
+
+
+def _ask_signed(answers: dict, names: dict[int, str] | None) -> dict[int, str]:
+    grid = FakeGrid(answers)
+    requests = {node: Request(Kind.TRAIN, "run", 1, "{}") for node in sorted(answers)}
+    return {answer.node_id: answer.code for answer in ask(Link(grid, TRUST), requests, 5.0, names)}
+
+
+def test_answers_are_the_sites_own() -> None:
+    answers = {1: _signed("a"), 2: _signed("a"), 3: _ok, 4: _signed("c", RefusalCode.OVER_BUDGET), 5: _refuse}
+    codes = _ask_signed(answers, {1: "a", 2: "b", 3: "c", 4: "c", 5: "c"})
+    assert codes == {1: "", 2: "forged-reply", 3: "forged-reply", 4: "over-budget", 5: "forged-reply"}
+
+
+def test_a_greeting_is_believed_if_the_site_it_names_signed_it() -> None:
+    assert _ask_signed({1: _signed("a"), 2: _signed("a", site="b"), 3: _signed("a", site="new")}, None) == {
+        1: "",
+        2: "forged-reply",
+        3: "forged-reply",
+    }
+
+
+def test_a_relay_may_say_without_a_key_that_its_agent_is_not_there() -> None:
+    def gone(message: Message) -> Message:
+        return wire.encode_reply(Reply(Kind.TRAIN, "", 0, RefusalCode.UNREACHABLE), message)
+
+    assert _ask_signed({1: gone}, {1: "a"}) == {1: "unreachable"}
+
+
+def test_a_reply_of_an_earlier_question_is_forged() -> None:
+    kept: list[Message] = []
+
+    def replay(message: Message) -> Message:
+        kept.append(_signed("a")(message))
+        first = wire.decode_reply(kept[0])
+        return wire.encode_reply(first, message)
+
+    assert _ask_signed({1: replay}, {1: "a"}) == {1: ""}
+    assert _ask_signed({1: replay}, {1: "a"}) == {1: "forged-reply"}

@@ -19,6 +19,7 @@ from common.plan import plan
 from common.secure_sum import WARMUP_GRID, Cohort
 from common.weights import get_weights
 from server import checkpoint
+from server.exchange import Link
 from server.roster import Member
 from server.rounds import initial_pair
 from server.start import Beginning, write_start
@@ -160,7 +161,7 @@ def test_with_fewer_members_than_min_sites_nobody_is_asked(present: int) -> None
     def connect(context: Context) -> Any:
         raise OSError("asked")
 
-    events = list(warm_up(LocalGrid(make_app(connect), 1), config, members, Beginning("run", {}, None)))
+    events = list(warm_up(Link(LocalGrid(make_app(connect), 1)), config, members, Beginning("run", {}, None)))
     assert len(events) == 1
     assert isinstance(events[0], tuple)
     after, record = events[0]
