@@ -16,7 +16,17 @@ from common.files import append_durably, write_atomic
 @final
 @dataclass(frozen=True)
 class SiteRelease:
-    """One site's part of a round: what it released and what that cost."""
+    """One site's part of a round: what it released and what that cost.
+
+    Attributes:
+        declared_patients: Of the site.
+        noise_multiplier: Of each step, over the clipping norm.
+        sample_rate: Probability of each patient in each step.
+        steps: Private steps.
+        epsilon_spent: Of everything that the site was ever charged, as it says.
+        epsilon_allowed: By its policy, as it says.
+        sha256: Digest of what was received; the same stands in the site's journal.
+    """
 
     declared_patients: int
     noise_multiplier: float
@@ -24,6 +34,7 @@ class SiteRelease:
     steps: int
     epsilon_spent: float
     epsilon_allowed: float
+    sha256: str
 
 
 @final

@@ -28,11 +28,14 @@ class Member:
 def wait_for_sites(link: Link, config: Config) -> None:
     """Wait until all expected sites are connected, or as many as there must be when the time is over.
 
+    Expected are all enrolled sites, or within one machine `simulation.sites`.
+
     Raises:
         FederationError: Fewer than `federation.min_sites` connected in `federation.connect_timeout_s`.
     """
     deadline = time.monotonic() + config.federation.connect_timeout_s
-    while len(list(link.grid.get_node_ids())) < config.simulation.sites and time.monotonic() < deadline:
+    expected = config.simulation.sites if link.trust is None else len(link.trust.sites)
+    while len(list(link.grid.get_node_ids())) < expected and time.monotonic() < deadline:
         time.sleep(POLL_S)
     connected = len(list(link.grid.get_node_ids()))
     if connected < config.federation.min_sites:

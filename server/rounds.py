@@ -17,6 +17,7 @@ from common.errors import WireError
 from common.messages import Arrays, Kind, Reply, Request, size_bytes
 from common.models import Pair, build
 from common.privacy import Charge
+from common.seal import content_digest
 from common.weights import check_arrays, get_weights, only, set_weights
 from server import aggregation, robust
 from server.aggregation import MeanState
@@ -132,7 +133,7 @@ def _release(member: Member, reply: Reply, config: Config, kind: Kind) -> SiteRe
         member.plan.charge_of_warmup() if warmup else member.plan.charge_of_round(config.train.steps_per_round)
     )
     noise, rate, steps = charge.noise_multiplier, charge.sample_rate, charge.steps
-    return SiteRelease(member.declared_patients, noise, rate, steps, spent, allowed)
+    return SiteRelease(member.declared_patients, noise, rate, steps, spent, allowed, content_digest(reply))
 
 
 def make_record(number: int, heard: Heard, d_steps: int | None, change: float, started: float) -> RoundRecord:

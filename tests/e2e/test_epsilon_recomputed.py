@@ -1,4 +1,5 @@
-"""Epsilon per site from metrics.jsonl and config.toml alone, by dp-accounting, with none of our code."""
+"""Epsilon per site from metrics.jsonl and config.toml alone, by dp-accounting, with none of our code; and what was
+received is what the sites' journals say left."""
 
 import json
 import tomllib
@@ -7,6 +8,10 @@ from pathlib import Path
 import dp_accounting
 import pytest
 from dp_accounting import pld
+
+from client import journal
+from client.home import Home
+from common.crypto import load_key
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -44,3 +49,15 @@ def test_sample_rate_follows_from_public_numbers(finished_run: Path) -> None:
         for release in record["sites"].values():
             expected = 1.0 if record["round"] == 0 else min(1.0, batch / release["declared_patients"])
             assert release["sample_rate"] == pytest.approx(expected)
+
+
+def test_what_was_received_is_what_the_journals_say_left(finished_run: Path) -> None:
+    received: dict[str, dict[int, str]] = {}
+    for line in (finished_run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for site, release in record["sites"].items():
+            received.setdefault(site, {})[record["round"]] = release["sha256"]
+    for site, digests in received.items():
+        home = Home(finished_run / "hospitals" / site)
+        entries = journal.entries(home.journal, load_key(home.key).verify_key)
+        assert {entry.round: entry.sha256 for entry in entries} == digests

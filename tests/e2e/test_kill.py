@@ -24,13 +24,13 @@ from client import journal
 from client.agent import open_site
 from client.channel import pack_request, unpack_reply
 from client.home import Home, head_copy
-from client.journal import content_digest
 from client.ledger import read_ledger
 from client.verify import verify_home
 from common.crypto import load_key
 from common.errors import WireError
 from common.messages import Kind, Reply, Request
 from common.plan import plan
+from common.seal import content_digest
 from tests.e2e.conftest import ENVIRONMENT
 from tests.e2e.nursery import Order, Outcome
 from tests.tiny_site import POLICY, PROPOSAL, make_home, train_request, warmup_request

@@ -19,7 +19,7 @@ def _config(**changes: object) -> Config:
 def _record(
     number: int, epsilons: dict[str, float], refused: dict[str, str] | None = None, allowed: float = 10.0
 ) -> RoundRecord:
-    sites = {name: SiteRelease(300, 1.5, 0.2, 12, spent, allowed) for name, spent in epsilons.items()}
+    sites = {name: SiteRelease(300, 1.5, 0.2, 12, spent, allowed, "ab") for name, spent in epsilons.items()}
     return RoundRecord(number, sites, refused or {}, 0.63 if number else None, None, 0.5, 5.2, 1000)
 
 

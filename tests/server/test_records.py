@@ -9,7 +9,9 @@ from server.records import RoundRecord, SiteRelease, append_record, is_landmark,
 
 
 def _record(number: int) -> RoundRecord:
-    return RoundRecord(number, {"a": SiteRelease(100, 1.5, 0.1, 1, 2.0, 10.0)}, {"b": "policy"}, 0.5, 2, 0.1, 1.0, 64)
+    return RoundRecord(
+        number, {"a": SiteRelease(100, 1.5, 0.1, 1, 2.0, 10.0, "ab")}, {"b": "policy"}, 0.5, 2, 0.1, 1.0, 64
+    )
 
 
 def test_records_appended_are_those_written_anew(tmp_path: Path) -> None:

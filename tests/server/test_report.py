@@ -30,7 +30,7 @@ def _records(sites: Sequence[str], rounds: int) -> list[RoundRecord]:
     return [
         RoundRecord(
             number,
-            {name: SiteRelease(300, 1.5, 0.2, 12, 5.0 + number, 10.0) for name in sites},
+            {name: SiteRelease(300, 1.5, 0.2, 12, 5.0 + number, 10.0, "ab") for name in sites},
             {"absent": "over-budget"} if number == 2 else {},
             0.75 if number else None,
             4 if number else None,

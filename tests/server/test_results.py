@@ -33,7 +33,7 @@ def _config() -> Config:
 
 
 def _release(epsilon: float, steps: int = 12, rate: float = 0.1, noise: float = 1.5) -> SiteRelease:
-    return SiteRelease(500, noise, rate, steps, epsilon, 10.0)
+    return SiteRelease(500, noise, rate, steps, epsilon, 10.0, "ab")
 
 
 def _record(number: int, sites: dict[str, SiteRelease], refused: dict[str, str] | None = None) -> RoundRecord:
