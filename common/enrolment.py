@@ -226,9 +226,10 @@ def _opened(kind: Kind, content: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def _parsed(kind: Kind, model: type[_Read], tree: dict[str, Any]) -> _Read:
-    if tree.get("version") != VERSION:
+    version = tree.get("version")
+    if type(version) is not int or version != VERSION:
         raise WireError(
-            f"Expected an {kind} of version {VERSION}, this is of version {str(tree.get('version'))[:16]!r}. Both "
+            f"Expected an {kind} of version {VERSION}, this is of version {str(version)[:16]!r}. Both "
             "sides install the same release."
         )
     try:

@@ -66,7 +66,8 @@ def read_secret(path: Path, limit: int) -> bytes:
     """Read a secret of at most `limit` bytes that only its owner may read.
 
     Raises:
-        StorageError: It cannot be read, is longer, or others than its owner may read or write it.
+        StorageError: It cannot be read, or others than its owner may read or write it.
+        WireError: It is longer.
     """
     try:
         with path.open("rb") as handle:
@@ -80,7 +81,7 @@ def read_secret(path: Path, limit: int) -> bytes:
             "if others use this machine, make a new one."
         )
     if len(content) > limit:
-        raise StorageError(f"Expected at most {limit} bytes in the secret {path}. Restore it from a backup.")
+        raise WireError(f"Expected at most {limit} bytes in the secret {path}. Restore it from a backup.")
     return content
 
 
