@@ -1,4 +1,4 @@
-"""`fedmedgan-site`: what a hospital does with its agent's home. Enrolment and the relay come later."""
+"""`fedmedgan-site`: what a hospital does with its agent's home. Joining is in client/membership."""
 
 import json
 import logging
@@ -28,6 +28,7 @@ from client.home import (
 from client.intake.records import parse_label
 from client.intake.refusals import describe
 from client.ledger import Ledger, read_ledger
+from client.membership import add_commands
 from client.policy import Policy
 from client.serve import serve
 from client.verify import export_journal, read_export, verify_home
@@ -45,6 +46,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 records = typer.Typer(no_args_is_help=True, help="Show, verify or export the record of every release.")
 app.add_typer(records, name="journal")
+add_commands(app)
 
 _UNNAMED = ("all",)
 """The classes of a planned run whose configuration names none."""
@@ -81,6 +83,7 @@ def init(
     copy = str(head_copy.absolute()) if head_copy is not None else None
     made = create_home(home, SiteConfig(data=str(data.absolute()), label=label, head_copy=copy), rules)
     print(f"home: {made.folder}; read and mend {made.policy} before the first run")
+    print(f"next: fedmedgan-site enrol {made.folder}, and send the coordinator the file that it writes")
 
 
 @app.command("import")

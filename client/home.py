@@ -3,6 +3,7 @@
     site.toml      where the images are and how they are labelled (the data engineer's file)
     policy.toml    what the site allows (the privacy officer's file)
     keys/site.json the site's identity key, mode 0600
+    keys/node.*    the relay's key, federation.json what it trusts (client/joining)
     ledger/        every charge, signed and chained
     journal/       every release, signed and chained
     replies/       the last replies, so that a repeated request gets the same answer for the same charge
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from client import journal
 from client import policy as policies
 from client.intake import Dataset, Form, load, read, read_form, save, scan
+from client.joining import make_node_key
 from client.ledger import open_ledger
 from client.policy import Policy
 from common.config import GradientEngine
@@ -125,6 +127,7 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
     write_atomic(folder / "site.toml", ("\n".join(lines) + "\n").encode(), 0o600)
     if not home.key.exists():
         save_key(home.key, SigningKey.generate())
+    make_node_key(folder)
     key = load_key(home.key)
     open_ledger(home.ledger, key, head_copy(home))
     journal.start(home.journal, key)

@@ -14,11 +14,11 @@ from typing import Annotated, Literal, final
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from common.config import ModelName, Positive, Proposal, Section
+from common.enrolment import SITE_NAME
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.files import write_atomic
 from common.plan import Plan
 
-SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_POLICY_BYTES = 65_536
 MAX_REPLY_BYTES = 33_554_432
 _WIDTH = 118

@@ -1,12 +1,11 @@
 """Site identities and secret key streams: Ed25519 signatures, AES-256-CTR and HKDF-SHA256.
 
-The only module that imports `cryptography`. Out of scope: what is signed (client/chain, common/wire) and what the
-stream is used for (common/noise).
+Beside common/certificates the only module that imports `cryptography`. Out of scope: what is signed (client/chain,
+common/wire) and what the stream is used for (common/noise).
 """
 
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any, final
 
@@ -18,8 +17,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from common.errors import StorageError, WireError
-from common.files import write_atomic
+from common.errors import WireError
+from common.files import read_secret, write_atomic
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -234,20 +233,7 @@ def load_key(path: Path) -> SigningKey:
         StorageError: It cannot be read, or others than its owner may read or write it.
         WireError: It is not a key file of a known version.
     """
-    try:
-        with path.open("rb") as handle:
-            mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
-            content = handle.read(MAX_KEY_FILE_BYTES + 1)
-    except OSError as error:
-        raise StorageError(
-            f"Could not read the key {path}: {error.strerror}. Restore it from a backup or make a new site home."
-        ) from error
-    if mode & 0o077:
-        raise StorageError(
-            f"Expected mode 600 for the key {path}, got {mode:03o}: others can read it. Run `chmod 600 {path}`; "
-            "if others use this machine, make a new key and enrol again."
-        )
-    return _parse_key(path, content)
+    return _parse_key(path, read_secret(path, MAX_KEY_FILE_BYTES))
 
 
 def _parse_key(path: Path, content: bytes) -> SigningKey:

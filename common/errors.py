@@ -10,6 +10,7 @@ The exception tree:
     ├── ResumeError           a run folder or a site home that does not fit what is asked
     ├── StorageError          a file that could not be written or read
     ├── FederationError       no site can take part
+    ├── EnrolmentError        a key, certificate, enrolment or invitation that is not to be trusted
     └── MissingExtra          an optional dependency is not installed
 
 Messages never hold a patient id, a path below the data root or tensor content.
@@ -33,6 +34,7 @@ class ExitCode(IntEnum):
     FEDERATION = 8
     MISSING_EXTRA = 9
     WIRE = 10
+    ENROLMENT = 11
     INTERRUPTED = 130
 
 
@@ -107,6 +109,13 @@ class FederationError(FedmedganError):
     """No site can take part in what is asked."""
 
     exit_code = ExitCode.FEDERATION
+
+
+@final
+class EnrolmentError(FedmedganError):
+    """An enrolment, an invitation or a certificate is expired, replayed, changed, or meant for somebody else."""
+
+    exit_code = ExitCode.ENROLMENT
 
 
 @final

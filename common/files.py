@@ -1,10 +1,11 @@
 """Files that matter: written to a temporary name, fsynced, renamed. Out of scope: what is in them."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
-from common.errors import StorageError
+from common.errors import StorageError, WireError
 
 
 def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -42,6 +43,46 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Read a file that must not be longer than `limit` bytes.
+
+    Raises:
+        StorageError: It cannot be read.
+        WireError: It is longer; no more than the limit was read of it.
+    """
+    try:
+        with path.open("rb") as handle:
+            content = handle.read(limit + 1)
+    except OSError as error:
+        raise StorageError(f"Could not read {path}: {error.strerror}. Name another file.") from error
+    if len(content) > limit:
+        raise WireError(f"Expected at most {limit} bytes in {path}, it is longer: another file was named.")
+    return content
+
+
+def read_secret(path: Path, limit: int) -> bytes:
+    """Read a secret of at most `limit` bytes that only its owner may read.
+
+    Raises:
+        StorageError: It cannot be read, or others than its owner may read or write it.
+        WireError: It is longer.
+    """
+    try:
+        with path.open("rb") as handle:
+            mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
+            content = handle.read(limit + 1)
+    except OSError as error:
+        raise StorageError(f"Could not read the secret {path}: {error.strerror}. Restore it from a backup.") from error
+    if mode & 0o077:
+        raise StorageError(
+            f"Expected mode 600 for the secret {path}, got {mode:03o}: others can read it. Run `chmod 600 {path}`; "
+            "if others use this machine, make a new one."
+        )
+    if len(content) > limit:
+        raise WireError(f"Expected at most {limit} bytes in the secret {path}. Restore it from a backup.")
+    return content
 
 
 def append_durably(path: Path, line: bytes, mode: int = 0o600) -> None:

@@ -1,4 +1,4 @@
-"""`fedmedgan-coordinator`: what a coordinator does beside the round loop. Enrolment and the server come later."""
+"""`fedmedgan-coordinator`: what a coordinator does beside the round loop. Enrolment is in server/membership."""
 
 import math
 import sys
@@ -16,10 +16,12 @@ from common.models import outline
 from common.plan import delta_warning, plans_of
 from common.weights import weight_shapes
 from server.lens import foretell
+from server.membership import add_commands
 from server.report import write_report
 from server.rounds import round_bytes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+add_commands(app)
 
 
 @app.command()

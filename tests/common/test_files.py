@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from common.errors import StorageError
-from common.files import append_durably, make_folder, write_atomic
+from common.errors import StorageError, WireError
+from common.files import append_durably, make_folder, read_bounded, read_secret, write_atomic
 
 
 def test_write_atomic_sets_mode_and_content(tmp_path) -> None:
@@ -86,3 +86,27 @@ def test_missing_folder_is_a_clear_error(tmp_path) -> None:
     with pytest.raises(StorageError, match="Could not write"):
         write_atomic(tmp_path / "none" / "file", b"")
     assert resource.getrlimit(resource.RLIMIT_FSIZE)  # the limit of the test above was set in its own process
+
+
+def test_read_bounded_stops_at_the_bound(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_bounded(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(WireError, match="at most 4 bytes"):
+        read_bounded(tmp_path / "file", 4)
+    for gone in (tmp_path / "gone", tmp_path):
+        with pytest.raises(StorageError, match="Could not read"):
+            read_bounded(gone, 4)
+
+
+def test_read_secret_wants_it_secret(tmp_path):
+    path = tmp_path / "secret"
+    write_atomic(path, b"12345", 0o600)
+    assert read_secret(path, 5) == b"12345"
+    with pytest.raises(WireError, match="at most 4 bytes"):
+        read_secret(path, 4)
+    for mode in (0o640, 0o604, 0o620, 0o610):
+        path.chmod(mode)
+        with pytest.raises(StorageError, match="chmod 600"):
+            read_secret(path, 5)
+    with pytest.raises(StorageError, match="Could not read"):
+        read_secret(tmp_path / "gone", 5)

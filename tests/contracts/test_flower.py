@@ -95,3 +95,25 @@ def test_run_simulation_takes_apps_and_a_backend() -> None:
 
     names = list(inspect.signature(run_simulation).parameters)
     assert names[:5] == ["server_app", "client_app", "num_supernodes", "backend_name", "backend_config"]
+
+
+def test_node_keys_are_what_flower_reads(tmp_path) -> None:
+    """common/certificates makes them, server/link registers them, client/relay shows them."""
+    from argparse import Namespace
+
+    from flwr.cli.supernode.register import try_load_public_key
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve
+    from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
+
+    from common.certificates import new_node_key, node_public_key, node_public_pem
+
+    private, public = tmp_path / "node.key", tmp_path / "node.pub"
+    private.write_bytes(new_node_key())
+    public.write_bytes(node_public_key(private.read_bytes()) + b"\n")
+    arguments = Namespace(auth_supernode_private_key=str(private), auth_supernode_public_key=None)
+    pair = _try_setup_client_authentication(arguments)
+    assert pair is not None
+    pem = node_public_pem(public.read_bytes().strip())
+    assert try_load_public_key(public) == pem
+    assert bytes_to_public_key(pem) == pair[1]
+    assert uses_nist_ec_curve(pair[1])
