@@ -27,6 +27,7 @@ from client.home import (
 )
 from client.intake.records import parse_label
 from client.intake.refusals import describe
+from client.joining import has_joined, load_pinned
 from client.ledger import Ledger, read_ledger
 from client.membership import add_commands
 from client.policy import Policy
@@ -112,9 +113,12 @@ def serve_(
     home: HomeArgument,
     socket: Annotated[Path, typer.Option(help="The Unix socket to answer on.")],
 ) -> None:
-    """Answer the relay's requests on a Unix socket until SIGTERM or Ctrl-C."""
+    """Answer the relay's requests on a Unix socket until SIGTERM or Ctrl-C.
+
+    A site that has joined a federation answers what its coordinator signed and nothing else.
+    """
     opened = Home(home)
-    site = open_site(opened)
+    site = open_site(opened, coordinator=load_pinned(home).coordinator if has_joined(home) else None)
     opened.log.touch(0o600)
     logging.basicConfig(
         filename=opened.log,

@@ -198,6 +198,11 @@ def leave(home: Path) -> Pinned:
     return pinned
 
 
+def has_joined(home: Path) -> bool:
+    """Tell whether a site has pinned a federation; a damaged pin counts, and `load_pinned` says so."""
+    return Membership(home).federation.exists()
+
+
 def load_pinned(home: Path) -> Pinned:
     """Return what the site pinned when it joined; an invitation's expiry no longer matters then.
 

@@ -21,10 +21,11 @@ from typing import Annotated, final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from common.crypto import VerifyKey
+from common.crypto import VerifyKey, load_key
 from common.enrolment import FederationName, HexKey, Host, Moment, NodeKey, Port, SiteName
 from common.errors import ConfigError, EnrolmentError, StorageError
 from common.files import read_bounded
+from common.seal import Trust
 
 MAX_SETTINGS_BYTES = 65_536
 MAX_RECORD_BYTES = 16_384
@@ -224,6 +225,17 @@ def enrolled(consortium: Consortium) -> dict[str, EnrolledSite]:
         )
         for name, record in records(consortium).items()
     }
+
+
+def load_trust(consortium: Consortium) -> Trust:
+    """Return the coordinator's key and those of the sites that may take part: enrolled and not revoked.
+
+    Raises:
+        StorageError: A key or a record cannot be read.
+        WireError: The coordinator's key is no key file of a known version.
+    """
+    sites = {name: site.verify_key for name, site in enrolled(consortium).items() if not site.revoked}
+    return Trust(load_key(consortium.key), sites)
 
 
 def require_site(consortium: Consortium, name: str) -> SiteRecord:
