@@ -12,11 +12,13 @@ from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
 from common.errors import StorageError, WireError
 from common.files import write_atomic
@@ -260,3 +262,24 @@ def _parse_key(path: Path, content: bytes) -> SigningKey:
     raise WireError(
         f"{path} is not a private key of version {_KEY_FILE_VERSION} ({_KEY_FILE_KIND}). Restore it from a backup."
     )
+
+
+def node_key_pem(openssh: bytes) -> bytes:
+    """Return the public key of a Flower node in the form in which Flower's server keeps it.
+
+    Args:
+        openssh: An elliptic-curve public key as OpenSSH writes it.
+
+    Returns:
+        The same key as PEM (SubjectPublicKeyInfo).
+
+    Raises:
+        WireError: It is no elliptic-curve public key in that form.
+    """
+    try:
+        key = load_ssh_public_key(openssh)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise WireError(f"Expected a node key in OpenSSH form: {error}. Ask the site to enrol again.") from error
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise WireError("Expected a node key on an elliptic curve (ecdsa-sha2-nistp384). Ask the site to enrol again.")
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
