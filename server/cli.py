@@ -139,10 +139,10 @@ def status(
         return
     sites = Table("site", "connected", "last seen", title=str(consortium.folder))
     for node in nodes:
-        sites.add_row(node.name, "yes" if node.online else "no", node.last_seen or "never")
+        sites.add_row(node.name, "yes" if node.online else "no", node.last_seen[:19] or "never")
     last = Table("run", "state", "since", "folder")
     for one in runs:
-        last.add_row(str(one.run_id), one.outcome or one.status, one.started, str(one.folder))
+        last.add_row(str(one.run_id), one.outcome or one.status, one.started[:19], one.folder.name)
     console = Console()
     console.print(sites)
     console.print(last)

@@ -49,6 +49,16 @@ LONGEST_OUTAGE_S = 120.0
 
 @final
 @dataclass(frozen=True)
+class Changes:
+    """Names of the sites that were let in, that were put out, and whose node key the link does not take."""
+
+    came: list[str]
+    went: list[str]
+    refused: list[str]
+
+
+@final
+@dataclass(frozen=True)
 class NodeStatus:
     """A site's node as the link sees it; `last_seen` is "now", ISO 8601, or empty if it never connected."""
 
@@ -126,7 +136,7 @@ def connect(consortium: Consortium) -> Generator[ControlHttpClient]:
         client.close()
 
 
-def register_sites(client: ControlHttpClient, sites: Mapping[str, EnrolledSite]) -> tuple[list[str], list[str]]:
+def register_sites(client: ControlHttpClient, sites: Mapping[str, EnrolledSite]) -> Changes:
     """Make the link accept exactly the enrolled sites that are not revoked.
 
     Args:
@@ -134,20 +144,30 @@ def register_sites(client: ControlHttpClient, sites: Mapping[str, EnrolledSite])
         sites: All enrolled sites.
 
     Returns:
-        Names of the sites that were let in, and of those that were put out.
+        What changed, and which sites could not be let in.
 
     Raises:
         WireError: A node key does not decode; nothing was changed.
+
+    Guarantees:
+        - revoked_stays_out: A node key that was put out never comes back, under no name: Flower keeps it as used.
     """
     wanted = {node_key_pem(site.node_public_key): name for name, site in sites.items() if not site.revoked}
     known = {node.public_key: node for node in _registered(client)}
     leaving = {key: node for key, node in known.items() if wanted.get(key) != node.name}
     for node in leaving.values():
         client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
-    coming = {key: name for key, name in wanted.items() if key not in known or key in leaving}
-    for key, name in coming.items():
-        client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
-    return sorted(coming.values()), sorted(node.name for node in leaving.values())
+    came: list[str] = []
+    refused: list[str] = []
+    for key, name in wanted.items():
+        if key in known and key not in leaving:
+            continue
+        try:
+            client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+            came.append(name)
+        except httpx.HTTPStatusError:  # one site's key must not keep the others out
+            refused.append(name)
+    return Changes(sorted(came), sorted(node.name for node in leaving.values()), sorted(refused))
 
 
 def list_nodes(client: ControlHttpClient) -> list[NodeStatus]:

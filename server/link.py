@@ -46,7 +46,7 @@ PUBLIC_LIMITS = Limits(body_bytes=8 << 20, bodies=16)
 ADMIN_LIMITS = Limits(body_bytes=16 << 20, bodies=16)
 """A bundle may have 10 MiB."""
 MAX_CONNECTIONS = 512
-WATCH_S = 2.0
+FIRST_WATCH_S, WATCH_S = 0.2, 2.0
 """How often the files of the home are looked at: sites that come and go, a renewed certificate."""
 SHUTDOWN_S = 5
 
@@ -197,24 +197,36 @@ def _keep_as_the_home_has_it(
 ) -> None:
     sites: list[tuple[str, int]] | None = None
     certificate = _stamp(consortium.server_certificate)
-    while thread.is_alive() and not stop.wait(WATCH_S if sites is not None else 0.2):
+    while thread.is_alive() and not stop.wait(WATCH_S if sites is not None else FIRST_WATCH_S):
         if not all(server.started for server in servers):
             continue
         try:
+            renewed = _stamp(consortium.server_certificate)
+            if renewed != certificate:  # first, or a renewed CA would keep this process from asking its own link
+                _show_renewed_certificate(consortium, servers)
+                certificate = renewed
             seen = sorted((path.name, _stamp(path)) for path in consortium.sites.glob("*.json"))
             if seen != sites:
-                with connect(consortium) as client:
-                    came, went = register_sites(client, enrolled(consortium))
-                LOG.info("sites let in: %s; put out: %s", ", ".join(came) or "none", ", ".join(went) or "none")
+                _let_in_and_out(consortium)
                 sites = seen
-            if (renewed := _stamp(consortium.server_certificate)) != certificate:
-                for server in servers:
-                    if server.config.ssl is not None:
-                        server.config.ssl.load_cert_chain(consortium.server_certificate, consortium.server_key)
-                certificate = renewed
-                LOG.info("the renewed server certificate is in use")
         except (FedmedganError, OSError) as error:  # the link goes on with what it has; the next look tries again
             LOG.error("%s", error)
+
+
+def _let_in_and_out(consortium: Consortium) -> None:
+    with connect(consortium) as client:
+        changes = register_sites(client, enrolled(consortium))
+    if changes.came or changes.went:
+        LOG.info("sites let in: %s; put out: %s", changes.came, changes.went)
+    if changes.refused:
+        LOG.error("not let in: %s; a node key that was put out cannot come back: enrol with a new one", changes.refused)
+
+
+def _show_renewed_certificate(consortium: Consortium, servers: list[uvicorn.Server]) -> None:
+    for server in servers:
+        if server.config.ssl is not None:
+            server.config.ssl.load_cert_chain(consortium.server_certificate, consortium.server_key)
+    LOG.info("the renewed server certificate is in use")
 
 
 def _stamp(path: Path) -> int:

@@ -168,7 +168,7 @@ def _last_line(log: Path) -> str:
 
 
 def _end_with_supervisor(stop: threading.Event) -> None:
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold at the end of the process
         continue
     stop.set()
 

@@ -59,8 +59,8 @@ def write_certificates(folder: Path) -> None:
     write_atomic(folder / "server.pem", server.public_bytes(pem))
 
 
-def _certificate(name, key, issuer, issuer_key, extensions):  # noqa: ANN
-    now = dt.datetime.now(dt.timezone.utc)
+def _certificate(name, key, issuer, issuer_key, extensions):
+    now = dt.datetime.now(dt.UTC)
     builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
@@ -80,7 +80,7 @@ def openssh(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
-def enrol(consortium: Consortium, name: str, revoked: bool = False, key=None) -> ec.EllipticCurvePrivateKey:  # noqa: ANN
+def enrol(consortium: Consortium, name: str, revoked: bool = False, key=None) -> ec.EllipticCurvePrivateKey:
     """Write an enrolled site and return its node key."""
     key = key or ec.generate_private_key(ec.SECP384R1())
     site = {
@@ -95,7 +95,7 @@ def enrol(consortium: Consortium, name: str, revoked: bool = False, key=None) ->
 
 def signed_headers(key: ec.EllipticCurvePrivateKey, age_s: float = 0.0) -> dict[str, str]:
     """Make the headers with which a node of this key asks the Fleet API."""
-    stamp = (dt.datetime.now(dt.timezone.utc) - dt.timedelta(seconds=age_s)).isoformat()
+    stamp = (dt.datetime.now(dt.UTC) - dt.timedelta(seconds=age_s)).isoformat()
     signature = key.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
     public = b64encode(node_key_pem(openssh(key))).decode()
     return {
