@@ -46,13 +46,19 @@ def execute(consortium: Consortium, process: Started) -> None:
     """
     ours = bundle_hash(build_bundle())
     running: list[subprocess.Popen[bytes]] = []
-    with _connect(consortium) as client:
-        delay_s = 0.0
-        while not process.stop.wait(delay_s):
-            running = [run for run in running if run.poll() is None]
-            token, delay_s = _acquire(client, ours)
-            if token:
-                running.append(_start(consortium, token))
+    while not process.stop.is_set():
+        with _connect(consortium) as client:  # anew after each failure: the certificates may have been renewed
+            while not process.stop.is_set():
+                running = [run for run in running if run.poll() is None]
+                try:
+                    token = _acquire(client, ours)
+                except (httpx.HTTPError, ValueError) as error:  # ValueError: an answer that does not decode
+                    LOG.info("the link hands out no runs: %s", error)
+                    break
+                if token:
+                    running.append(_start(consortium, token))
+                process.stop.wait(POLL_S)
+        process.stop.wait(AWAY_S)
     if process.asked.is_set():
         _end(running)
 
@@ -71,23 +77,16 @@ def run_one(consortium: Consortium, token: str) -> None:
     )
 
 
-def _acquire(client: RuntimeHttpClient, ours: str) -> tuple[str, float]:
-    """Ask for a run; return its token or nothing, and how long to wait before the next question."""
-    try:
-        answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-    except httpx.HTTPStatusError as error:
-        LOG.error("the link refuses to hand out runs: %d", error.response.status_code)
-        return "", AWAY_S
-    except (httpx.HTTPError, ValueError) as error:
-        LOG.info("the link does not answer: %s", type(error).__name__)
-        return "", AWAY_S
+def _acquire(client: RuntimeHttpClient, ours: str) -> str:
+    """Ask for a run; return its token, or nothing."""
+    answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
     if not answer.HasField("task") or not answer.token:
-        return "", POLL_S
+        return ""
     if answer.task.fab_hash != ours:
         LOG.error("run %d is of another release than the installed one; it is not started", answer.task.run_id)
-        return "", POLL_S
+        return ""
     LOG.info("run %d starts", answer.task.run_id)
-    return answer.token, POLL_S
+    return answer.token
 
 
 def _start(consortium: Consortium, token: str) -> subprocess.Popen[bytes]:
