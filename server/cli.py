@@ -1,4 +1,7 @@
-"""`fedmedgan-coordinator`: what a coordinator does beside the round loop. Enrolment comes later."""
+"""`fedmedgan-coordinator`: what a coordinator does beside the round loop. Enrolment comes later.
+
+Torch and the accountant take seconds to import: only the commands that need them do.
+"""
 
 import json
 import math
@@ -17,14 +20,8 @@ from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
 from common.errors import ConfigError, ExitCode, FederationError
 from common.flower_environment import flower_environment
-from common.models import outline
-from common.plan import delta_warning, plans_of
-from common.weights import weight_shapes
 from server import control
 from server.consortium import Consortium, enrolled, load_consortium
-from server.lens import foretell
-from server.report import write_report
-from server.rounds import round_bytes
 from server.run_folder import next_folder, prepare_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -33,6 +30,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a run folder anew."""
+    from server.report import write_report
+
     print(write_report(run))
 
 
@@ -42,6 +41,10 @@ def print_plan(
     config: Annotated[Path | None, typer.Option(help="A TOML file of the run.")] = None,
 ) -> None:
     """Print what a run would ask of sites of these sizes: sample rate, noise, steps, bytes."""
+    from common.plan import delta_warning, plans_of
+    from server.lens import foretell
+    from server.rounds import round_bytes
+
     proposed = build_config(read_config(config) if config is not None else {})
     if not proposed.image.classes:
         proposed = build_config(proposed.model_dump(), {"image.classes": ("all",)})
@@ -71,6 +74,9 @@ def print_models() -> None:
     Bytes go to a site, and as many come back: both networks with train.algorithm = local, the discriminator alone, and
     whole numbers of its length back, with secure-sum.
     """
+    from common.models import outline
+    from common.weights import weight_shapes
+
     table = Table()
     for column in ("model", "pixels", "G weights", "D weights", "local, bytes", "secure-sum, bytes"):
         table.add_column(column, justify="left" if column == "model" else "right")

@@ -99,7 +99,8 @@ def coordinator(tmp_path: Path, recorder: Recorder) -> Iterator[Consortium]:
 
 
 def write_config(consortium: Consortium, **federation: float) -> Path:
-    changes = {f"federation.{key}": value for key, value in federation.items()} | {"performance.threads": 1}
+    changes = {f"federation.{key}": value for key, value in federation.items()}
+    changes |= {"performance.threads": 1, "warmup.share": 0.0}
     path = consortium.folder / "run.toml"
     write_atomic(path, to_toml(build_config(tiny_site.PROPOSAL.model_dump(), changes)).encode())
     return path
@@ -139,8 +140,7 @@ def test_a_federation_from_start_to_generator_with_the_link_killed(
     try:
         config = write_config(coordinator, rounds=1, connect_timeout_s=40.0)
         run = command(coordinator, "run", coordinator.folder, config, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        records = coordinator.runs / "run-0001" / "metrics.jsonl"
-        wait_for(lambda: records.exists() and records.read_text().count("\n") >= 1)
+        wait_for((coordinator.runs / "run-0001" / "run.json").exists)
         link = processes_of(coordinator, "server.link")
         assert len(link) == 1
         link[0].send_signal(signal.SIGKILL)
