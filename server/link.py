@@ -13,6 +13,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from base64 import b64decode
 from datetime import datetime
 from http import HTTPStatus
@@ -49,6 +50,7 @@ MAX_CONNECTIONS = 512
 FIRST_WATCH_S, WATCH_S = 0.2, 2.0
 """How often the files of the home are looked at: sites that come and go, a renewed certificate."""
 SHUTDOWN_S = 5
+BIND_S = 10.0
 
 
 def sites_only(states: LinkStateFactory) -> Admit:
@@ -163,13 +165,18 @@ def _server(gate: Gate, consortium: Consortium, lifespan: LifespanType) -> uvico
 
 
 def _bind(address: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((address, port))
-    except OSError as error:
-        raise ConfigError(
-            f"Could not listen on {address}:{port}: {error.strerror}. Does another coordinator run? "
-            "Stop it, or change the port in federation.toml."
-        ) from error
+    """Listen; for BIND_S, since the link of a coordinator that was killed needs a moment to leave."""
+    deadline = time.monotonic() + BIND_S
+    while True:
+        try:
+            return socket.create_server((address, port))
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"Could not listen on {address}:{port}: {error.strerror}. Does another coordinator run? "
+                    "Stop it, or change the port in federation.toml."
+                ) from error
+        time.sleep(0.5)
 
 
 async def _serve(servers: list[tuple[uvicorn.Server, socket.socket]]) -> None:

@@ -109,7 +109,7 @@ def supervise(consortium: Consortium, stop: threading.Event) -> ExitCode:
                 if (final_code := _keep(child, consortium)) is not None:
                     print(f"error: {child.module} ended: {_last_line(child.log)}", file=sys.stderr)
                     return final_code
-                _rotate(child.log)
+                rotate(child.log)
     finally:
         for child in (executor, link):
             _end(child)
@@ -155,8 +155,11 @@ def _end(child: Child) -> None:
         child.process.wait()
 
 
-def _rotate(log: Path) -> None:
-    """Keep one older log. Copied and cut: the process goes on writing to the same file, at its end."""
+def rotate(log: Path) -> None:
+    """Cut a log that has grown too long, and keep what was in it as `.log.1`.
+
+    Copied and cut, not renamed: the process goes on writing to the same file, at its end.
+    """
     if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
         shutil.copyfile(log, log.with_suffix(".log.1"))
         os.truncate(log, 0)

@@ -1,5 +1,6 @@
 """A coordinator as it is run: its commands, one real site behind Flower's own SuperNode, and things that go wrong."""
 
+import hashlib
 import json
 import os
 import signal
@@ -14,16 +15,43 @@ from pathlib import Path
 import psutil
 import pytest
 from cryptography.hazmat.primitives import serialization
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto
+from flwr.proto.control_pb2 import StartRunRequest
+from flwr.supercore.fab import Fab
 
 from common.config_text import build_config, to_toml
 from common.files import write_atomic
 from server.consortium import Consortium, read_settings
+from server.control import connect
 from tests import tiny_site
 from tests.coordinator_home import ROOT, end, enrol, environment, free_port, make_home, wait_until_up
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what Flower uses
+]
 
 BIN = Path(sys.executable).parent
+
+
+DESCRIPTION = """
+[project]
+name = "fedmedgan"
+version = "0.1.0"
+description = "another"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedmedgan"
+
+[tool.flwr.app.components]
+serverapp = "evil:app"
+clientapp = "evil:app"
+"""
 
 
 class Recorder:
@@ -173,6 +201,24 @@ def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Conso
     wait_for(lambda: not processes_of(coordinator, "--run"))
     tree = json.loads(ask(coordinator, "status", coordinator.folder, "--json")[1])
     assert [one["outcome"] for one in tree["runs"]] == ["stopped"]
+
+
+def test_a_bundle_of_other_code_is_not_started(coordinator: Consortium, tmp_path: Path) -> None:
+    """Whoever has the token of the control API still cannot run code of his own on this machine."""
+    enrol(coordinator, "st-mary")
+    canary = tmp_path / "canary"
+    files = {
+        "pyproject.toml": DESCRIPTION.encode(),
+        "evil.py": f"from pathlib import Path\nPath({str(canary)!r}).touch()\napp = None\n".encode(),
+    }
+    bundle = build_fab_from_files(files)[0]
+    with connect(coordinator) as control:
+        fab = fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {}))
+        assert control.StartRun(StartRunRequest(fab=fab, federation="")).run_id
+    wait_for(lambda: "of another release" in (coordinator.logs / "executor.log").read_text())
+    time.sleep(1)
+    assert not processes_of(coordinator, "--run")
+    assert not canary.exists()
 
 
 def test_commands_without_a_coordinator_say_what_to_do(tmp_path: Path) -> None:
