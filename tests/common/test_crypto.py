@@ -4,9 +4,11 @@ import os
 import pickle
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from common.crypto import KeyStream, SigningKey, VerifyKey, load_key, save_key
+from common.crypto import KeyStream, SigningKey, VerifyKey, load_key, node_key_pem, save_key
 from common.errors import StorageError, WireError
 
 SEED = bytes(range(32))
@@ -159,3 +161,14 @@ def test_malformed_key_files_are_refused_without_their_content(tmp_path, content
 def test_missing_key_file(tmp_path):
     with pytest.raises(StorageError, match="Could not read"):
         load_key(tmp_path / "none.key")
+
+
+def test_node_key_changes_its_form_and_nothing_else():
+    openssh, pem = serialization.Encoding.OpenSSH, serialization.Encoding.PEM
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    written = key.public_bytes(openssh, serialization.PublicFormat.OpenSSH)
+    assert node_key_pem(written) == key.public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    other = ed25519.Ed25519PrivateKey.generate().public_key().public_bytes(openssh, serialization.PublicFormat.OpenSSH)
+    for wrong in (b"", b"ecdsa-sha2-nistp384 AAAA", written[:-9], other):
+        with pytest.raises(WireError, match="enrol again"):
+            node_key_pem(wrong)
