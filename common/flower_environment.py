@@ -20,11 +20,11 @@ _SWITCHES: Mapping[str, str] = {
 }
 
 
-def flower_environment(flower_home: Path) -> dict[str, str]:
+def flower_environment(home: Path) -> dict[str, str]:
     """Return this process's environment with Flower's own connections and installations off.
 
     Args:
-        flower_home: The folder in which Flower keeps its files, instead of the user's home.
+        home: The coordinator's or the site's home; Flower keeps its files in `flower/` below it, not in the user's.
 
     Returns:
         A whole environment for a child process, or for `os.environ.update` before Flower is imported.
@@ -36,4 +36,4 @@ def flower_environment(flower_home: Path) -> dict[str, str]:
     """
     before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     direct = f"{before},{LOCAL_HOSTS}" if before else LOCAL_HOSTS
-    return {**os.environ, **_SWITCHES, "FLWR_HOME": str(flower_home), "NO_PROXY": direct, "no_proxy": direct}
+    return {**os.environ, **_SWITCHES, "FLWR_HOME": str(home / "flower"), "NO_PROXY": direct, "no_proxy": direct}

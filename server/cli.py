@@ -97,9 +97,9 @@ HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
 @app.command()
 def start(home: HomeArgument) -> None:
     """Serve the federation until Ctrl-C or SIGTERM: one public port for the sites, all else on loopback."""
-    consortium = load_consortium(home)
+    consortium = load_consortium(home.absolute())
     arguments = [sys.executable, "-m", "server.supervise", str(consortium.folder)]
-    os.execve(sys.executable, arguments, flower_environment(consortium.flower))  # noqa: S606 - without torch from here
+    os.execve(sys.executable, arguments, flower_environment(consortium.folder))  # noqa: S606 - without torch from here
 
 
 @app.command()
@@ -109,7 +109,7 @@ def run(
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run.")] = False,
 ) -> None:
     """Start a run with the enrolled sites and follow it. Ctrl-C ends the following, not the run."""
-    consortium = load_consortium(home)
+    consortium = load_consortium(home.absolute())
     sites = [name for name, site in enrolled(consortium).items() if not site.revoked]
     if not sites:
         raise ConfigError(f"No site is enrolled. Enrol one: fedmedgan-coordinator enrol {home} FILE")
@@ -128,7 +128,7 @@ def resume(
 ) -> None:
     """Go on with a run from its last whole round, and follow it."""
     path = folder.absolute()
-    _start_run(load_consortium(home), path / "config.toml", path, resume=True, detach=detach)
+    _start_run(load_consortium(home.absolute()), path / "config.toml", path, resume=True, detach=detach)
 
 
 @app.command()
@@ -136,7 +136,7 @@ def status(
     home: HomeArgument, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False
 ) -> None:
     """Print the sites, who is connected, and the last runs."""
-    consortium = load_consortium(home)
+    consortium = load_consortium(home.absolute())
     with control.connect(consortium) as client:
         nodes, runs = control.list_nodes(client), control.list_runs(client)
     if as_json:
@@ -159,7 +159,7 @@ def stop(
     home: HomeArgument, run_id: Annotated[int | None, typer.Argument(help="One run; all when left out.")] = None
 ) -> None:
     """Stop the runs that are under way; `resume` goes on with them from their last whole round."""
-    with control.connect(load_consortium(home)) as client:
+    with control.connect(load_consortium(home.absolute())) as client:
         active = [one for one in control.list_runs(client) if one.status != control.FINISHED]
         chosen = [one for one in active if run_id is None or one.run_id == run_id]
         if run_id is not None and not chosen:

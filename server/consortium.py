@@ -62,12 +62,12 @@ class Consortium:
         return self.folder / "federation.toml"
 
     @property
-    def ca_certificate(self) -> Path:
+    def ca_pem(self) -> Path:
         """Return the path of the certificate that sites trust."""
         return self.folder / "ca.pem"
 
     @property
-    def server_certificate(self) -> Path:
+    def server_pem(self) -> Path:
         """Return the path of the server's certificate."""
         return self.folder / "server.pem"
 
@@ -102,9 +102,9 @@ class Consortium:
         return self.folder / "runs"
 
     @property
-    def flower(self) -> Path:
-        """Return the folder in which Flower keeps its files."""
-        return self.folder / "flower"
+    def database(self) -> Path:
+        """Return the path of the link's database."""
+        return self.folder / read_settings(self).database
 
 
 def load_consortium(folder: Path) -> Consortium:
@@ -113,7 +113,7 @@ def load_consortium(folder: Path) -> Consortium:
     Raises:
         ConfigError: No home stands there.
     """
-    consortium = Consortium(folder.absolute())
+    consortium = Consortium(folder)
     if not consortium.settings.exists():
         raise ConfigError(f"No coordinator's home stands in {folder}. Make one: fedmedgan-coordinator init {folder}")
     return consortium

@@ -111,12 +111,12 @@ def connect(consortium: Consortium) -> Generator[ControlHttpClient]:
         StorageError: Token or certificate cannot be read.
         ConfigError: federation.toml is wrong.
     """
-    os.environ.update(flower_environment(consortium.flower))
+    os.environ.update(flower_environment(consortium.folder))
     port = read_settings(consortium).control_port
     try:
-        certificate = consortium.ca_certificate.read_bytes()
+        certificate = consortium.ca_pem.read_bytes()
     except OSError as error:
-        raise StorageError(f"Could not read {consortium.ca_certificate}: {error.strerror}. Restore it.") from error
+        raise StorageError(f"Could not read {consortium.ca_pem}: {error.strerror}. Restore it.") from error
     client = ControlHttpClient.from_server_address(
         server_address=f"127.0.0.1:{port}",
         insecure=False,

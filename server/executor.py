@@ -127,9 +127,9 @@ def _address(consortium: Consortium) -> str:
 
 def _certificate(consortium: Consortium) -> bytes:
     try:
-        return consortium.ca_certificate.read_bytes()
+        return consortium.ca_pem.read_bytes()
     except OSError as error:
-        raise StorageError(f"Could not read {consortium.ca_certificate}: {error.strerror}. Restore it.") from error
+        raise StorageError(f"Could not read {consortium.ca_pem}: {error.strerror}. Restore it.") from error
 
 
 def main() -> NoReturn:

@@ -114,7 +114,7 @@ def bind_address(settings: Settings) -> str:
 
 
 def _superlink(consortium: Consortium, settings: Settings) -> tuple[Application, LinkStateFactory]:
-    database = consortium.folder / settings.database
+    database = consortium.database
     config = SuperLinkLifespanConfig(
         control_address="127.0.0.1:0",
         health_server_address=None,
@@ -132,8 +132,8 @@ def _superlink(consortium: Consortium, settings: Settings) -> tuple[Application,
         fleet_api_type="grpc-rere",
         fleet_api_address=None,
         simulation=False,
-        ssl_ca_certfile=str(consortium.ca_certificate),
-        ssl_certfile=str(consortium.server_certificate),
+        ssl_ca_certfile=str(consortium.ca_pem),
+        ssl_certfile=str(consortium.server_pem),
         ssl_keyfile=str(consortium.server_key),
         database=str(database),
         isolation="process",
@@ -149,7 +149,7 @@ def _server(gate: Gate, consortium: Consortium, lifespan: LifespanType) -> uvico
         uvicorn.Config(
             cast("Application", gate),
             lifespan=lifespan,
-            ssl_certfile=str(consortium.server_certificate),
+            ssl_certfile=str(consortium.server_pem),
             ssl_keyfile=str(consortium.server_key),
             http="h11",  # bounds the size of headers
             ws="none",
@@ -203,12 +203,12 @@ def _keep_as_the_home_has_it(
     consortium: Consortium, servers: list[uvicorn.Server], thread: threading.Thread, stop: threading.Event
 ) -> None:
     sites: list[tuple[str, int]] | None = None
-    certificate = _stamp(consortium.server_certificate)
+    certificate = _stamp(consortium.server_pem)
     while thread.is_alive() and not stop.wait(WATCH_S if sites is not None else FIRST_WATCH_S):
         if not all(server.started for server in servers):
             continue
         try:
-            renewed = _stamp(consortium.server_certificate)
+            renewed = _stamp(consortium.server_pem)
             if renewed != certificate:  # first, or a renewed CA would keep this process from asking its own link
                 _show_renewed_certificate(consortium, servers)
                 certificate = renewed
@@ -232,7 +232,7 @@ def _let_in_and_out(consortium: Consortium) -> None:
 def _show_renewed_certificate(consortium: Consortium, servers: list[uvicorn.Server]) -> None:
     for server in servers:
         if server.config.ssl is not None:
-            server.config.ssl.load_cert_chain(consortium.server_certificate, consortium.server_key)
+            server.config.ssl.load_cert_chain(consortium.server_pem, consortium.server_key)
     LOG.info("the renewed server certificate is in use")
 
 

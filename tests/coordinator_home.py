@@ -43,7 +43,7 @@ def make_home(folder: Path) -> Consortium:
     values = f'host = "127.0.0.1"\nport = {free_port()}\ncontrol_port = {free_port()}\ndatabase = "link.db"\n'
     write_atomic(folder / "federation.toml", values.encode())
     write_certificates(folder)
-    return load_consortium(folder)
+    return load_consortium(folder.absolute())
 
 
 def write_certificates(folder: Path) -> None:
@@ -108,7 +108,7 @@ def signed_headers(key: ec.EllipticCurvePrivateKey, age_s: float = 0.0) -> dict[
 
 def environment(consortium: Consortium) -> dict[str, str]:
     """Return the environment of a process of this home that imports this checkout."""
-    return flower_environment(consortium.flower) | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return flower_environment(consortium.folder) | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def start(consortium: Consortium, module: str, **extra: str) -> subprocess.Popen[bytes]:
@@ -133,7 +133,7 @@ def client(consortium: Consortium, admin: bool = False) -> httpx.Client:
     """Return an HTTP client of one of the listeners that trusts this home's CA."""
     settings = read_settings(consortium)
     port = settings.control_port if admin else settings.port
-    trust = ssl.create_default_context(cafile=str(consortium.ca_certificate))
+    trust = ssl.create_default_context(cafile=str(consortium.ca_pem))
     return httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust, trust_env=False, timeout=10.0)
 
 

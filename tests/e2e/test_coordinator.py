@@ -152,7 +152,7 @@ def start_site(consortium: Consortium, folder: Path) -> list[subprocess.Popen[by
         time.sleep(3)  # until the link has let the site in; a relay tries again by itself
         node = [
             *(BIN / "flower-supernode", "--superlink", f"127.0.0.1:{read_settings(consortium).port}"),
-            *("--root-certificates", consortium.ca_certificate, "--auth-supernode-private-key", folder / "node.key"),
+            *("--root-certificates", consortium.ca_pem, "--auth-supernode-private-key", folder / "node.key"),
             *("--node-config", f'agent-socket="{agent_socket}"', "--host", "127.0.0.1", "--port", str(free_port())),
         ]
         started.append(subprocess.Popen([str(part) for part in node], env=variables, stdout=log, stderr=log))

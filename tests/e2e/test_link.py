@@ -68,7 +68,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
 
 def raw(consortium: Consortium, admin: bool = False) -> ssl.SSLSocket:
     settings = read_settings(consortium)
-    trust = ssl.create_default_context(cafile=str(consortium.ca_certificate))
+    trust = ssl.create_default_context(cafile=str(consortium.ca_pem))
     plain = socket.create_connection(("127.0.0.1", settings.control_port if admin else settings.port), timeout=20)
     return trust.wrap_socket(plain, server_hostname="127.0.0.1")
 
@@ -203,7 +203,7 @@ def test_a_run_cannot_be_taken_without_the_secret(link: Link) -> None:
             RuntimeHttpClient.from_server_address(
                 server_address=address,
                 insecure=False,
-                root_certificates=consortium.ca_certificate.read_bytes(),
+                root_certificates=consortium.ca_pem.read_bytes(),
                 interceptors=interceptors,
             ) as thief,
             pytest.raises(httpx.HTTPStatusError) as refused,
