@@ -19,6 +19,7 @@ from common.flower_run import run_path
 from common.seal import Trust
 from common.sheets import save_sheet
 from server import checkpoint, display
+from server.consortium import load_consortium, load_trust
 from server.exchange import PERMANENT, Link
 from server.records import Progress, RoundRecord, append_record, is_landmark, read_records, write_records
 from server.results import write_results
@@ -142,6 +143,7 @@ def job_from(context: Context) -> Job:
     Raises:
         ConfigError: A value is missing or wrong.
         ResumeError: The folder does not fit.
+        StorageError: A key of the coordinator's home cannot be read.
     """
     values = context.run_config
     config_path, classes = values.get("config", ""), values.get("classes", "")
@@ -153,7 +155,9 @@ def job_from(context: Context) -> Job:
         changes |= {"image.classes": tuple(name.strip() for name in classes.split(","))}
     config = build_config(read_config(Path(config_path)) if config_path else {}, changes)
     path = run_path(values.get("out"), context.run_id)
-    return Job(config, open_run(path, config, bool(values.get("resume", False))))
+    home = values.get("consortium", "")  # empty under Flower's simulation runtime
+    trust = load_trust(load_consortium(Path(str(home)))) if home else None
+    return Job(config, open_run(path, config, bool(values.get("resume", False))), trust=trust)
 
 
 def _nobody_can_go_on(record: RoundRecord) -> bool:

@@ -1,7 +1,13 @@
-"""`fedmedgan-coordinator`: what a coordinator does beside the round loop. Enrolment is in server/membership."""
+"""`fedmedgan-coordinator`: what a coordinator does. Enrolment is in server/membership.
 
+Torch and the accountant take seconds to import: only the commands that need them do.
+"""
+
+import json
 import math
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn, get_args
 
@@ -12,13 +18,12 @@ from rich.table import Table
 from common.command import run_command
 from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
-from common.models import outline
-from common.plan import delta_warning, plans_of
-from common.weights import weight_shapes
-from server.lens import foretell
+from common.errors import ConfigError, ExitCode, FederationError
+from common.flower_environment import flower_environment
+from server import control
+from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
-from server.report import write_report
-from server.rounds import round_bytes
+from server.run_folder import next_folder, prepare_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 add_commands(app)
@@ -27,6 +32,8 @@ add_commands(app)
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a run folder anew."""
+    from server.report import write_report
+
     print(write_report(run))
 
 
@@ -36,6 +43,10 @@ def print_plan(
     config: Annotated[Path | None, typer.Option(help="A TOML file of the run.")] = None,
 ) -> None:
     """Print what a run would ask of sites of these sizes: sample rate, noise, steps, bytes."""
+    from common.plan import delta_warning, plans_of
+    from server.lens import foretell
+    from server.rounds import round_bytes
+
     proposed = build_config(read_config(config) if config is not None else {})
     if not proposed.image.classes:
         proposed = build_config(proposed.model_dump(), {"image.classes": ("all",)})
@@ -65,6 +76,9 @@ def print_models() -> None:
     Bytes go to a site, and as many come back: both networks with train.algorithm = local, the discriminator alone, and
     whole numbers of its length back, with secure-sum.
     """
+    from common.models import outline
+    from common.weights import weight_shapes
+
     table = Table()
     for column in ("model", "pixels", "G weights", "D weights", "local, bytes", "secure-sum, bytes"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -77,6 +91,106 @@ def print_models() -> None:
             )
             table.add_row(name, str(size), f"{g:,}", f"{d:,}", f"{4 * (g + d):,}", f"{4 * d:,}")
     Console().print(table)
+
+
+HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
+
+
+@app.command()
+def start(home: HomeArgument) -> None:
+    """Serve the federation until Ctrl-C or SIGTERM: one public port for the sites, all else on loopback."""
+    consortium = load_consortium(home.absolute())
+    arguments = [sys.executable, "-m", "server.supervise", str(consortium.folder)]
+    os.execve(sys.executable, arguments, flower_environment(consortium.folder))  # noqa: S606 - without torch from here
+
+
+@app.command()
+def run(
+    home: HomeArgument,
+    config: Annotated[Path, typer.Argument(help="A TOML file of the run.")],
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run.")] = False,
+) -> None:
+    """Start a run with the enrolled sites and follow it. Ctrl-C ends the following, not the run."""
+    consortium = load_consortium(home.absolute())
+    sites = [name for name, site in enrolled(consortium).items() if not site.revoked]
+    if not sites:
+        raise ConfigError(f"No site is enrolled. Enrol one: fedmedgan-coordinator enrol {home} FILE")
+    proposed = build_config(read_config(config), {"simulation.sites": len(sites)})
+    if not proposed.image.classes:
+        raise ConfigError("Expected image.classes: sites have to know what to import. Name them in the configuration.")
+    folder = next_folder(consortium.runs)
+    _start_run(consortium, prepare_run(folder, proposed), folder, resume=False, detach=detach)
+
+
+@app.command()
+def resume(
+    home: HomeArgument,
+    folder: Annotated[Path, typer.Argument(help="The folder of a run that ended early.")],
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run.")] = False,
+) -> None:
+    """Go on with a run from its last whole round, and follow it."""
+    path = folder.absolute()
+    _start_run(load_consortium(home.absolute()), path / "config.toml", path, resume=True, detach=detach)
+
+
+@app.command()
+def status(
+    home: HomeArgument, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False
+) -> None:
+    """Print the sites, who is connected, and the last runs."""
+    consortium = load_consortium(home.absolute())
+    with control.connect(consortium) as client:
+        nodes, runs = control.list_nodes(client), control.list_runs(client)
+    if as_json:
+        tree = {"sites": [asdict(node) for node in nodes], "runs": [asdict(one) for one in runs]}
+        print(json.dumps(tree, default=str))
+        return
+    sites = Table("site", "connected", "last seen", title=str(consortium.folder))
+    for node in nodes:
+        sites.add_row(node.name, "yes" if node.online else "no", node.last_seen[:19] or "never")
+    last = Table("run", "state", "since", "folder")
+    for one in runs:
+        last.add_row(str(one.run_id), one.outcome or one.status, one.started[:19], one.folder.name)
+    console = Console()
+    console.print(sites)
+    console.print(last)
+
+
+@app.command()
+def stop(
+    home: HomeArgument, run_id: Annotated[int | None, typer.Argument(help="One run; all when left out.")] = None
+) -> None:
+    """Stop the runs that are under way; `resume` goes on with them from their last whole round."""
+    with control.connect(load_consortium(home.absolute())) as client:
+        active = [one for one in control.list_runs(client) if one.status != control.FINISHED]
+        chosen = [one for one in active if run_id is None or one.run_id == run_id]
+        if run_id is not None and not chosen:
+            raise FederationError(
+                f"No run {run_id} is under way. `fedmedgan-coordinator status {home}` lists the runs."
+            )
+        for one in chosen:
+            control.stop_run(client, one.run_id)
+            print(f"stopped run {one.run_id}: {one.folder}")
+    if not chosen:
+        print("no run is under way")
+
+
+def _start_run(consortium: Consortium, config: Path, folder: Path, *, resume: bool, detach: bool) -> None:
+    with control.connect(consortium) as client:
+        run_id = control.submit(client, consortium.folder, config, folder, resume)
+        print(f"run {run_id}, folder {folder}", flush=True)
+        if detach:
+            return
+        try:
+            for text in control.follow(client, run_id):
+                print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            home = consortium.folder
+            print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {run_id}", file=sys.stderr)
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        ended = control.read_run(client, run_id)
+    if ended.outcome != "completed":
+        raise FederationError(f"Run {run_id} ended as {ended.outcome}: {ended.details}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -107,6 +107,20 @@ def open_run(path: Path, config: Config, resume: bool) -> RunFolder:
     return folder
 
 
+def prepare_run(path: Path, config: Config) -> Path:
+    """Write the configuration of a run that another process shall start, and return the file.
+
+    Args:
+        path: The run folder; made.
+        config: The whole effective configuration.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    write_atomic(make_folder(path) / "config.toml", to_toml(config).encode())
+    return path / "config.toml"
+
+
 def _check_same(path: Path, config: Config) -> None:
     stored = build_config(stored_tree(path))
     different = [

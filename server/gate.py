@@ -1,0 +1,164 @@
+"""The gate before a listener: what may pass is decided from path and headers, and no body is read before.
+
+Plain ASGI, so that it stands before whatever the link is made of. Out of scope: who a caller is (server/link).
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, final
+
+LOG = logging.getLogger("fedmedgan.gate")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+Headers = dict[str, str]
+Admit = Callable[[str, str, Headers], Awaitable[HTTPStatus]]
+"""Says from method, path and headers whether a request may pass: OK, or the status of the refusal."""
+
+_SHOWN_CHARACTERS = 80
+
+
+@final
+@dataclass(frozen=True)
+class Limits:
+    """What one listener holds of other people's bytes.
+
+    Attributes:
+        body_bytes: The largest body.
+        bodies: Bodies that are held at a time, from the first byte until the answer begins.
+        body_s: A body must be here after this.
+        wait_s: A request waits this long for one of the places before it is refused.
+    """
+
+    body_bytes: int
+    bodies: int
+    body_s: float = 120.0
+    wait_s: float = 10.0
+
+
+@final
+class Refused(Exception):
+    """A request that does not pass."""
+
+    def __init__(self, status: HTTPStatus) -> None:
+        """Refuse with a status."""
+        super().__init__(status.phrase)
+        self.status = status
+
+
+@final
+class Gate:
+    """An ASGI application before another one.
+
+    Guarantees:
+        - refused_unread: Of a request that is not admitted, or declares a body over the bound, no byte is read.
+        - body_bounded: A body that grows over its bound, declared or not, is refused at that byte.
+        - bodies_bounded: At most `bodies` are held at a time.
+        - slow_body_ends: A body that does not arrive in time is refused, and its place is free again.
+    """
+
+    def __init__(self, app: Application, admit: Admit, limits: Limits) -> None:
+        """Stand before `app`."""
+        self._app, self._admit, self._limits = app, admit, limits
+        self._places = asyncio.Semaphore(limits.bodies)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            try:
+                await self._pass(scope, receive, send)
+            except Refused as refusal:
+                _log(scope, refusal.status)
+                await _refuse(send, refusal.status)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        status = await self._admit(scope["method"], scope["path"], headers)
+        if status != HTTPStatus.OK:
+            raise Refused(status)
+        declared = headers.get("content-length", "0")
+        if not declared.isdecimal() or int(declared) > self._limits.body_bytes:
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        if scope["method"] == "GET":
+            await self._app(scope, receive, send)
+            return
+        await self._pass_body(scope, receive, send)
+
+    async def _pass_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._limits.wait_s):
+                await self._places.acquire()
+        except TimeoutError as error:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE) from error
+        held = True
+
+        def leave() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._places.release()
+
+        async def answer(message: Message) -> None:
+            leave()  # the body was read and handled once an answer begins; a long answer must not hold the place
+            await send(message)
+
+        try:
+            body = await self._read(receive)
+            if body is not None:
+                await self._app(scope, _replay(body, receive), answer)
+        finally:
+            leave()
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Read a body; None if the caller went away."""
+        parts: list[bytes] = []
+        size_bytes = 0
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return None
+                    part: bytes = message.get("body", b"")
+                    size_bytes += len(part)
+                    if size_bytes > self._limits.body_bytes:
+                        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+                    parts.append(part)
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError as error:
+            raise Refused(HTTPStatus.REQUEST_TIMEOUT) from error
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    waiting = [body]
+
+    async def again() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return again
+
+
+async def _refuse(send: Send, status: HTTPStatus) -> None:
+    headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers.append((b"retry-after", b"5"))
+    await send({"type": "http.response.start", "status": status.value, "headers": headers})
+    await send({"type": "http.response.body", "body": status.phrase.encode()})
+
+
+def _log(scope: Scope, status: HTTPStatus) -> None:
+    client = scope.get("client") or ("unknown",)
+    path = repr(scope["path"])[:_SHOWN_CHARACTERS]  # a stranger chose it
+    LOG.warning("refused %d %s from %s", status.value, path, client[0])

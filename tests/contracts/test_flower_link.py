@@ -1,0 +1,119 @@
+"""What server/link, server/executor, server/control and server/bundle rely on in Flower 1.41's internals."""
+
+import datetime as dt
+import inspect
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.coordinator_home import signed_headers
+
+
+def test_superlink_is_an_application_made_of_these_values() -> None:
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig
+    from flwr.superlink.main import create_app
+
+    assert list(inspect.signature(create_app).parameters) == ["config", "superlink_lifespan_class"]
+    assert set(inspect.signature(SuperLinkLifespanConfig).parameters) == {
+        *("control_address", "health_server_address", "host", "port", "insecure", "certificates"),
+        *("superexec_auth_secret", "authn_plugin", "event_log_plugin", "fleet_event_log_plugin", "enable_event_log"),
+        *("artifact_provider", "enable_supernode_auth", "fleet_api_type", "fleet_api_address", "simulation"),
+        *("ssl_ca_certfile", "ssl_certfile", "ssl_keyfile", "database", "isolation", "runtime_dependency_install"),
+    }, "server/link: a new value decides something that we have not looked at"
+
+
+def test_every_path_is_of_one_of_the_four_apis() -> None:
+    from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+
+    apis = {path.rsplit("/", 1)[0] for _, path in PROTOBUF_REQUEST_TYPES}
+    assert apis == {"/v1/fleet", "/v1/control", "/v1/runtime"}, "server/link decides by these prefixes"
+    fleet = {path.rsplit("/", 1)[1] for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
+    assert fleet == {
+        *("register-node", "activate-node", "deactivate-node", "unregister-node", "send-node-heartbeat"),
+        *("pull-messages", "push-messages", "get-run", "get-fab", "push-object", "pull-object"),
+        "confirm-message-received",
+    }, "a new path is open to every enrolled site"
+
+
+def test_a_node_signs_the_headers_that_the_gate_checks() -> None:
+    """Flower's own client makes the same headers as the tests do, and its server accepts both."""
+    from flwr.common.constant import TIMESTAMP_HEADER
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+
+    headers = signed_headers(ec.generate_private_key(ec.SECP384R1()))
+    assert {TIMESTAMP_HEADER, FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER} <= set(headers)
+    source = inspect.getsource(__import__("flwr.superlink.routers.fleet.node_auth", fromlist=["x"]).authenticate_node)
+    assert 'timestamp.encode("ascii")' in source
+    assert "get_node_id_by_public_key(public_key)" in source
+
+
+def test_arrays_travel_in_chunks_below_the_gates_bound() -> None:
+    from flwr.common.constant import FAB_MAX_SIZE, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+
+    from server.link import ADMIN_LIMITS, PUBLIC_LIMITS
+
+    assert PUBLIC_LIMITS.body_bytes >= FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + (1 << 20)
+    assert ADMIN_LIMITS.body_bytes >= FAB_MAX_SIZE + (1 << 20)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower uses
+def test_a_key_is_known_only_while_it_is_registered(tmp_path: Path) -> None:
+    from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
+
+    manager = get_federation_manager(is_simulation=False)
+    _, states = get_objectstore_linkstate_factories(str(tmp_path / "link.db"), manager)
+    state = states.state()
+    assert state.get_node_id_by_public_key(b"key") is None
+    node = state.create_node("owner", "name", b"key", 30.0, name="st-mary")
+    assert state.get_node_id_by_public_key(b"key") == node
+    state.delete_node("owner", node)
+    assert state.get_node_id_by_public_key(b"key") is None
+    with pytest.raises(ValueError):  # server/control.register_sites says so to whoever enrols it again
+        state.create_node("owner", "name", b"key", 30.0, name="st-mary")
+
+
+def test_the_server_app_runs_in_our_process() -> None:
+    from flwr.superlink.runtime import run_serverapp
+
+    assert set(inspect.signature(run_serverapp).parameters) == {
+        *("runtime_api_address", "log_queue", "token", "insecure", "certificates", "parent_pid"),
+        "runtime_dependency_install",
+    }
+    source = inspect.getsource(run_serverapp)
+    assert source.index("if runtime_dependency_install") < source.index("install_app_dependencies(")
+
+
+def test_tasks_name_their_bundle() -> None:
+    from flwr.proto.task_pb2 import Task
+    from flwr.supercore.constant import TaskType
+
+    assert Task(fab_hash="ab").fab_hash == "ab"
+    assert TaskType.SERVER_APP
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "off"),
+    [
+        ("flwr.supercore.telemetry", "FLWR_TELEMETRY_ENABLED", "0"),
+        ("flwr.supercore.constant", "FLWR_DISABLE_UPDATE_CHECK", "1"),
+        ("flwr.common.constant", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1"),
+        ("flwr.common.constant", "FLWR_INTERNAL_GRPC_CONTROL_API", "0"),
+        ("flwr.common.constant", "FLWR_INTERNAL_GRPC_FLEET_API", "0"),
+    ],
+)
+def test_switches_of_the_environment_still_exist(module: str, name: str, off: str, tmp_path: Path) -> None:
+    import importlib
+
+    from common.flower_environment import flower_environment
+
+    assert hasattr(importlib.import_module(module), name)
+    assert flower_environment(tmp_path)[name] == off
+
+
+def test_clock_window_is_as_documented() -> None:
+    from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+    from flwr.supercore.date import now
+
+    assert (SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE) == (5, 300)
+    assert now().tzinfo == dt.UTC

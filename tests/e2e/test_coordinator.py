@@ -1,0 +1,235 @@
+"""A coordinator as it is run: its commands, one real site behind Flower's own SuperNode, and things that go wrong."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from cryptography.hazmat.primitives import serialization
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto
+from flwr.proto.control_pb2 import StartRunRequest
+from flwr.supercore.fab import Fab
+
+from common.config_text import build_config, to_toml
+from common.files import write_atomic
+from server.consortium import Consortium, read_settings
+from server.control import connect
+from tests import tiny_site
+from tests.coordinator_home import ROOT, end, enrol, environment, free_port, make_home, wait_until_up
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what Flower uses
+]
+
+BIN = Path(sys.executable).parent
+
+
+DESCRIPTION = """
+[project]
+name = "fedmedgan"
+version = "0.1.0"
+description = "another"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedmedgan"
+
+[tool.flwr.app.components]
+serverapp = "evil:app"
+clientapp = "evil:app"
+"""
+
+
+class Recorder:
+    """A proxy that connects nobody and counts who asks."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.asked: list[bytes] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.settimeout(2)
+                self.asked.append(connection.recv(200))
+
+    @property
+    def variables(self) -> dict[str, str]:
+        address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        return dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy"), address)
+
+
+def command(consortium: Consortium, *arguments: str | Path, **options) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "server.cli", *map(str, arguments)]
+    return subprocess.Popen(line, env=environment(consortium), cwd=ROOT, text=True, **options)
+
+
+def ask(consortium: Consortium, *arguments: str | Path) -> tuple[int, str]:
+    process = command(consortium, *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said, _ = process.communicate(timeout=90)
+    return process.returncode, said
+
+
+def processes_of(consortium: Consortium, word: str) -> list[psutil.Process]:
+    folder = str(consortium.folder)
+    return [p for p in psutil.process_iter(["cmdline"]) if {folder, word} <= set(p.info["cmdline"] or ())]
+
+
+def wait_for(condition, timeout_s: float = 60.0):
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    made = Recorder()
+    for name, value in made.variables.items():
+        monkeypatch.setenv(name, value)
+    yield made
+    made.listener.close()
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path, recorder: Recorder) -> Iterator[Consortium]:
+    consortium = make_home(tmp_path / "coordinator")
+    process = command(consortium, "start", consortium.folder)
+    try:
+        wait_until_up(consortium)
+        yield consortium
+    finally:
+        end(process, 60)
+        left = processes_of(consortium, "--run") + processes_of(consortium, "--supervised")
+        for one in left:
+            one.kill()
+        assert not left
+
+
+def write_config(consortium: Consortium, **federation: float) -> Path:
+    changes = {f"federation.{key}": value for key, value in federation.items()}
+    changes |= {"performance.threads": 1, "warmup.share": 0.0}
+    path = consortium.folder / "run.toml"
+    write_atomic(path, to_toml(build_config(tiny_site.PROPOSAL.model_dump(), changes)).encode())
+    return path
+
+
+def start_site(consortium: Consortium, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Start st-mary: its agent, and Flower's own SuperNode as a stand-in for the relay."""
+    key = enrol(consortium, "st-mary")
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    write_atomic(folder / "node.key", private, 0o600)
+    home = tiny_site.make_home(folder)
+    agent_socket = folder / "agent.sock"
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    variables = environment(consortium) | {"FLWR_HOME": str(folder / "flower"), "PATH": path}
+    with (folder / "site.log").open("ab") as log:
+        agent = [sys.executable, "-m", "client.cli", "serve", str(home.folder), "--socket", str(agent_socket)]
+        started = [subprocess.Popen(agent, env=variables, cwd=ROOT, stdout=log, stderr=log)]
+        wait_for(agent_socket.exists)
+        time.sleep(3)  # until the link has let the site in; a relay tries again by itself
+        node = [
+            *(BIN / "flower-supernode", "--superlink", f"127.0.0.1:{read_settings(consortium).port}"),
+            *("--root-certificates", consortium.ca_pem, "--auth-supernode-private-key", folder / "node.key"),
+            *("--node-config", f'agent-socket="{agent_socket}"', "--host", "127.0.0.1", "--port", str(free_port())),
+        ]
+        started.append(subprocess.Popen([str(part) for part in node], env=variables, stdout=log, stderr=log))
+    return started
+
+
+def test_a_federation_from_start_to_generator_with_the_link_killed(
+    coordinator: Consortium, recorder: Recorder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "st-mary"
+    folder.mkdir()
+    site = start_site(coordinator, folder)
+    try:
+        config = write_config(coordinator, rounds=1, connect_timeout_s=40.0)
+        run = command(coordinator, "run", coordinator.folder, config, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        wait_for((coordinator.runs / "run-0001" / "run.json").exists)
+        link = processes_of(coordinator, "server.link")
+        assert len(link) == 1
+        link[0].send_signal(signal.SIGKILL)
+        said, _ = run.communicate(timeout=100)
+        assert run.returncode == 0, said + (folder / "site.log").read_text()[-2000:]
+        assert "round 1/1" in said
+        info = json.loads((coordinator.runs / "run-0001" / "generator.json").read_text())
+        assert set(info["epsilon_by_site"]) == {"st-mary"}
+        code, listed = ask(coordinator, "status", coordinator.folder, "--json")
+        tree = json.loads(listed)
+        assert (code, [node["name"] for node in tree["sites"]]) == (0, ["st-mary"])
+        assert [one["outcome"] for one in tree["runs"]] == ["completed"]
+        assert recorder.asked == []
+    finally:
+        for process in reversed(site):
+            end(process)
+
+
+def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Consortium) -> None:
+    config = write_config(coordinator, connect_timeout_s=100.0)
+    assert ask(coordinator, "run", coordinator.folder, config)[0] == 3  # nobody is enrolled
+    enrol(coordinator, "st-mary")
+    code, said = ask(coordinator, "run", coordinator.folder, config, "--detach")
+    assert code == 0, said
+    number = said.split()[1].rstrip(",")
+    wait_for(lambda: processes_of(coordinator, "--run"))
+    assert ask(coordinator, "stop", coordinator.folder, "12345")[0] == 8
+    code, said = ask(coordinator, "stop", coordinator.folder)
+    assert (code, number in said) == (0, True)
+    wait_for(lambda: not processes_of(coordinator, "--run"))
+    tree = json.loads(ask(coordinator, "status", coordinator.folder, "--json")[1])
+    assert [one["outcome"] for one in tree["runs"]] == ["stopped"]
+
+
+def test_a_bundle_of_other_code_is_not_started(coordinator: Consortium, tmp_path: Path) -> None:
+    """Whoever has the token of the control API still cannot run code of his own on this machine."""
+    enrol(coordinator, "st-mary")
+    canary = tmp_path / "canary"
+    files = {
+        "pyproject.toml": DESCRIPTION.encode(),
+        "evil.py": f"from pathlib import Path\nPath({str(canary)!r}).touch()\napp = None\n".encode(),
+    }
+    bundle = build_fab_from_files(files)[0]
+    with connect(coordinator) as control:
+        fab = fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {}))
+        assert control.StartRun(StartRunRequest(fab=fab, federation="")).run_id
+    wait_for(lambda: "of another release" in (coordinator.logs / "executor.log").read_text())
+    time.sleep(1)
+    assert not processes_of(coordinator, "--run")
+    assert not canary.exists()
+
+
+def test_commands_without_a_coordinator_say_what_to_do(tmp_path: Path) -> None:
+    consortium = make_home(tmp_path / "coordinator")
+    enrol(consortium, "st-mary")
+    code, said = ask(consortium, "status", consortium.folder)
+    assert (code, "fedmedgan-coordinator start" in said) == (8, True)
+    consortium.control_token.chmod(0o644)
+    code, said = ask(consortium, "status", consortium.folder)
+    assert (code, "chmod 600" in said) == (7, True)
+    with socket.create_server(("127.0.0.1", read_settings(consortium).port)):
+        consortium.control_token.chmod(0o600)
+        code, said = ask(consortium, "start", consortium.folder)
+        assert (code, "change the port" in said) == (3, True)

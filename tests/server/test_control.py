@@ -1,0 +1,107 @@
+"""Which sites the link lets in, against a stand-in for its control API."""
+
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from common.certificates import node_public_pem
+from common.crypto import SigningKey
+from common.errors import StorageError, WireError
+from common.files import write_atomic
+from server.consortium import Consortium, EnrolledSite
+from server.control import NODE_GONE, Changes, list_nodes, register_sites
+from server.own_secrets import is_token, read_secret, read_token
+from tests.coordinator_home import openssh
+
+
+class FakeControl:
+    """Keeps nodes as Flower does: a key that was put out stays used."""
+
+    def __init__(self) -> None:
+        self.nodes: list[SimpleNamespace] = []
+
+    def ListNodes(self, request):  # noqa: N802
+        return SimpleNamespace(nodes_info=list(self.nodes))
+
+    def RegisterNode(self, request):  # noqa: N802
+        if any(node.public_key == request.public_key for node in self.nodes):
+            response = httpx.Response(409, request=httpx.Request("POST", "https://link"))
+            raise httpx.HTTPStatusError("used", request=response.request, response=response)
+        self.nodes.append(
+            SimpleNamespace(
+                public_key=request.public_key,
+                name=request.name,
+                node_id=len(self.nodes) + 1,
+                status="registered",
+                online_until=0.0,
+                last_deactivated_at="",
+            )
+        )
+
+    def UnregisterNode(self, request):  # noqa: N802
+        self.nodes[request.node_id - 1].status = NODE_GONE
+
+
+def site(name: str, key: ec.EllipticCurvePrivateKey, revoked: bool = False) -> EnrolledSite:
+    return EnrolledSite(name, SigningKey.generate().verify_key, openssh(key), revoked)
+
+
+@pytest.fixture
+def keys() -> dict[str, ec.EllipticCurvePrivateKey]:
+    return {name: ec.generate_private_key(ec.SECP384R1()) for name in ("a", "b", "c")}
+
+
+def test_sites_are_let_in_once(keys) -> None:
+    control, sites = FakeControl(), {name: site(name, keys[name]) for name in ("a", "b")}
+    assert register_sites(control, sites) == Changes(["a", "b"], [], [])
+    assert register_sites(control, sites) == Changes([], [], [])
+    assert [(node.name, node.online) for node in list_nodes(control)] == [("a", False), ("b", False)]
+
+
+def test_revoked_stays_out(keys) -> None:
+    control, sites = FakeControl(), {name: site(name, keys[name]) for name in ("a", "b")}
+    register_sites(control, sites)
+    assert register_sites(control, sites | {"b": site("b", keys["b"], revoked=True)}) == Changes([], ["b"], [])
+    again = sites | {"c": site("c", keys["c"])}
+    assert register_sites(control, again) == Changes(["c"], [], ["b"])  # and the new one is not kept out by it
+    assert register_sites(control, {"x": site("x", keys["b"])}) == Changes([], ["a", "c"], ["x"])
+    assert list_nodes(control) == []
+
+
+def test_a_site_with_a_new_key_loses_the_old_one(keys) -> None:
+    control = FakeControl()
+    register_sites(control, {"a": site("a", keys["a"])})
+    assert register_sites(control, {"a": site("a", keys["b"])}) == Changes(["a"], ["a"], [])
+    assert [node.public_key for node in control.nodes if node.status != NODE_GONE] == [
+        node_public_pem(openssh(keys["b"]))
+    ]
+
+
+def test_a_key_that_does_not_decode_changes_nothing(keys) -> None:
+    control = FakeControl()
+    broken = EnrolledSite("b", SigningKey.generate().verify_key, b"ssh-rsa AAAA", False)
+    with pytest.raises(WireError, match="enrol again"):
+        register_sites(control, {"a": site("a", keys["a"]), "b": broken})
+    assert control.nodes == []
+
+
+def test_secrets_of_others_eyes_are_refused(tmp_path) -> None:
+    consortium = Consortium(tmp_path)
+    with pytest.raises(StorageError, match="Restore"):
+        read_token(consortium)
+    write_atomic(consortium.control_token, b"a" * 64 + b"\n", 0o640)
+    with pytest.raises(StorageError, match="mode 600"):
+        read_token(consortium)
+    consortium.control_token.chmod(0o600)
+    assert read_token(consortium) == "a" * 64
+    write_atomic(consortium.superexec_secret, b"short", 0o600)
+    with pytest.raises(StorageError, match="32 bytes"):
+        read_secret(consortium)
+
+
+@pytest.mark.parametrize("header", ["", "a" * 64, "Bearer " + "a" * 63, "Bearer " + "a" * 65, "bearer\u00ff"])
+def test_only_the_whole_token_counts(header: str) -> None:
+    assert is_token("Bearer " + "a" * 64, "a" * 64)
+    assert not is_token(header, "a" * 64)
