@@ -1,7 +1,6 @@
-"""`fedmedgan-site`: what a hospital does with its agent's home. Enrolment and the relay come later."""
+"""`fedmedgan-site`: what a hospital does with its agent's home. The relay and `start`: client/operate."""
 
 import json
-import logging
 import signal
 import sys
 import threading
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from client import budget, journal, policy
+from client import budget, journal, operate, policy
 from client.agent import open_site
 from client.home import (
     Home,
@@ -28,6 +27,7 @@ from client.home import (
 from client.intake.records import parse_label
 from client.intake.refusals import describe
 from client.ledger import Ledger, read_ledger
+from client.logs import log_to
 from client.policy import Policy
 from client.serve import serve
 from client.verify import export_journal, read_export, verify_home
@@ -45,6 +45,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 records = typer.Typer(no_args_is_help=True, help="Show, verify or export the record of every release.")
 app.add_typer(records, name="journal")
+app.registered_commands += operate.app.registered_commands
 
 _UNNAMED = ("all",)
 """The classes of a planned run whose configuration names none."""
@@ -112,15 +113,7 @@ def serve_(
     """Answer the relay's requests on a Unix socket until SIGTERM or Ctrl-C."""
     opened = Home(home)
     site = open_site(opened)
-    opened.log.touch(0o600)
-    logging.basicConfig(
-        filename=opened.log,
-        encoding="utf-8",
-        errors="backslashreplace",
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        force=True,  # Opacus configures logging as it is imported; without force the site's own log stays empty
-    )
+    log_to(opened.log)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())

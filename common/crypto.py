@@ -12,11 +12,13 @@ from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from common.errors import StorageError, WireError
 from common.files import write_atomic
@@ -24,6 +26,8 @@ from common.files import write_atomic
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 MAX_KEY_FILE_BYTES = 4096
+
+NodeKey = EllipticCurvePrivateKey
 
 _SIGNATURE_DOMAIN = b"fedmedgan signature v1"
 _STREAM_DOMAIN = b"fedmedgan key stream v1"
@@ -234,6 +238,10 @@ def load_key(path: Path) -> SigningKey:
         StorageError: It cannot be read, or others than its owner may read or write it.
         WireError: It is not a key file of a known version.
     """
+    return _parse_key(path, _read_private(path))
+
+
+def _read_private(path: Path) -> bytes:
     try:
         with path.open("rb") as handle:
             mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
@@ -247,7 +255,7 @@ def load_key(path: Path) -> SigningKey:
             f"Expected mode 600 for the key {path}, got {mode:03o}: others can read it. Run `chmod 600 {path}`; "
             "if others use this machine, make a new key and enrol again."
         )
-    return _parse_key(path, content)
+    return content
 
 
 def _parse_key(path: Path, content: bytes) -> SigningKey:
@@ -260,3 +268,23 @@ def _parse_key(path: Path, content: bytes) -> SigningKey:
     raise WireError(
         f"{path} is not a private key of version {_KEY_FILE_VERSION} ({_KEY_FILE_KIND}). Restore it from a backup."
     )
+
+
+def load_node_key(path: Path) -> NodeKey:
+    """Read the key by which Flower's link knows a site.
+
+    Args:
+        path: EC P-384, OpenSSH format, without a passphrase, as enrolment makes it.
+
+    Raises:
+        StorageError: It cannot be read, or others than its owner may read or write it.
+        WireError: It is another kind of key, or does not decode.
+    """
+    content = _read_private(path)
+    try:
+        key = load_ssh_private_key(content, None) if len(content) <= MAX_KEY_FILE_BYTES else None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None  # said below, without the content: it is a secret
+    if not isinstance(key, EllipticCurvePrivateKey) or not isinstance(key.curve, SECP384R1):
+        raise WireError(f"Expected a P-384 private key in OpenSSH format in {path}. Restore it from a backup.")
+    return key
