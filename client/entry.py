@@ -14,3 +14,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     else:
         from client.cli import main as run
     run(given)
+
+
+if __name__ == "__main__":
+    main()

@@ -63,7 +63,7 @@ class Fleet:
         started, run_id = time.monotonic(), envelope.metadata.run_id
         ids = _object_ids(tree)
         parts = pull_objects(ids, _bounded(partial(self._pull, run_id)))
-        self.confirm(envelope)
+        self._done(run_id, envelope.metadata.message_id)  # the link drops the parts; only now may it
         if time.monotonic() - started > envelope.metadata.ttl:
             raise WireError(f"The message took longer to come than its {envelope.metadata.ttl:.0f} s to live.")
         try:
@@ -74,10 +74,6 @@ class Fleet:
             raise WireError("Expected a message with content.")
         # The envelope is what the link routed; the content's own copy of it is the sender's word only.
         return make_message(envelope.metadata, message.content)
-
-    def confirm(self, envelope: Message) -> None:
-        """Tell the link that a message is here and its parts can be dropped."""
-        self._done(envelope.metadata.run_id, envelope.metadata.message_id)
 
     def is_agent_task(self, run_id: int) -> bool:
         """Return whether a run is one of Flower's agents: a language model with tools, not a federation."""

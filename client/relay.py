@@ -29,7 +29,7 @@ from client.fleet import Fleet, RunEnded, refusal
 from client.joining import load_pinned
 from client.paths import Home
 from common.crypto import load_node_key
-from common.errors import ConfigError, FederationError, WireError
+from common.errors import ConfigError, FederationError, RefusalCode, WireError
 from common.files import make_folder, write_atomic
 from common.wire import MESSAGE_TYPES
 
@@ -45,6 +45,9 @@ STATE_S = 15.0
 FAILURE_WAIT_S = 5.0
 MAX_FAILURES = 10
 """Failures in a row after which the relay ends, for its supervisor to start it anew."""
+AGENT_POLL_S = 1.0
+MAX_WAIT_FOR_AGENT_S = 300.0
+"""For an agent that starts or is started anew."""
 MAX_BUNDLES_BYTES = 1 << 16
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _KNOWN_TYPES = frozenset(MESSAGE_TYPES.values())
@@ -167,8 +170,7 @@ def _serve_one(line: Fleet, app: ClientApp, socket: Path, bundles: AbstractSet[s
     LOG.info("run %d round %.16s: %s received", about.run_id, ascii(about.group_id), name)
     refused = _refused(line, envelope, bundles)
     if refused is not None:
-        line.confirm(envelope)
-        line.send(refused)
+        line.send(refused)  # not confirmed: its parts may still be on their way to the link
         return True
     try:
         message = line.content(envelope, tree)
@@ -198,15 +200,27 @@ def _refused(line: Fleet, envelope: Message, bundles: AbstractSet[str] | None) -
 
 
 def _answer(app: ClientApp, message: Message, socket: Path, node_id: int) -> Message:
+    """Ask the installed ClientApp; while the agent is away, again and again for as long as the message lives.
+
+    An agent that was killed over a request and is back answers it as it would have, for the same charge.
+    """
     run_id, where = message.metadata.run_id, str(socket)
     context = Context(
         run_id=run_id, node_id=node_id, node_config={"agent-socket": where}, state=RecordDict(), run_config={}
     )
+    deadline = time.monotonic() + min(message.metadata.ttl, MAX_WAIT_FOR_AGENT_S)
     try:
-        return app(message, context)
+        while _is_unreachable(reply := app(message, context)) and time.monotonic() + AGENT_POLL_S < deadline:
+            time.sleep(AGENT_POLL_S)
     except Exception:  # the process edge: the text of an exception stays here
         LOG.exception("a message failed")
         return refusal(fleet.FAILED, "internal-error", message)
+    return reply
+
+
+def _is_unreachable(reply: Message) -> bool:
+    header = reply.content.config_records.get("header")
+    return header is not None and header.get("refusal") == RefusalCode.UNREACHABLE
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
