@@ -38,6 +38,7 @@ UNKNOWN_REQUEST = ErrorCode.LOAD_CLIENT_APP_EXCEPTION
 FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 _CHUNK_BYTES = 1 << 20  # Flower cuts arrays into chunks of 5 MB; five times as many are taken
+_FIRST_RETRY_S = 0.05  # the link announces a message while its parts still arrive; Flower would wait for 1 s
 MAX_OBJECTS = 2 * MAX_ARRAYS + MAX_TOTAL_BYTES // _CHUNK_BYTES
 MAX_MESSAGE_BYTES = MAX_TOTAL_BYTES + MAX_OBJECTS * (MAX_NAME_CHARACTERS + 1024)
 
@@ -62,7 +63,13 @@ class Fleet:
         """
         started, run_id = time.monotonic(), envelope.metadata.run_id
         ids = _object_ids(tree)
-        parts = pull_objects(ids, _bounded(partial(self._pull, run_id)))
+        parts = pull_objects(
+            ids,
+            _bounded(partial(self._pull, run_id)),
+            max_time=envelope.metadata.ttl,
+            max_tries_per_object=None,
+            initial_backoff=_FIRST_RETRY_S,
+        )
         self._done(run_id, envelope.metadata.message_id)  # the link drops the parts; only now may it
         if time.monotonic() - started > envelope.metadata.ttl:
             raise WireError(f"The message took longer to come than its {envelope.metadata.ttl:.0f} s to live.")

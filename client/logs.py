@@ -1,8 +1,10 @@
 """One log for each of the site's processes: rotated, for the owner's eyes only."""
 
 import logging
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import final
 
 from common.errors import StorageError
 from common.files import make_folder
@@ -10,6 +12,15 @@ from common.files import make_folder
 MAX_BYTES = 5_000_000
 KEPT = 4
 """Older files beside the current one."""
+
+
+@final
+class _OwnersFile(RotatingFileHandler):
+    """Makes each new file, after a rotation too, so that only its owner can read it."""
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).touch(0o600)
+        return super()._open()
 
 
 def log_to(path: Path) -> None:
@@ -20,10 +31,7 @@ def log_to(path: Path) -> None:
     """
     make_folder(path.parent, 0o700)
     try:
-        path.touch(0o600)
-        handler = RotatingFileHandler(
-            path, maxBytes=MAX_BYTES, backupCount=KEPT, encoding="utf-8", errors="backslashreplace"
-        )
+        handler = _OwnersFile(path, maxBytes=MAX_BYTES, backupCount=KEPT, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise StorageError(f"Could not write the log {path}: {error.strerror}. Mend its permissions.") from error
     # Opacus configures logging as it is imported; without force the site's own log stays empty

@@ -11,7 +11,8 @@ import threading
 
 
 def _wait_for_the_end() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not by sys.stdin, whose lock would be held while the interpreter ends
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""The relay's loop against a line that is a plain object: what it refuses, what it fetches, and that only codes leave."""
+"""The relay's loop against a line that is a plain object: what it refuses and fetches, and that only codes leave."""
 
 import hashlib
 import logging

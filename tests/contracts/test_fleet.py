@@ -70,7 +70,7 @@ def test_a_message_travels_as_parts_and_is_whole_again() -> None:
     tree = get_object_tree(sent)
     ids = [part.object_id for part in iterate_object_tree(tree)]
     assert set(fleet._object_ids(tree)) == set(ids) == set(parts)
-    pulled = pull_objects(ids, parts.__getitem__)
+    pulled = pull_objects(ids, parts.__getitem__, max_time=1.0, max_tries_per_object=None, initial_backoff=0.05)
     back = inflate_object_from_contents(tree.object_id, pulled)
     assert isinstance(back, Message)
     assert back.content["header"] == ConfigRecord({"a": 1})

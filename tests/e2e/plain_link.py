@@ -131,7 +131,8 @@ class Link:
         return ControlHttpClient.from_server_address(f"127.0.0.1:{self.port}", False, self.ca, [version])
 
     def register(self, public_key: bytes, name: str = "st-mary") -> int:
-        return self.control().RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id
+        with self.control() as control:
+            return control.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id
 
     def submit(self, plan: list[str], out: Path, pause_s: float = 0.0) -> str:
         """Start a run that asks what `plan` names; return its bundle's digest."""
@@ -143,7 +144,8 @@ class Link:
         request = StartRunRequest(
             fab=fab_to_proto(Fab(digest, fab, {})), override_config=user_config_to_proto(config), federation=""
         )
-        assert self.control().StartRun(request).run_id
+        with self.control() as control:
+            assert control.StartRun(request).run_id
         return digest
 
 

@@ -86,17 +86,18 @@ def test_a_site_answers_and_the_bundle_is_never_imported(link: Link, home: Home,
     """Known requests get the agent's answer, others a code; a message costs less than 2 s beyond its work."""
     plan = ["hello"] * 5 + ["unknown", "garbage", "large", "hello"]
     with started(home) as process:
+        relay = psutil.Process(child(home, "relay"))
+        wait_for(lambda: site("status", home.folder).returncode == ExitCode.OK, 30, "the link")
+        idle = [psutil.Process(pid).memory_info().rss / 1e6 for pid in (relay.pid, process.pid)]
         link.submit(plan, tmp_path / "out.json")
         found = answers(tmp_path / "out.json", len(plan), 60)
-        relay = psutil.Process(child(home, "relay"))
-        megabytes = [psutil.Process(pid).memory_info().rss / 1e6 for pid in (relay.pid, process.pid)]
-        print(f"\nmemory: relay {megabytes[0]:.0f} MB, start {megabytes[1]:.0f} MB")
+        after = relay.memory_info().rss / 1e6
+        print(f"\nmemory: relay idle {idle[0]:.0f} MB, after 20 MB of arrays {after:.0f} MB; start {idle[1]:.0f} MB")
         for answer in found:
             print(f"{answer['what']}: {answer['seconds']:.2f} s")
         mapped = {Path(part.path).name for part in relay.memory_maps()}
         assert not [name for name in mapped if name.startswith(HEAVY)]
         assert not [c for c in relay.net_connections() if c.status == psutil.CONN_LISTEN]
-        assert site("status", home.folder).returncode == ExitCode.OK
     assert [a["reply"]["fields"]["site"] for a in found if a["what"] == "hello"] == ["st-mary"] * 6
     by_name = {answer["what"]: answer for answer in found}
     assert (by_name["unknown"]["error"], by_name["unknown"]["reason"]) == (1, "unknown-request")
