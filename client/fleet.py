@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
+from http import HTTPStatus
 from typing import final
 
 from flwr.app import Error, Message
@@ -25,6 +26,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
+from httpx import HTTPStatusError
 
 from common.crypto import NodeKey
 from common.errors import FederationError, WireError
@@ -167,18 +169,18 @@ def _bounded(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
 
 
 def _explained(address: str, cause: BaseException | None) -> str:
-    text = str(cause).lower()
-    if "certificate" in text or "ssl" in text:
-        return (
-            f"The certificate of {address} is not the pinned authority's: {cause}. If no proxy inspects TLS here, ask "
-            "the coordinator for a new invitation and compare the fingerprint by phone."
-        )
-    if "401" in text:
+    status = cause.response.status_code if isinstance(cause, HTTPStatusError) else None
+    if status == HTTPStatus.UNAUTHORIZED:
         return (
             f"The link at {address} does not accept this site's signed time. Set the clock (it may be 5 s ahead, 300 s "
             "behind), then check with the coordinator that this site is enrolled."
         )
+    if status is not None:
+        return (
+            f"The link at {address} does not let this site in. After a crash it counts the site as online for up to a "
+            "minute and lets it in then; if this goes on, ask the coordinator whether the site is enrolled or revoked."
+        )
     return (
-        f"The link at {address} does not let this site in. After a crash it counts the site as online for up to a "
-        "minute and lets it in then; if this goes on, ask the coordinator whether the site is enrolled or revoked."
+        f"The link at {address} cannot be used: {cause}. If its certificate is not the pinned authority's and no proxy "
+        "inspects TLS here, ask the coordinator for a new invitation and compare the fingerprint by phone."
     )

@@ -1,7 +1,7 @@
 """Agent and relay as two child processes that are started anew when they end, and end when this process does.
 
 A child that ends with a code that only a person can mend (a damaged ledger, a wrong key file) ends everything with that
-code. Every other end is followed by a new start, after 1 s, 2 s, 4 s ... 30 s: long enough for the minute in which
+code. Every other end is followed by a new start, after 1 s, 2 s, 4 s ... 15 s: patient enough for the minute in which
 Flower refuses a node that was killed. Imports no torch and no flwr. Out of scope: what the children do.
 """
 
@@ -28,7 +28,7 @@ from common.quiet import QUIET
 LOG = logging.getLogger("fedmedgan.start")
 
 FIRST_WAIT_S = 1.0
-LONGEST_WAIT_S = 30.0
+LONGEST_WAIT_S = 15.0
 STEADY_S = 60.0
 """A child that ran for so long is started anew at once when it ends."""
 GRACE_S = 20.0

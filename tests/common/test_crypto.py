@@ -4,9 +4,12 @@ import os
 import pickle
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from common.crypto import KeyStream, SigningKey, VerifyKey, load_key, save_key
+from common.crypto import KeyStream, SigningKey, VerifyKey, load_key, load_node_key, save_key
 from common.errors import StorageError, WireError
 
 SEED = bytes(range(32))
@@ -159,3 +162,31 @@ def test_malformed_key_files_are_refused_without_their_content(tmp_path, content
 def test_missing_key_file(tmp_path):
     with pytest.raises(StorageError, match="Could not read"):
         load_key(tmp_path / "none.key")
+
+
+def node_key_file(path, key, form=PrivateFormat.OpenSSH):
+    path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))
+    path.chmod(0o600)
+    return path
+
+
+def test_node_key_is_p384_in_openssh_format(tmp_path):
+    key = ec.generate_private_key(ec.SECP384R1())
+    assert load_node_key(node_key_file(tmp_path / "k", key)).private_numbers() == key.private_numbers()
+    wrong = {
+        "another curve": node_key_file(tmp_path / "a", ec.generate_private_key(ec.SECP256R1())),
+        "another kind": node_key_file(tmp_path / "b", Ed25519PrivateKey.generate()),
+        "another format": node_key_file(tmp_path / "c", key, PrivateFormat.PKCS8),
+    }
+    for path in wrong.values():
+        with pytest.raises(WireError, match="P-384"):
+            load_node_key(path)
+
+
+def test_node_key_that_others_can_read_is_refused(tmp_path):
+    path = node_key_file(tmp_path / "k", ec.generate_private_key(ec.SECP384R1()))
+    path.chmod(0o640)
+    with pytest.raises(StorageError, match="600"):
+        load_node_key(path)
+    with pytest.raises(StorageError, match="Could not read"):
+        load_node_key(tmp_path / "none")

@@ -16,8 +16,10 @@ import pytest
 
 from client.home import Home
 from common.errors import ExitCode
+from common.quiet import QUIET
 from tests.e2e.conftest import ENVIRONMENT
-from tests.e2e.plain_link import ROOT, Link, answers, pin, plain_link, wait_for, write_node_key
+from tests.e2e.plain_link import ROOT, Link, answers, pin, plain_link, wait_for, write_certificates, write_node_key
+from tests.e2e.recording_proxy import recording_proxy
 from tests.tiny_site import make_home
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
@@ -53,10 +55,10 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def started(home: Home) -> Iterator[subprocess.Popen[str]]:
+def started(home: Home, **extra: str) -> Iterator[subprocess.Popen[str]]:
     command = [*SITE, "start", str(home.folder)]
     with (home.folder / "out.txt").open("w") as out:
-        process = subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, stdout=out, stderr=out)
+        process = subprocess.Popen(command, env={**environment(), **extra}, cwd=ROOT, text=True, stdout=out, stderr=out)
         try:
             yield process
         except BaseException:
@@ -158,11 +160,23 @@ def test_a_link_that_is_not_ours_is_named(link: Link, home: Home, case: str, tmp
     else:
         other = tmp_path / "other"
         other.mkdir()
-        from tests.e2e.plain_link import write_certificates
-
         write_certificates(other)
         pin(home, link.port, (other / "ca.pem").read_bytes())
     refused = site("relay", home.folder)
     assert refused.returncode == ExitCode.FEDERATION
-    assert ("certificate" if case == "another authority" else "enrolled or revoked") in refused.stderr
+    assert ("CERTIFICATE_VERIFY_FAILED" if case == "another authority" else "enrolled or revoked") in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_no_connection_but_the_coordinators(link: Link, home: Home, tmp_path: Path) -> None:
+    """Through a proxy that records: not Flower's telemetry, not its update check, nothing installed."""
+    with recording_proxy() as proxy:
+        address = f"http://127.0.0.1:{proxy.port}"
+        loud = {name: str(1 - int(value)) for name, value in QUIET.items()}
+        loud |= {"NO_PROXY": "", "no_proxy": ""}
+        through = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY"), address)
+        with started(home, **loud, **through):
+            link.submit(["hello", "unknown"], tmp_path / "out.json")
+            found = answers(tmp_path / "out.json", 2, 60)
+    assert found[0]["reply"]["fields"]["site"] == "st-mary"
+    assert {line.split(" HTTP/")[0] for line in proxy.asked} == {f"CONNECT 127.0.0.1:{link.port}"}
