@@ -18,15 +18,19 @@ from typing import final
 from flwr.app import Error, Message
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
-from httpx import HTTPStatusError
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from httpx import HTTPError, HTTPStatusError
 
 from common.crypto import NodeKey
 from common.errors import FederationError, WireError
@@ -135,6 +139,19 @@ def join(address: str, ca_pem: bytes, key: NodeKey) -> Generator[Fleet]:
             yield Fleet(line)
     except SystemExit as error:  # Flower's way to say that the link refused
         raise FederationError(_explained(address, error.__context__)) from None
+
+
+def sign_off(address: str, ca_pem: bytes, key: NodeKey, node_id: int) -> None:
+    """Tell the link that this node is gone, for a relay that was killed and could not: else it is refused for a minute.
+
+    Waits for nothing: where the link cannot be reached or knows better, nothing happens.
+    """
+    interceptors = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())]
+    try:
+        with FleetHttpClient.from_server_address(address, False, ca_pem, interceptors) as client:
+            client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+    except HTTPError:
+        return
 
 
 def refusal(code: int, reason: str, message: Message) -> Message:

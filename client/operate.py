@@ -11,9 +11,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from client.joining import load_pinned
+from client.lock import alone, is_held
 from client.logs import log_to
 from client.paths import Home
-from client.supervise import Child, agent_command, alone, is_started, relay_command, supervise
+from client.supervise import Child, agent_command, relay_command, supervise
 from common.command import run_command
 from common.errors import ConfigError, ExitCode, FedmedganError, StorageError
 from common.quiet import quieten
@@ -42,7 +43,7 @@ def start(home: HomeArgument, socket: SocketOption = None) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
-    with alone(opened):
+    with alone(opened.start_lock, "`start`"):
         log_to(opened.start_log)
         print(f"started; logs in {opened.start_log.parent}; see: fedmedgan-site status {home}", flush=True)
         children = [
@@ -67,7 +68,8 @@ def relay(home: HomeArgument, socket: SocketOption = None) -> None:
     log_to(opened.relay_log)
     logging.getLogger("flwr").handlers.clear()  # what it says stands in the relay's log, once
     try:
-        run(opened, _socket(opened, socket))
+        with alone(opened.relay_lock, "relay"):
+            run(opened, _socket(opened, socket))
     except FedmedganError as error:
         LOG.error("%s", error)
         raise
@@ -81,7 +83,7 @@ def status(home: HomeArgument) -> None:
     print(f"site {pinned.site} of {pinned.federation}; coordinator {pinned.host}:{pinned.port}")
     print(f"bundles: {_bundles(opened)}")
     children = _read(opened.start_state)
-    started = is_started(opened)
+    started = is_held(opened.start_lock)
     print(f"start: {'running, process ' + str(children.get('pid')) if started else 'not running'}")
     for name in ("agent", "relay") if started else ():
         print(f"{name}: {_described(children.get(name))}")

@@ -85,6 +85,16 @@ class Home:
         """Return the path of what `start` says of its two children, for `status`."""
         return self.folder / "logs" / "start.json"
 
+    @property
+    def start_lock(self) -> Path:
+        """Return the path of the lock that `start` holds."""
+        return self.folder / "logs" / "start.lock"
+
+    @property
+    def relay_lock(self) -> Path:
+        """Return the path of the lock that a relay holds."""
+        return self.folder / "logs" / "relay.lock"
+
     def dataset(self, classes: Sequence[str], size: int, channels: int = 1) -> Path:
         """Return the path of the imported training set for these classes, this size and these channels."""
         form = [list(classes), size] if channels == 1 else [list(classes), size, channels]

@@ -83,6 +83,8 @@ class _State:
 def run(home: Home, socket: Path) -> None:
     """Relay between the pinned coordinator and the agent behind `socket` until SIGTERM or Ctrl-C.
 
+    The caller holds the home's relay lock: a relay that starts signs its predecessor off at the link.
+
     Args:
         home: Holds keys/node.key, federation.json and, if wanted, bundles.txt; nothing else of it is read.
         socket: The agent's Unix socket. The agent may come and go.
@@ -100,11 +102,22 @@ def run(home: Home, socket: Path) -> None:
     address = f"[{pinned.host}]:{pinned.port}" if ":" in pinned.host else f"{pinned.host}:{pinned.port}"
     LOG.info("connecting to %s at %s as %s", pinned.federation, address, pinned.site)
     try:
+        if before := _node_before(home.relay_state):
+            fleet.sign_off(address, pinned.ca_pem, key, before)
         with fleet.join(address, pinned.ca_pem, key) as line:
             LOG.info("connected; node %d", line.node_id)
             relay(line, installed_app, socket, bundles, _State(home.relay_state, node_id=line.node_id))
     except _Stopped:
         LOG.info("stopped")
+
+
+def _node_before(state: Path) -> int:
+    """Return the node that an earlier relay of this home was; 0 where there was none."""
+    try:
+        node = json.loads(state.read_text(encoding="utf-8"))["node"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return node if isinstance(node, int) and 0 < node < 2**64 else 0
 
 
 def read_bundles(path: Path) -> AbstractSet[str] | None:

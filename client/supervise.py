@@ -1,11 +1,10 @@
 """Agent and relay as two child processes that are started anew when they end, and end when this process does.
 
 A child that ends with a code that only a person can mend (a damaged ledger, a wrong key file) ends everything with that
-code. Every other end is followed by a new start, after 1 s, 2 s, 4 s ... 15 s: patient enough for the minute in which
-Flower refuses a node that was killed. Imports no torch and no flwr. Out of scope: what the children do.
+code. Every other end is followed by a new start, after 1 s, 2 s, 4 s ... 15 s, for as long as it takes: the link may
+refuse a node for a minute. Imports no torch and no flwr. Out of scope: what the children do.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -13,15 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import final
 
-from client.paths import Home
-from common.errors import ExitCode, StorageError
+from common.errors import ExitCode
 from common.files import make_folder, write_atomic
 from common.quiet import QUIET
 
@@ -80,37 +77,6 @@ def relay_command(home: Path, socket: Path) -> list[str]:
 
 # -P: a folder `client` where this is started from is not ours
 _TETHERED = (sys.executable, "-P", "-m", "client.tether")
-
-
-@contextmanager
-def alone(home: Home) -> Generator[None]:
-    """Hold the home's start lock.
-
-    Raises:
-        StorageError: Another `start` holds it, or it cannot be made.
-    """
-    try:
-        handle = (home.folder / "start.lock").open("w")
-    except OSError as error:
-        raise StorageError(f"Could not lock the home {home.folder}: {error.strerror}. Mend its permissions.") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"This site is started already ({home.folder}). Stop the other `start` first.") from None
-        yield
-
-
-def is_started(home: Home) -> bool:
-    """Return whether a `start` holds the home's lock."""
-    try:
-        with (home.folder / "start.lock").open() as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def supervise(children: Sequence[Child], state: Path, stop: threading.Event) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from client import supervise as supervising
-from client.paths import Home
-from client.supervise import Child, alone, is_started, supervise
+from client.lock import alone, is_held
+from client.supervise import Child, supervise
 from common.errors import ExitCode, StorageError
 
 pytestmark = [pytest.mark.slow]
@@ -120,11 +120,11 @@ def test_a_tethered_child_ends_with_its_supervisor(tmp_path: Path) -> None:
     assert tethered.wait(10) == -signal.SIGTERM
 
 
-def test_one_start_a_home(tmp_path: Path) -> None:
-    home = Home(tmp_path)
-    assert not is_started(home)
-    with alone(home):
-        assert is_started(home)
-        with pytest.raises(StorageError, match="started already"), alone(home):
+def test_one_of_a_kind_a_home(tmp_path: Path) -> None:
+    lock = tmp_path / "logs" / "start.lock"
+    assert not is_held(lock)
+    with alone(lock, "`start`"):
+        assert is_held(lock)
+        with pytest.raises(StorageError, match="runs on this home already"), alone(lock, "`start`"):
             pass
-    assert not is_started(home)
+    assert not is_held(lock)

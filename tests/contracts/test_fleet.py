@@ -7,6 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore import telemetry
 from flwr.supercore.constant import TaskType
@@ -15,7 +16,9 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import fleet_http_connection
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client import fleet
 from common.quiet import QUIET
@@ -110,3 +113,16 @@ def test_trees_of_any_size_are_bounded_before_anything_is_fetched() -> None:
     wide = ObjectTree(object_id="a", children=[ObjectTree(object_id="b")] * (fleet.MAX_OBJECTS + 1))
     with pytest.raises(fleet.WireError, match="parts"):
         fleet._object_ids(wide)
+
+
+def test_a_node_can_sign_itself_off() -> None:
+    """client/fleet.sign_off: else a killed node is refused for a minute."""
+    assert list(inspect.signature(FleetHttpClient.from_server_address).parameters)[:4] == [
+        "server_address",
+        "insecure",
+        "root_certificates",
+        "interceptors",
+    ]
+    assert list(inspect.signature(NodeAuthHttpInterceptor).parameters) == ["private_key", "public_key"]
+    assert DeactivateNodeRequest(node_id=2**63).node_id == 2**63
+    assert FleetHttpClient.DeactivateNode
