@@ -141,17 +141,18 @@ def join(address: str, ca_pem: bytes, key: NodeKey) -> Generator[Fleet]:
         raise FederationError(_explained(address, error.__context__)) from None
 
 
-def sign_off(address: str, ca_pem: bytes, key: NodeKey, node_id: int) -> None:
+def sign_off(address: str, ca_pem: bytes, key: NodeKey, node_id: int) -> bool:
     """Tell the link that this node is gone, for a relay that was killed and could not: else it is refused for a minute.
 
-    Waits for nothing: where the link cannot be reached or knows better, nothing happens.
+    Waits for nothing. Returns whether the link had counted the node as online.
     """
     interceptors = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())]
     try:
         with FleetHttpClient.from_server_address(address, False, ca_pem, interceptors) as client:
             client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
     except HTTPError:
-        return
+        return False
+    return True
 
 
 def refusal(code: int, reason: str, message: Message) -> Message:

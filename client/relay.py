@@ -42,6 +42,9 @@ IDLE_POLL_S = 1.0
 IDLE_AFTER_S = 120.0
 STATE_S = 15.0
 """Between two notes of the last contact."""
+SIGNED_OFF_S = 4.0
+"""How long a killed relay's node stays signed off: until the ServerApp has asked once and heard that the node is gone,
+with whatever message it had taken. Otherwise it would wait for the answer until its deadline."""
 FAILURE_WAIT_S = 5.0
 MAX_FAILURES = 10
 """Failures in a row after which the relay ends, for its supervisor to start it anew."""
@@ -102,8 +105,10 @@ def run(home: Home, socket: Path) -> None:
     address = f"[{pinned.host}]:{pinned.port}" if ":" in pinned.host else f"{pinned.host}:{pinned.port}"
     LOG.info("connecting to %s at %s as %s", pinned.federation, address, pinned.site)
     try:
-        if before := _node_before(home.relay_state):
-            fleet.sign_off(address, pinned.ca_pem, key, before)
+        before = _node_before(home.relay_state)
+        if before and fleet.sign_off(address, pinned.ca_pem, key, before):
+            LOG.info("signed the killed relay off")
+            time.sleep(SIGNED_OFF_S)
         with fleet.join(address, pinned.ca_pem, key) as line:
             LOG.info("connected; node %d", line.node_id)
             relay(line, installed_app, socket, bundles, _State(home.relay_state, node_id=line.node_id))
