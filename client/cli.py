@@ -1,7 +1,6 @@
-"""`fedmedgan-site`: what a hospital does with its agent's home. Joining is in client/membership."""
+"""`fedmedgan-site`: what a hospital does with its agent's home. Joining: client/membership; relay, `start`: operate."""
 
 import json
-import logging
 import signal
 import sys
 import threading
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from client import budget, journal, policy
+from client import budget, journal, operate, policy
 from client.agent import open_site
 from client.home import (
     Home,
@@ -29,6 +28,7 @@ from client.intake.records import parse_label
 from client.intake.refusals import describe
 from client.joining import has_joined, load_pinned
 from client.ledger import Ledger, read_ledger
+from client.logs import log_to
 from client.membership import add_commands
 from client.policy import Policy
 from client.serve import serve
@@ -48,6 +48,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 records = typer.Typer(no_args_is_help=True, help="Show, verify or export the record of every release.")
 app.add_typer(records, name="journal")
 add_commands(app)
+app.registered_commands += operate.app.registered_commands
 
 _UNNAMED = ("all",)
 """The classes of a planned run whose configuration names none."""
@@ -119,15 +120,7 @@ def serve_(
     """
     opened = Home(home)
     site = open_site(opened, coordinator=load_pinned(home).coordinator if has_joined(home) else None)
-    opened.log.touch(0o600)
-    logging.basicConfig(
-        filename=opened.log,
-        encoding="utf-8",
-        errors="backslashreplace",
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        force=True,  # Opacus configures logging as it is imported; without force the site's own log stays empty
-    )
+    log_to(opened.log)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())

@@ -13,13 +13,11 @@ Out of scope: what the policy allows (client/policy), what an image is (client/i
 """
 
 import fcntl
-import hashlib
 import json
 import shlex
 import tomllib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -30,6 +28,7 @@ from client import policy as policies
 from client.intake import Dataset, Form, load, read, read_form, save, scan
 from client.joining import make_node_key
 from client.ledger import open_ledger
+from client.paths import Home as Home
 from client.policy import Policy
 from common.config import GradientEngine
 from common.crypto import SigningKey, load_key, save_key
@@ -63,50 +62,6 @@ class SiteConfig(BaseModel):
         return value
 
 
-@final
-@dataclass(frozen=True)
-class Home:
-    """The paths of a site's home folder."""
-
-    folder: Path
-
-    @property
-    def policy(self) -> Path:
-        """Return the path of the policy."""
-        return self.folder / "policy.toml"
-
-    @property
-    def key(self) -> Path:
-        """Return the path of the identity key."""
-        return self.folder / "keys" / "site.json"
-
-    @property
-    def ledger(self) -> Path:
-        """Return the folder of the ledger."""
-        return self.folder / "ledger"
-
-    @property
-    def journal(self) -> Path:
-        """Return the folder of the journal."""
-        return self.folder / "journal"
-
-    @property
-    def replies(self) -> Path:
-        """Return the folder of the stored replies."""
-        return self.folder / "replies"
-
-    @property
-    def log(self) -> Path:
-        """Return the path of the site's own log: reasons in full, never sent anywhere."""
-        return self.folder / "agent.log"
-
-    def dataset(self, classes: Sequence[str], size: int, channels: int = 1) -> Path:
-        """Return the path of the imported training set for these classes, this size and these channels."""
-        form = [list(classes), size] if channels == 1 else [list(classes), size, channels]
-        name = hashlib.sha256(json.dumps(form).encode()).hexdigest()[:16]
-        return self.folder / f"dataset-{name}.safetensors"
-
-
 def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
     """Make a site's home: folders, configuration, policy and a new identity key.
 
@@ -120,7 +75,7 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
         raise StorageError(f"A home stands in {folder} already. Choose another folder; its policy is mended by hand.")
     _require_outside(folder, site)
     home = Home(make_folder(folder, 0o700))
-    for part in (home.key.parent, home.ledger, home.journal, home.replies):
+    for part in (home.key.parent, home.ledger, home.journal, home.replies, home.log.parent):
         make_folder(part, 0o700)
     values = site.model_dump(exclude_none=True)
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]

@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import final
 
-from common.certificates import new_node_key, node_public_key
+from client.paths import Home
+from common.certificates import NodeKey, load_node_key, new_node_key, node_public_key
 from common.crypto import SigningKey, VerifyKey
 from common.enrolment import (
     MAX_DOCUMENT_BYTES,
@@ -43,41 +44,13 @@ class Pinned:
     federation: str
 
 
-@final
-@dataclass(frozen=True)
-class Membership:
-    """The paths of a site's membership, below its home folder."""
-
-    home: Path
-
-    @property
-    def node_key(self) -> Path:
-        """Return the path of the node's private key."""
-        return self.home / "keys" / "node.key"
-
-    @property
-    def node_pub(self) -> Path:
-        """Return the path of the node's public key."""
-        return self.home / "keys" / "node.pub"
-
-    @property
-    def next_key(self) -> Path:
-        """Return the path of the private key that waits for the coordinator."""
-        return self.home / "keys" / "next.key"
-
-    @property
-    def federation(self) -> Path:
-        """Return the path of the pinned invitation."""
-        return self.home / "federation.json"
-
-
 def make_node_key(home: Path) -> None:
     """Make the node's key pair where there is none; one that stands there is kept.
 
     Raises:
         StorageError: The folder cannot be written, or the key that stands there is none.
     """
-    member = Membership(home)
+    member = Home(home)
     make_folder(member.node_key.parent, 0o700)
     if not member.node_key.exists():
         write_atomic(member.node_key, new_node_key(), 0o600)
@@ -99,7 +72,7 @@ def enrolment_file(home: Path, site: str, key: SigningKey, now: datetime) -> byt
     Guarantees:
         - public_only: The file holds the name, public keys and a time; no private key and nothing of a patient.
     """
-    member = Membership(home)
+    member = Home(home)
     if member.next_key.exists():
         node_key = _public(member.next_key)
     else:
@@ -117,7 +90,7 @@ def make_next_key(home: Path) -> None:
         StorageError: The key cannot be written.
     """
     load_pinned(home)
-    member = Membership(home)
+    member = Home(home)
     if not member.next_key.exists():
         write_atomic(member.next_key, new_node_key(), 0o600)
 
@@ -147,9 +120,9 @@ def read_for(home: Path, content: bytes, site: str, identity: VerifyKey, now: da
             f"({identity.to_bytes().hex()[:16]}). Ask the coordinator for this site's own."
         )
     require_current(invitation, now)
-    if Membership(home).federation.exists():
+    if Home(home).federation.exists():
         _require_successor(_read_pinned(home), invitation)
-    _held_key(Membership(home), invitation)
+    _held_key(Home(home), invitation)
     return invitation
 
 
@@ -163,7 +136,7 @@ def join(home: Path, content: bytes) -> None:
     Guarantees:
         - any_line: After a crash at any line the same call completes it, and the site is joined as before until then.
     """
-    member, invitation = Membership(home), read_invitation(content)
+    member, invitation = Home(home), read_invitation(content)
     if _held_key(member, invitation) == member.next_key:
         try:
             member.next_key.replace(member.node_key)
@@ -187,7 +160,7 @@ def leave(home: Path) -> Pinned:
     Guarantees:
         - no_way_back: An invitation from before is refused afterwards, since its node key is gone.
     """
-    pinned, member = load_pinned(home), Membership(home)
+    pinned, member = load_pinned(home), Home(home)
     try:
         for path in (member.next_key, member.node_key, member.node_pub, member.federation):
             path.unlink(missing_ok=True)
@@ -198,9 +171,18 @@ def leave(home: Path) -> Pinned:
     return pinned
 
 
+def read_node_key(home: Path) -> NodeKey:
+    """Return the key by which Flower's link knows this site.
+
+    Raises:
+        StorageError: It cannot be read, is none, or others than its owner may read it.
+    """
+    return load_node_key(read_secret(Home(home).node_key, MAX_NODE_KEY_FILE_BYTES))
+
+
 def has_joined(home: Path) -> bool:
     """Tell whether a site has pinned a federation; a damaged pin counts, and `load_pinned` says so."""
-    return Membership(home).federation.exists()
+    return Home(home).federation.exists()
 
 
 def load_pinned(home: Path) -> Pinned:
@@ -225,7 +207,7 @@ def load_pinned(home: Path) -> Pinned:
 
 
 def _read_pinned(home: Path) -> Invitation:
-    path = Membership(home).federation
+    path = Home(home).federation
     if not path.exists():
         raise EnrolmentError(
             f"This site has joined no federation. Send the coordinator what `fedmedgan-site enrol {home}` writes, then "
@@ -254,7 +236,7 @@ def _require_successor(pinned: Invitation, invitation: Invitation) -> None:
         )
 
 
-def _held_key(member: Membership, invitation: Invitation) -> Path:
+def _held_key(member: Home, invitation: Invitation) -> Path:
     """Return which of this site's private keys the invitation is for."""
     for path in (member.node_key, member.next_key):
         if path.exists() and _public(path) == invitation.node_key:
@@ -269,5 +251,5 @@ def _public(path: Path) -> str:
     return node_public_key(read_secret(path, MAX_NODE_KEY_FILE_BYTES)).decode()
 
 
-def _write_public(member: Membership) -> None:
+def _write_public(member: Home) -> None:
     write_atomic(member.node_pub, (_public(member.node_key) + "\n").encode())

@@ -12,7 +12,7 @@ import typer
 
 from client import policy
 from client.home import Home
-from client.joining import Membership, enrolment_file, load_pinned, make_next_key, read_for
+from client.joining import enrolment_file, has_joined, load_pinned, make_next_key, read_for
 from client.joining import join as pin
 from client.joining import leave as forget
 from common.crypto import load_key
@@ -49,7 +49,7 @@ def join(
     opened, content = Home(home), read_bounded(invitation, MAX_DOCUMENT_BYTES)
     identity = load_key(opened.key).verify_key
     read = read_for(home, content, policy.load(opened.policy).site, identity, datetime.now(UTC))
-    if not Membership(home).federation.exists():
+    if not has_joined(home):
         print(f"words of this site, to read to the coordinator: {words_of(identity, 'site')}")
         require_words(read.verify_key, "coordinator", words)
     pin(home, content)

@@ -182,6 +182,10 @@ def new_node_key() -> bytes:
     return generate_ec_key(SECP384R1()).private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
 
 
+NodeKey = EllipticCurvePrivateKey
+"""By which Flower knows a site's node."""
+
+
 def load_node_key(private: bytes) -> EllipticCurvePrivateKey:
     """Read the private key of a node.
 

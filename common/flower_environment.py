@@ -20,20 +20,24 @@ _SWITCHES: Mapping[str, str] = {
 }
 
 
-def flower_environment(home: Path) -> dict[str, str]:
+def flower_environment(home: Path, local: bool = True) -> dict[str, str]:
     """Return this process's environment with Flower's own connections and installations off.
 
     Args:
         home: The coordinator's or the site's home; Flower keeps its files in `flower/` below it, not in the user's.
+        local: Whether the process talks to others of this machine, which no proxy may carry; a relay does not.
 
     Returns:
         A whole environment for a child process, or for `os.environ.update` before Flower is imported.
 
     Guarantees:
         - switches_win: What the caller's environment says of these switches does not matter.
-        - loopback_goes_direct: No proxy sees what the processes of one machine say to each other; other exceptions of
-          the caller stay.
+        - loopback_goes_direct: If `local`, no proxy sees what the processes of one machine say to each other; other
+          exceptions of the caller stay.
     """
+    environment = {**os.environ, **_SWITCHES, "FLWR_HOME": str(home / "flower")}
+    if not local:
+        return environment
     before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     direct = f"{before},{LOCAL_HOSTS}" if before else LOCAL_HOSTS
-    return {**os.environ, **_SWITCHES, "FLWR_HOME": str(home / "flower"), "NO_PROXY": direct, "no_proxy": direct}
+    return {**environment, "NO_PROXY": direct, "no_proxy": direct}

@@ -259,6 +259,7 @@ def _log_to(home: Home) -> None:
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
             handler.close()
+        make_folder(home.log.parent, 0o700)  # a home of an older release has none
         handler = logging.FileHandler(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "client", "server", "simulations")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 # client/agent.py: what goes wrong after a charge is the charge's one outcome, stored and in the journal like any other
-PROCESS_EDGES = {"client/agent.py", "client/app.py", "client/serve.py"}
+PROCESS_EDGES = {"client/agent.py", "client/app.py", "client/relay.py", "client/serve.py"}
 RANDOM_TYPES = {"default_rng", "Generator", "SeedSequence", "BitGenerator", "PCG64", "Philox"}
 
 FORBIDDEN = {

@@ -8,7 +8,6 @@ import pytest
 
 from client import joining
 from client.joining import (
-    Membership,
     enrolment_file,
     join,
     leave,
@@ -17,6 +16,7 @@ from client.joining import (
     make_node_key,
     read_for,
 )
+from client.paths import Home
 from common.certificates import authority_certificate, new_key, node_public_key
 from common.crypto import SigningKey
 from common.enrolment import Invitation, Member, read_enrolment, write_invitation
@@ -68,8 +68,8 @@ def test_public_only(home):
     assert set(json.loads(content)["document"]) == {"version", "created", "site", "identity", "node_key"}
     assert SITE.to_bytes().hex().encode() not in content
     assert b"PRIVATE" not in content
-    assert Membership(home).node_key.stat().st_mode & 0o777 == 0o600
-    assert Membership(home).node_pub.read_bytes() == node_public_key(Membership(home).node_key.read_bytes()) + b"\n"
+    assert Home(home).node_key.stat().st_mode & 0o777 == 0o600
+    assert Home(home).node_pub.read_bytes() == node_public_key(Home(home).node_key.read_bytes()) + b"\n"
 
 
 def test_a_node_key_is_kept(home):
@@ -84,7 +84,7 @@ def test_joined(home):
     pinned = load_pinned(home)
     assert (pinned.host, pinned.port, pinned.site, pinned.federation) == ("fed.example.org", 8443, "st-mary", "lungs")
     assert (pinned.ca_pem, pinned.coordinator) == (AUTHORITY.encode(), COORDINATOR.verify_key)
-    assert Membership(home).federation.stat().st_mode & 0o777 == 0o600
+    assert Home(home).federation.stat().st_mode & 0o777 == 0o600
 
 
 def test_what_is_pinned_does_not_expire_and_may_be_joined_again(home):
@@ -134,15 +134,15 @@ def test_never_older(home):
 
 def test_renewed_key_waits_for_the_coordinator(home):
     accept(home, invite(home))
-    old = Membership(home).node_key.read_bytes()
+    old = Home(home).node_key.read_bytes()
     make_next_key(home)
-    waiting = Membership(home).next_key.read_bytes()
+    waiting = Home(home).next_key.read_bytes()
     make_next_key(home)  # asked twice: the coordinator may have enrolled the first already
-    assert (Membership(home).node_key.read_bytes(), Membership(home).next_key.read_bytes()) == (old, waiting)
+    assert (Home(home).node_key.read_bytes(), Home(home).next_key.read_bytes()) == (old, waiting)
     accept(home, invite(home, later=timedelta(minutes=1)))
-    assert Membership(home).node_key.read_bytes() == waiting
-    assert Membership(home).node_pub.read_bytes() == node_public_key(waiting) + b"\n"
-    assert not Membership(home).next_key.exists()
+    assert Home(home).node_key.read_bytes() == waiting
+    assert Home(home).node_pub.read_bytes() == node_public_key(waiting) + b"\n"
+    assert not Home(home).next_key.exists()
 
 
 def test_nothing_to_renew_or_leave_before_joining(home):
@@ -156,7 +156,7 @@ def test_any_line(home, monkeypatch, line):
     """Die at each step of a join that brings a new key and a new port; the same call completes it."""
     accept(home, invite(home))
     make_next_key(home)
-    content, waiting = invite(home, later=timedelta(minutes=1), port=9000), Membership(home).next_key.read_bytes()
+    content, waiting = invite(home, later=timedelta(minutes=1), port=9000), Home(home).next_key.read_bytes()
     steps = iter(range(10))
 
     def dies(original):
@@ -175,8 +175,8 @@ def test_any_line(home, monkeypatch, line):
     assert load_pinned(home).port == 8443
     accept(home, content)
     assert load_pinned(home).port == 9000
-    assert Membership(home).node_key.read_bytes() == waiting
-    assert Membership(home).node_pub.read_bytes() == node_public_key(waiting) + b"\n"
+    assert Home(home).node_key.read_bytes() == waiting
+    assert Home(home).node_pub.read_bytes() == node_public_key(waiting) + b"\n"
 
 
 def test_no_way_back(home):
@@ -195,13 +195,13 @@ def test_no_way_back(home):
 
 def test_a_pin_that_was_changed_is_not_used(home):
     accept(home, invite(home))
-    path = Membership(home).federation
+    path = Home(home).federation
     path.write_bytes(path.read_bytes().replace(b"fed.example.org", b"fed.example.com"))
     with pytest.raises(StorageError, match="join again"):
         load_pinned(home)
 
 
 def test_a_node_key_that_others_read_is_not_used(home):
-    Membership(home).node_key.chmod(0o644)
+    Home(home).node_key.chmod(0o644)
     with pytest.raises(StorageError, match="chmod 600"):
         enrolment_file(home, "st-mary", SITE, NOW)

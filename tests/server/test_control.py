@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.certificates import node_public_pem
 from common.crypto import SigningKey
-from common.errors import StorageError, WireError
+from common.errors import EnrolmentError, StorageError
 from common.files import write_atomic
 from server.consortium import Consortium, EnrolledSite
 from server.control import NODE_GONE, Changes, list_nodes, register_sites
@@ -82,7 +82,7 @@ def test_a_site_with_a_new_key_loses_the_old_one(keys) -> None:
 def test_a_key_that_does_not_decode_changes_nothing(keys) -> None:
     control = FakeControl()
     broken = EnrolledSite("b", SigningKey.generate().verify_key, b"ssh-rsa AAAA", False)
-    with pytest.raises(WireError, match="enrol again"):
+    with pytest.raises(EnrolmentError, match="fedmedgan-site enrol"):
         register_sites(control, {"a": site("a", keys["a"]), "b": broken})
     assert control.nodes == []
 

@@ -1,0 +1,204 @@
+"""The line to the coordinator's link, by Flower's Fleet protocol: TLS, node authentication, heartbeats, retries.
+
+The only module of the hospital that uses Flower's internals; tests/contracts/test_fleet.py pins them. Flower's own
+SuperNode would fetch the bundle, read its configuration and offer both to an executor on a local port. Here nothing of
+a bundle is fetched, except to compare its digest when the site keeps a list of bundles, and no port is opened.
+Out of scope: what is done with a message (client/relay).
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from http import HTTPStatus
+from typing import final
+
+from flwr.app import Error, Message
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from httpx import HTTPError, HTTPStatusError
+
+from common.certificates import NodeKey
+from common.errors import FederationError, WireError
+from common.wire import MAX_ARRAYS, MAX_NAME_CHARACTERS, MAX_TOTAL_BYTES
+
+RunEnded = RunNotRunningException
+"""The run is over: its messages and replies are of no use any more."""
+
+INVALID_BUNDLE = ErrorCode.INVALID_FAB
+UNKNOWN_REQUEST = ErrorCode.LOAD_CLIENT_APP_EXCEPTION
+FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+_CHUNK_BYTES = 1 << 20  # Flower cuts arrays into chunks of 5 MB; five times as many are taken
+_FIRST_RETRY_S = 0.05  # the link announces a message while its parts still arrive; Flower would wait for 1 s
+MAX_OBJECTS = 2 * MAX_ARRAYS + MAX_TOTAL_BYTES // _CHUNK_BYTES
+MAX_MESSAGE_BYTES = MAX_TOTAL_BYTES + MAX_OBJECTS * (MAX_NAME_CHARACTERS + 1024)
+
+
+@final
+class Fleet:
+    """An open line to the link, as one node."""
+
+    def __init__(self, line: "_Line") -> None:
+        self.node_id, self._receive, self._send, self._get_run, self._get_fab, self._pull, self._push, self._done = line
+        self._runs: dict[int, Run] = {}
+
+    def receive(self) -> "tuple[Message, ObjectTree] | None":
+        """Return the next message's envelope and the tree of its parts, or None. The content is still at the link."""
+        return self._receive()
+
+    def content(self, envelope: Message, tree: ObjectTree) -> Message:
+        """Fetch a message's content, its size bounded while it comes.
+
+        Raises:
+            WireError: It has too many parts or bytes, does not decode, or is stale by the time it is here.
+        """
+        started, run_id = time.monotonic(), envelope.metadata.run_id
+        ids = _object_ids(tree)
+        parts = pull_objects(
+            ids,
+            _bounded(partial(self._pull, run_id)),
+            max_time=envelope.metadata.ttl,
+            max_tries_per_object=None,
+            initial_backoff=_FIRST_RETRY_S,
+        )
+        self._done(run_id, envelope.metadata.message_id)  # the link drops the parts; only now may it
+        if time.monotonic() - started > envelope.metadata.ttl:
+            raise WireError(f"The message took longer to come than its {envelope.metadata.ttl:.0f} s to live.")
+        try:
+            message = inflate_object_from_contents(tree.object_id, parts)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise WireError(f"Expected a message, its parts do not decode: {type(error).__name__}.") from error
+        if not isinstance(message, Message) or not message.has_content():
+            raise WireError("Expected a message with content.")
+        # The envelope is what the link routed; the content's own copy of it is the sender's word only.
+        return make_message(envelope.metadata, message.content)
+
+    def is_agent_task(self, run_id: int) -> bool:
+        """Return whether a run is one of Flower's agents: a language model with tools, not a federation."""
+        return self._run(run_id).primary_task_type not in ("", TaskType.SERVER_APP, TaskType.SIMULATION)
+
+    def bundle(self, run_id: int) -> str:
+        """Fetch a run's bundle, never to be opened, and return its SHA-256 in hexadecimal."""
+        return hashlib.sha256(self._get_fab(self._run(run_id).fab_hash, run_id).content).hexdigest()
+
+    def send(self, reply: Message) -> None:
+        """Send a reply: its envelope, then those of its parts that the link lacks. How long it took is not said."""
+        run_id = reply.metadata.run_id
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        with no_object_id_recompute():
+            lacking, session = self._send(reply, get_object_tree(reply), 0.0)
+            parts = get_all_nested_objects(reply)
+            push_objects(parts, partial(self._push, run_id, session), object_ids_to_push=lacking)
+
+    def _run(self, run_id: int) -> Run:
+        if run_id not in self._runs:
+            self._runs = {run_id: self._get_run(run_id)}
+        return self._runs[run_id]
+
+
+_Line = tuple[
+    int,
+    Callable[[], tuple[Message, ObjectTree] | None],
+    Callable[[Message, ObjectTree, float], tuple[set[str], str]],
+    Callable[[int], Run],
+    Callable[[str, int], Fab],
+    Callable[[int, str], bytes],
+    Callable[[int, str, str, bytes], None],
+    Callable[[int, str], None],
+]
+
+
+@contextmanager
+def join(address: str, ca_pem: bytes, key: NodeKey) -> Generator[Fleet]:
+    """Connect to the link and stay online, by heartbeats of a thread, until the block ends.
+
+    Waits for as long as the link cannot be reached. Flower ends the process within seconds of a refusal, so this is for
+    a process of its own.
+
+    Raises:
+        FederationError: The link refuses this site, or its certificate is not the pinned authority's.
+    """
+    try:
+        with http_request_response(address, False, ca_pem, (key, key.public_key())) as line:
+            TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 0, 0, line[0]
+            yield Fleet(line)
+    except SystemExit as error:  # Flower's way to say that the link refused
+        raise FederationError(_explained(address, error.__context__)) from None
+
+
+def sign_off(address: str, ca_pem: bytes, key: NodeKey, node_id: int) -> bool:
+    """Tell the link that this node is gone, for a relay that was killed and could not: else it is refused for a minute.
+
+    Waits for nothing. Returns whether the link had counted the node as online.
+    """
+    interceptors = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())]
+    try:
+        with FleetHttpClient.from_server_address(address, False, ca_pem, interceptors) as client:
+            client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+    except HTTPError:
+        return False
+    return True
+
+
+def refusal(code: int, reason: str, message: Message) -> Message:
+    """Make the reply that says no: a code and a fixed word."""
+    return Message(Error(code, reason), reply_to=message)
+
+
+def _object_ids(tree: ObjectTree) -> list[str]:
+    ids, waiting = list[str](), [tree]
+    while waiting:
+        part = waiting.pop()
+        ids.append(part.object_id)
+        waiting.extend(part.children)
+        if len(ids) > MAX_OBJECTS or len(waiting) > MAX_OBJECTS:
+            raise WireError(f"Expected a message of at most {MAX_OBJECTS} parts.")
+    return ids
+
+
+def _bounded(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    total_bytes, lock = 0, threading.Lock()
+
+    def counted(object_id: str) -> bytes:
+        nonlocal total_bytes
+        content = pull(object_id)
+        with lock:
+            total_bytes += len(content)
+            if total_bytes > MAX_MESSAGE_BYTES:
+                raise WireError(f"Expected a message of at most {MAX_MESSAGE_BYTES} bytes.")
+        return content
+
+    return counted
+
+
+def _explained(address: str, cause: BaseException | None) -> str:
+    status = cause.response.status_code if isinstance(cause, HTTPStatusError) else None
+    if status == HTTPStatus.UNAUTHORIZED:
+        return (
+            f"The link at {address} does not accept this site's signed time. Set the clock (it may be 5 s ahead, 300 s "
+            "behind), then check with the coordinator that this site is enrolled."
+        )
+    if status is not None:
+        return (
+            f"The link at {address} does not let this site in. After a crash it counts the site as online for up to a "
+            "minute and lets it in then; if this goes on, ask the coordinator whether the site is enrolled or revoked."
+        )
+    return (
+        f"The link at {address} cannot be used: {cause}. If its certificate is not the pinned authority's and no proxy "
+        "inspects TLS here, ask the coordinator for a new invitation and compare the fingerprint by phone."
+    )

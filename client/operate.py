@@ -1,0 +1,151 @@
+"""`fedmedgan-site start|relay|status`, in a module of their own: these processes hold no torch and no patient code."""
+
+import json
+import logging
+import os
+import signal
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from client.joining import load_pinned
+from client.lock import alone, is_held
+from client.logs import log_to
+from client.paths import Home
+from client.supervise import Child, agent_command, relay_command, supervise
+from common.command import run_command
+from common.errors import ConfigError, ExitCode, FedmedganError, StorageError
+from common.flower_environment import flower_environment
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+HomeArgument = Annotated[Path, typer.Argument(help="The site's home folder.")]
+SocketOption = Annotated[Path | None, typer.Option(help="The agent's Unix socket; HOME/agent.sock unless named.")]
+
+MAX_SOCKET_BYTES = 107
+CONTACT_LOST_S = 60
+LOG = logging.getLogger("fedmedgan.start")
+
+
+@app.command()
+def start(home: HomeArgument, socket: SocketOption = None) -> None:
+    """Run agent and relay and start them anew when they end, until SIGTERM or Ctrl-C.
+
+    Ends with a child's code where only a person can mend what is wrong.
+    """
+    opened = Home(home.absolute())
+    if not opened.policy.exists():
+        raise StorageError(f"Expected a site's home in {home}. Make one: fedmedgan-site init {home} ...")
+    load_pinned(opened.folder)
+    os.environ.update(flower_environment(opened.folder, local=False))  # for the relay
+    path = _socket(opened, socket)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    with alone(opened.start_lock, "`start`"):
+        log_to(opened.start_log)
+        print(f"started; logs in {opened.start_log.parent}; see: fedmedgan-site status {home}", flush=True)
+        children = [
+            Child("agent", agent_command(opened.folder, path)),
+            Child("relay", relay_command(opened.folder, path)),
+        ]
+        code = supervise(children, opened.start_state, stop)
+    raise typer.Exit(code)
+
+
+@app.command()
+def relay(home: HomeArgument, socket: SocketOption = None) -> None:
+    """Run the relay alone, for service managers and containers, until SIGTERM or Ctrl-C.
+
+    Of HOME it needs federation.json and keys/node.key, may have bundles.txt, and writes logs/; the agent's home may be
+    elsewhere, under another user.
+    """
+    os.environ.update(flower_environment(home.absolute(), local=False))
+    from client.relay import run  # imports flwr, which reads the environment as it is imported
+
+    opened = Home(home.absolute())
+    log_to(opened.relay_log)
+    logging.getLogger("flwr").handlers.clear()  # what it says stands in the relay's log, once
+    try:
+        with alone(opened.relay_lock, "relay"):
+            run(opened, _socket(opened, socket))
+    except FedmedganError as error:
+        LOG.error("%s", error)
+        raise
+
+
+@app.command()
+def status(home: HomeArgument) -> None:
+    """Show whether this site has joined, is started and is connected. Exits 8 where it is not connected."""
+    opened = Home(home.absolute())
+    pinned = load_pinned(opened.folder)
+    print(f"site {pinned.site} of {pinned.federation}; coordinator {pinned.host}:{pinned.port}")
+    print(f"bundles: {_bundles(opened)}")
+    children = _read(opened.start_state)
+    started = is_held(opened.start_lock)
+    print(f"start: {'running, process ' + str(children.get('pid')) if started else 'not running'}")
+    for name in ("agent", "relay") if started else ():
+        print(f"{name}: {_described(children.get(name))}")
+    seen = _read(opened.relay_state)
+    lost_s = _seconds_since(seen.get("contact"))
+    connected = lost_s is not None and lost_s < CONTACT_LOST_S
+    if lost_s is None:
+        print("link: never connected; see logs/relay.log")
+    else:
+        print(f"link: {'connected' if connected else 'NOT connected'}, last contact {lost_s:.0f} s ago")
+        last = seen.get("last_message") or "never"
+        print(f"node {seen.get('node')}: {seen.get('messages')} messages since {seen.get('started')}, the last {last}")
+    if not connected:
+        raise typer.Exit(ExitCode.FEDERATION)
+
+
+def _socket(home: Home, socket: Path | None) -> Path:
+    path = (socket or home.socket).absolute()
+    if len(bytes(path)) > MAX_SOCKET_BYTES:
+        raise ConfigError(
+            f"Expected a socket's path of at most {MAX_SOCKET_BYTES} bytes, {path} has {len(bytes(path))}. Name "
+            "a shorter one: --socket /run/fedmedgan/agent.sock"
+        )
+    return path
+
+
+def _bundles(home: Home) -> str:
+    if not home.bundles.exists():
+        return "any (no bundles.txt); none is ever opened"
+    return f"only those in {home.bundles.name}; none is ever opened"
+
+
+def _described(child: Any) -> str:
+    if not isinstance(child, dict):
+        return "unknown"
+    running = f"process {child.get('pid')}" if child.get("pid") else f"ended with code {child.get('code')}, starts anew"
+    return f"{running}; starts: {child.get('starts')}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StorageError(f"Could not read {path}: {type(error).__name__}. Remove it; it is written anew.") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _seconds_since(time: Any) -> float | None:
+    try:
+        return max((datetime.now(UTC) - datetime.fromisoformat(str(time))).total_seconds(), 0.0)
+    except (ValueError, TypeError):
+        return None
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line."""
+    run_command(app, arguments)
+
+
+if __name__ == "__main__":
+    main()

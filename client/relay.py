@@ -1,0 +1,255 @@
+"""The relay: takes each message from the link, lets the installed ClientApp ask the agent, and sends the answer back.
+
+It sees no patient and holds no key but the one by which Flower's link knows the node. It runs `client.app` as it is
+installed here and never looks into the coordinator's bundle; with a list of bundles (bundles.txt) it serves only their
+runs. Outwards go replies and codes, never a text; reasons stand in the relay's own log. Imports no torch and no
+pydicom. Out of scope: the protocol (client/fleet), keeping it running (client/supervise).
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import final
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client import fleet
+from client.app import app as installed_app
+from client.fleet import Fleet, RunEnded, refusal
+from client.joining import load_pinned, read_node_key
+from client.paths import Home
+from common.errors import ConfigError, FederationError, RefusalCode, WireError
+from common.files import make_folder, write_atomic
+from common.wire import MESSAGE_TYPES
+
+LOG = logging.getLogger("fedmedgan.relay")
+
+POLL_S = 0.2
+"""Between two questions for a message while a run is under way."""
+IDLE_POLL_S = 1.0
+"""The same when none came for `IDLE_AFTER_S`."""
+IDLE_AFTER_S = 120.0
+STATE_S = 15.0
+"""Between two notes of the last contact."""
+SIGNED_OFF_S = 4.0
+"""How long a killed relay's node stays signed off: until the ServerApp has asked once and heard that the node is gone,
+with whatever message it had taken. Otherwise it would wait for the answer until its deadline."""
+FAILURE_WAIT_S = 5.0
+MAX_FAILURES = 10
+"""Failures in a row after which the relay ends, for its supervisor to start it anew."""
+AGENT_POLL_S = 1.0
+MAX_WAIT_FOR_AGENT_S = 300.0
+"""For an agent that starts or is started anew."""
+MAX_BUNDLES_BYTES = 1 << 16
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_KNOWN_TYPES = frozenset(MESSAGE_TYPES.values())
+
+
+class _Stopped(BaseException):
+    """A signal asked the relay to end; passes through every handler of ordinary errors."""
+
+
+@final
+@dataclass
+class _State:
+    """What `status` shows; written to a file at changes and now and then."""
+
+    path: Path
+    started: str = field(default_factory=lambda: _now())
+    node_id: int = 0
+    messages: int = 0
+    last_message: str = ""
+    written: float = 0.0
+
+    def note(self, *, message: bool = False) -> None:
+        """Note a contact with the link, and whether it brought a message."""
+        if message:
+            self.messages, self.last_message = self.messages + 1, _now()
+        if message or time.monotonic() - self.written > STATE_S:
+            values = {"pid": os.getpid(), "started": self.started, "node": self.node_id, "contact": _now()}
+            values |= {"messages": self.messages, "last_message": self.last_message}
+            write_atomic(self.path, (json.dumps(values) + "\n").encode(), 0o600)
+            self.written = time.monotonic()
+
+
+def run(home: Home, socket: Path) -> None:
+    """Relay between the pinned coordinator and the agent behind `socket` until SIGTERM or Ctrl-C.
+
+    The caller holds the home's relay lock: a relay that starts signs its predecessor off at the link.
+
+    Args:
+        home: Holds keys/node.key, federation.json and, if wanted, bundles.txt; nothing else of it is read.
+        socket: The agent's Unix socket. The agent may come and go.
+
+    Raises:
+        ConfigError: The site has not joined, or the list of bundles does not read.
+        StorageError: The node key cannot be read.
+        FederationError: The link refuses this site, or failed too often.
+    """
+    pinned, key, bundles = load_pinned(home.folder), read_node_key(home.folder), read_bundles(home.bundles)
+    make_folder(home.relay_state.parent, 0o700)
+    threading.excepthook = _end_process
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    address = f"[{pinned.host}]:{pinned.port}" if ":" in pinned.host else f"{pinned.host}:{pinned.port}"
+    LOG.info("connecting to %s at %s as %s", pinned.federation, address, pinned.site)
+    try:
+        before = _node_before(home.relay_state)
+        if before and fleet.sign_off(address, pinned.ca_pem, key, before):
+            LOG.info("signed the killed relay off")
+            time.sleep(SIGNED_OFF_S)
+        with fleet.join(address, pinned.ca_pem, key) as line:
+            LOG.info("connected; node %d", line.node_id)
+            relay(line, installed_app, socket, bundles, _State(home.relay_state, node_id=line.node_id))
+    except _Stopped:
+        LOG.info("stopped")
+
+
+def _node_before(state: Path) -> int:
+    """Return the node that an earlier relay of this home was; 0 where there was none."""
+    try:
+        node = json.loads(state.read_text(encoding="utf-8"))["node"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return node if isinstance(node, int) and 0 < node < 2**64 else 0
+
+
+def read_bundles(path: Path) -> AbstractSet[str] | None:
+    """Read the list of bundles whose runs are served; None where the site keeps none.
+
+    Raises:
+        ConfigError: A line is no SHA-256, or the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BUNDLES_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"Could not read {path}: {error.strerror}. Mend its permissions, or remove it.") from error
+    lines = [line.split(b"#")[0].strip().decode(errors="replace").lower() for line in content.splitlines()]
+    wrong = [number for number, line in enumerate(lines, 1) if line and not _DIGEST.fullmatch(line)]
+    if wrong or len(content) > MAX_BUNDLES_BYTES:
+        raise ConfigError(
+            f"Expected one SHA-256 of 64 hexadecimal digits a line in {path}, at most {MAX_BUNDLES_BYTES} bytes; wrong "
+            f"lines: {wrong[:8]}. The coordinator tells the digest of its bundle."
+        )
+    return frozenset(line for line in lines if line)
+
+
+def relay(line: Fleet, app: ClientApp, socket: Path, bundles: AbstractSet[str] | None, state: _State) -> None:
+    """Serve messages, one at a time, until a signal or too many failures in a row.
+
+    Guarantees:
+        - only_codes_leave: Whatever goes wrong while a message is served, its reply is a code and a fixed word.
+        - only_known_requests: Agent tasks and unknown message types are refused before their content is fetched.
+        - only_listed_bundles: Where the site keeps a list, a run with another bundle is refused; nothing is opened.
+
+    Raises:
+        FederationError: `MAX_FAILURES` failures in a row.
+    """
+    failures, last = 0, time.monotonic()
+    while failures < MAX_FAILURES:
+        try:
+            served = _serve_one(line, app, socket, bundles)
+            state.note(message=served)
+            failures, last = 0, time.monotonic() if served else last
+            if not served:
+                time.sleep(POLL_S if time.monotonic() - last < IDLE_AFTER_S else IDLE_POLL_S)
+        except RunEnded:
+            LOG.info("the run has ended; its message is left")
+        except Exception:  # the process edge: one bad message or answer of the link ends no relay
+            failures += 1
+            LOG.exception("failure %d of %d in a row", failures, MAX_FAILURES)
+            time.sleep(FAILURE_WAIT_S)
+    raise FederationError(
+        f"The link failed {MAX_FAILURES} times in a row; the relay's log says how. It may be started anew."
+    )
+
+
+def _serve_one(line: Fleet, app: ClientApp, socket: Path, bundles: AbstractSet[str] | None) -> bool:
+    received = line.receive()
+    if received is None:
+        return False
+    envelope, tree = received
+    about, started = envelope.metadata, time.monotonic()
+    name = about.message_type if about.message_type in _KNOWN_TYPES else "an unknown type"
+    LOG.info("run %d round %.16s: %s received", about.run_id, ascii(about.group_id), name)
+    refused = _refused(line, envelope, bundles)
+    if refused is not None:
+        line.send(refused)  # not confirmed: its parts may still be on their way to the link
+        return True
+    try:
+        message = line.content(envelope, tree)
+    except WireError as error:
+        LOG.warning("refused: %s", error)
+        line.send(refusal(fleet.FAILED, "bad-request", envelope))
+        return True
+    reply = _answer(app, message, socket, line.node_id)
+    answered = time.monotonic()
+    line.send(reply)
+    LOG.info("answered after %.2f s, sent in %.2f s", answered - started, time.monotonic() - answered)
+    return True
+
+
+def _refused(line: Fleet, envelope: Message, bundles: AbstractSet[str] | None) -> Message | None:
+    run_id = envelope.metadata.run_id
+    if envelope.metadata.message_type not in _KNOWN_TYPES:
+        LOG.warning("refused: a message of an unknown type")
+        return refusal(fleet.UNKNOWN_REQUEST, "unknown-request", envelope)
+    if line.is_agent_task(run_id):
+        LOG.warning("refused: a task for a language model")
+        return refusal(fleet.UNKNOWN_REQUEST, "unknown-task", envelope)
+    if bundles is not None and (found := line.bundle(run_id)) not in bundles:
+        LOG.warning("refused: the bundle %s is not in bundles.txt", found)
+        return refusal(fleet.INVALID_BUNDLE, "bundle-not-listed", envelope)
+    return None
+
+
+def _answer(app: ClientApp, message: Message, socket: Path, node_id: int) -> Message:
+    """Ask the installed ClientApp; while the agent is away, again and again for as long as the message lives.
+
+    An agent that was killed over a request and is back answers it as it would have, for the same charge.
+    """
+    run_id, where = message.metadata.run_id, str(socket)
+    context = Context(
+        run_id=run_id, node_id=node_id, node_config={"agent-socket": where}, state=RecordDict(), run_config={}
+    )
+    deadline = time.monotonic() + min(message.metadata.ttl, MAX_WAIT_FOR_AGENT_S)
+    try:
+        while _is_unreachable(reply := app(message, context)) and time.monotonic() + AGENT_POLL_S < deadline:
+            time.sleep(AGENT_POLL_S)
+    except Exception:  # the process edge: the text of an exception stays here
+        LOG.exception("a message failed")
+        return refusal(fleet.FAILED, "internal-error", message)
+    return reply
+
+
+def _is_unreachable(reply: Message) -> bool:
+    header = reply.content.config_records.get("header")
+    return header is not None and header.get("refusal") == RefusalCode.UNREACHABLE
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise _Stopped
+
+
+def _end_process(failure: threading.ExceptHookArgs) -> None:
+    """End when the thread of heartbeats does: without them the link forgets this node, and nobody would notice."""
+    LOG.error("a thread failed: %s", failure.exc_value)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,242 @@
+"""The relay's loop against a line that is a plain object: what it refuses and fetches, and that only codes leave."""
+
+import hashlib
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from client import fleet, relay
+from client.app import make_app
+from client.fleet import Fleet, RunEnded
+from common import wire
+from common.errors import ConfigError, FederationError, RefusalCode
+from common.messages import Kind, Reply, Request
+
+SOCKET = Path("/run/agent.sock")
+HELLO = Request(Kind.HELLO, "run-1", 0, "")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 7, 8, 1
+    monkeypatch.setattr(relay, "FAILURE_WAIT_S", 0.0)
+    monkeypatch.setattr(relay, "AGENT_POLL_S", 0.01)
+
+
+class Link:
+    """A link in memory: hands out the messages given, keeps the replies, then ends the loop as a signal would."""
+
+    def __init__(self, *messages: Message, task_type: str = "flwr-serverapp") -> None:
+        self.waiting, self.replies, self.fetched, self.bundles, self.done = list(messages), [], 0, 0, 0
+        self.parts: dict[str, bytes] = {}
+        self.task_type = task_type
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = message.object_id
+            self.parts |= {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+
+    def line(self) -> Fleet:
+        return Fleet((5, self.receive, self.send, self.run, self.fab, self.pull, lambda *_: None, self.confirm))
+
+    def receive(self) -> tuple[Message, ObjectTree] | None:
+        if not self.waiting:
+            raise relay._Stopped
+        message = self.waiting.pop(0)
+        return message, get_object_tree(message)
+
+    def send(self, reply: Message, tree: ObjectTree, worked_s: float) -> tuple[set[str], str]:
+        assert worked_s == 0.0
+        self.replies.append(reply)
+        return set(), ""
+
+    def run(self, run_id: int) -> Run:
+        made = Run.create_empty(run_id)
+        made.primary_task_type = self.task_type
+        return made
+
+    def fab(self, digest: str, run_id: int) -> SimpleNamespace:
+        self.bundles += 1
+        return SimpleNamespace(content=b"bundle")
+
+    def pull(self, run_id: int, name: str) -> bytes:
+        self.fetched += 1
+        return self.parts[name]
+
+    def confirm(self, run_id: int, message_id: str) -> None:
+        self.done += 1
+
+    def serve(self, app: ClientApp, tmp_path: Path, bundles: frozenset[str] | None = None) -> list[Message]:
+        with pytest.raises(relay._Stopped):
+            relay.relay(self.line(), app, SOCKET, bundles, relay._State(tmp_path / "state.json"))
+        return self.replies
+
+
+def agent(request: Request) -> Reply:
+    return Reply(request.kind, request.run_id, request.round, None, {"site": "st-mary"})
+
+
+APP = make_app(lambda context: agent)
+
+
+def hello() -> Message:
+    return wire.encode_request(HELLO, 5, 30.0)
+
+
+def of_type(message_type: str) -> Message:
+    return Message(RecordDict(), dst_node_id=5, message_type=message_type, ttl=30.0)
+
+
+def test_a_request_gets_the_answer_of_the_installed_app(tmp_path: Path) -> None:
+    link = Link(hello(), hello())
+    replies = link.serve(APP, tmp_path)
+    assert [wire.decode_reply(reply).fields["site"] for reply in replies] == ["st-mary", "st-mary"]
+    assert (link.done, link.bundles) == (2, 0)
+
+
+@pytest.mark.parametrize("message_type", ["query.secrets", "train", "evaluate.round", "query.other"])
+def test_only_known_requests(tmp_path: Path, message_type: str) -> None:
+    link = Link(of_type(message_type), hello())
+    refused, answered = link.serve(APP, tmp_path)
+    assert (refused.error.code, refused.error.reason) == (fleet.UNKNOWN_REQUEST, "unknown-request")
+    assert wire.decode_reply(answered).refusal is None
+    assert link.done == 1
+
+
+@pytest.mark.parametrize("task_type", ["flwr-agentapp", "flwr-model", "flwr-connector", "something new"])
+def test_only_federations(tmp_path: Path, task_type: str) -> None:
+    link = Link(hello(), task_type=task_type)
+    (refused,) = link.serve(APP, tmp_path)
+    assert (refused.error.code, refused.error.reason) == (fleet.UNKNOWN_REQUEST, "unknown-task")
+    assert link.fetched == 0
+
+
+def test_only_listed_bundles(tmp_path: Path) -> None:
+    link = Link(hello())
+    (refused,) = link.serve(APP, tmp_path, frozenset({"0" * 64}))
+    assert (refused.error.code, refused.error.reason) == (fleet.INVALID_BUNDLE, "bundle-not-listed")
+    assert link.fetched == 0
+    digest = hashlib.sha256(b"bundle").hexdigest()
+    (answered,) = Link(hello()).serve(APP, tmp_path, frozenset({digest}))
+    assert wire.decode_reply(answered).refusal is None
+
+
+def test_only_codes_leave(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An app that raises a patient's name gets it into the site's log, and nowhere else."""
+    app = ClientApp()
+
+    @app.query("hello")
+    def crash(message: Message, context: Context) -> Message:
+        raise KeyError("DOE^JANE")
+
+    with caplog.at_level(logging.INFO):
+        (reply,) = Link(hello()).serve(app, tmp_path)
+    assert (reply.error.code, reply.error.reason) == (fleet.FAILED, "internal-error")
+    assert b"DOE" not in reply.deflate()
+    assert "DOE^JANE" in caplog.text
+
+
+def test_an_agent_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    calls = []
+
+    def away_at_first(request: Request) -> Reply:
+        calls.append(request)
+        if len(calls) < 3:
+            raise ConnectionRefusedError("away")
+        return agent(request)
+
+    (reply,) = Link(hello()).serve(make_app(lambda context: away_at_first), tmp_path)
+    assert wire.decode_reply(reply).refusal is None
+    assert len(calls) == 3
+
+
+def test_an_agent_that_stays_away_is_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(request: Request) -> Reply:
+        raise ConnectionRefusedError("away")
+
+    monkeypatch.setattr(relay, "MAX_WAIT_FOR_AGENT_S", 0.05)
+    (reply,) = Link(hello()).serve(make_app(lambda context: away), tmp_path)
+    assert wire.decode_reply(reply).refusal is RefusalCode.UNREACHABLE
+
+
+def test_too_much_is_refused_while_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "MAX_MESSAGE_BYTES", 10_000)
+    arrays = {f"w{i}": Array(np.full(300, i, np.float32)) for i in range(40)}
+    big = Message(RecordDict({"arrays": ArrayRecord(arrays)}), dst_node_id=5, message_type="train.round", ttl=30.0)
+    link = Link(big, hello())
+    refused, answered = link.serve(APP, tmp_path)
+    assert (refused.error.code, refused.error.reason) == (fleet.FAILED, "bad-request")
+    assert wire.decode_reply(answered).refusal is None
+    assert link.done == 1
+
+
+def test_parts_that_make_no_message_are_refused(tmp_path: Path) -> None:
+    message = of_type("query.hello")
+    link = Link(message)
+    link.parts = dict.fromkeys(link.parts, b"no parts at all")
+    (refused,) = link.serve(APP, tmp_path)
+    assert refused.error.reason == "bad-request"
+
+
+def test_a_record_is_no_message(tmp_path: Path) -> None:
+    link = Link(of_type("query.hello"))
+    record = RecordDict({"header": ConfigRecord({"a": 1})})
+    link.parts |= {name: part.deflate() for name, part in get_all_nested_objects(record).items()}
+    tree = get_object_tree(record)
+    envelope, _ = link.receive()
+    with pytest.raises(fleet.WireError, match="with content"):
+        link.line().content(envelope, tree)
+
+
+def test_failures_end_the_relay_only_when_they_go_on(tmp_path: Path) -> None:
+    link, left = Link(hello()), [relay.MAX_FAILURES - 1]
+    receive = link.receive
+
+    def flaky() -> tuple[Message, ObjectTree] | None:
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("500")
+        return receive()
+
+    link.receive = flaky
+    assert len(link.serve(APP, tmp_path)) == 1
+    left[0] = 10**6
+    with pytest.raises(FederationError, match="in a row"):
+        relay.relay(link.line(), APP, SOCKET, None, relay._State(tmp_path / "state.json"))
+
+
+def test_a_run_that_has_ended_is_no_failure(tmp_path: Path) -> None:
+    link, times = Link(hello()), [3 * relay.MAX_FAILURES]
+    receive = link.receive
+
+    def over() -> tuple[Message, ObjectTree] | None:
+        if times[0]:
+            times[0] -= 1
+            raise RunEnded
+        return receive()
+
+    link.receive = over
+    assert len(link.serve(APP, tmp_path)) == 1
+
+
+def test_list_of_bundles(tmp_path: Path) -> None:
+    path = tmp_path / "bundles.txt"
+    assert relay.read_bundles(path) is None
+    path.write_text(f"# of the coordinator\n{'A' * 64} # release 1\n\n")
+    assert relay.read_bundles(path) == {"a" * 64}
+    path.write_text("# none\n")
+    assert relay.read_bundles(path) == frozenset()
+    for wrong in ("g" * 64, "a" * 63, "a" * 64 + " " + "b" * 64):
+        path.write_text(wrong)
+        with pytest.raises(ConfigError, match="64 hexadecimal"):
+            relay.read_bundles(path)
+    path.write_bytes(b"\n" * (relay.MAX_BUNDLES_BYTES + 1))
+    with pytest.raises(ConfigError):
+        relay.read_bundles(path)

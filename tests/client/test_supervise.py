@@ -1,0 +1,130 @@
+"""The supervisor with children of a few lines: started anew, ended with it, and given up where a person must mend."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from client import supervise as supervising
+from client.lock import alone, is_held
+from client.supervise import Child, supervise
+from common.errors import ExitCode, StorageError
+
+pytestmark = [pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+SLEEP = "import time; time.sleep(60)"
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+
+
+def child(code: str, name: str = "agent") -> Child:
+    return Child(name, [sys.executable, "-c", code])
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Supervised:
+    def __init__(self, state: Path, *children: Child) -> None:
+        self.stop, self.codes, self.state, self.children = threading.Event(), [], state, children
+        self.thread = threading.Thread(target=lambda: self.codes.append(supervise(children, state, self.stop)))
+
+    def __enter__(self) -> "Supervised":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        assert not [child for child in self.children if child.process is not None]
+
+    def pid(self, name: str) -> int | None:
+        return json.loads(self.state.read_text())[name]["pid"] if self.state.exists() else None
+
+
+def test_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervising, "FIRST_WAIT_S", 0.1)
+    one = child(SLEEP)
+    one.wait_s = 0.1
+    with Supervised(tmp_path / "state.json", one) as running:
+        wait_for(lambda: running.pid("agent"))
+        first = running.pid("agent")
+        os.kill(first, signal.SIGKILL)
+        wait_for(lambda: running.pid("agent") not in (None, first))
+        assert one.starts == 2
+    assert running.codes == [ExitCode.OK]
+    assert running.pid("agent") is None
+
+
+def test_waits_grow_to_their_bound_and_a_steady_child_begins_anew(tmp_path: Path) -> None:
+    one, waits = child("pass"), []
+    for _ in range(7):
+        one.due = 0.0
+        assert supervising._look_after(one)
+        one.process.wait()
+        waits.append(one.wait_s)
+        assert supervising._look_after(one)
+    assert waits == [1, 2, 4, 8, 15, 15, 15]
+    one.due = 0.0
+    supervising._look_after(one)
+    one.process.wait()
+    one.started -= supervising.STEADY_S + 1
+    supervising._look_after(one)
+    assert one.due - time.monotonic() < 1.1
+
+
+@pytest.mark.parametrize("code", [ExitCode.STORAGE, ExitCode.CONFIG, ExitCode.WIRE])
+def test_a_code_for_a_person_ends_everything(tmp_path: Path, code: ExitCode) -> None:
+    other = child(SLEEP, "relay")
+    assert supervise([child(f"raise SystemExit({int(code)})"), other], tmp_path / "s.json", threading.Event()) == code
+    assert other.process is None
+
+
+@pytest.mark.parametrize("code", [0, ExitCode.INTERNAL, ExitCode.FEDERATION, ExitCode.INTERRUPTED])
+def test_other_codes_do_not(code: int) -> None:
+    assert code not in supervising.FOR_A_PERSON
+
+
+def test_leaves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nor a child that does not hear SIGTERM."""
+    monkeypatch.setattr(supervising, "GRACE_S", 0.5)
+    with Supervised(tmp_path / "state.json", child(DEAF), child(SLEEP, "relay")) as running:
+        heard: list[str] = []
+        wait_for(lambda: heard.append(capfd.readouterr().out) or "deaf" in "".join(heard))
+        pids = [running.pid("agent"), running.pid("relay")]
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_tethered_child_ends_with_its_supervisor(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text("import time\ndef main(arguments):\n    time.sleep(60)\n")
+    command = [sys.executable, "-P", "-m", "client.tether", "sleeper"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    tethered = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    with pytest.raises(subprocess.TimeoutExpired):
+        tethered.wait(1)
+    tethered.stdin.close()
+    assert tethered.wait(10) == -signal.SIGTERM
+
+
+def test_one_of_a_kind_a_home(tmp_path: Path) -> None:
+    lock = tmp_path / "logs" / "start.lock"
+    assert not is_held(lock)
+    with alone(lock, "`start`"):
+        assert is_held(lock)
+        with pytest.raises(StorageError, match="runs on this home already"), alone(lock, "`start`"):
+            pass
+    assert not is_held(lock)

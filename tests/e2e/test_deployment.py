@@ -1,0 +1,176 @@
+"""Three hospitals and a coordinator as they are run, from `init` to a generator, with processes killed on the way."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from client import journal
+from client.cli import main as site_main
+from client.paths import Home
+from common.config_text import build_config, to_toml
+from common.crypto import load_key
+from common.files import write_atomic
+from common.flower_environment import flower_environment
+from server.cli import main as coordinator_main
+from server.consortium import load_consortium
+from tests.coordinator_home import ROOT, end, free_port, wait_until_up
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what Flower uses
+]
+
+SITES = ("st-anne", "st-john", "st-mary")
+CLASSES = ("clear", "opacity")
+RUN = {
+    "image.size": 28,
+    "image.classes": CLASSES,
+    "model.name": "mlp",
+    "model.latent_dim": 4,
+    "model.generator_width": 8,
+    "model.discriminator_width": 8,
+    "privacy.epsilon": 8.0,
+    "privacy.batch_patients": 8,
+    "warmup.steps": 5,
+    "warmup.batch_size": 8,
+    "train.steps_per_round": 2,
+    "train.generator_batch": 4,
+    "federation.rounds": 6,
+    "federation.connect_timeout_s": 60.0,
+    "federation.round_timeout_s": 60.0,
+    "performance.threads": 1,
+}
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a call of a command in this process: what it printed, if it ended well."""
+
+    def call(main: Callable[[list[str]], object], *arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert ended.value.code == 0, said.err
+        return said.out
+
+    return call
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path, for that of a socket holds 107 bytes at most."""
+    made = Path(tempfile.mkdtemp())
+    yield made
+    shutil.rmtree(made)
+
+
+def words(text: str, of: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"words of {of}")]
+    return line.split(": ")[1]
+
+
+def make_images(path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    patients = np.repeat(np.arange(40), rng.integers(1, 3, 40))
+    images = rng.integers(0, 256, (len(patients), 28, 28)).astype(np.uint8)
+    names = np.array([f"p{patient}" for patient in patients])
+    np.savez(path, images=images, patient_id=names, labels=np.array(CLASSES)[patients % 2])
+
+
+def found_federation(folder: Path, say: Callable[..., str]) -> None:
+    """Make the coordinator's home and three joined sites, by the commands that people type."""
+    hub = folder / "hub"
+    ports = ("--port", free_port(), "--control-port", free_port())
+    say(coordinator_main, "init", hub, "--host", "127.0.0.1", "--name", "lungs", *ports)
+    for number, name in enumerate(SITES):
+        home, data = folder / name, folder / f"{name}.npz"
+        make_images(data, number)
+        say(site_main, "init", home, "--name", name, "--data", data, "--patients", 40)
+        say(site_main, "import", home, "--classes", ",".join(CLASSES), "--size", 28)
+        files = (folder / f"{name}.enrolment.json", folder / f"{name}.invitation.json")
+        shown = say(site_main, "enrol", home, "--out", files[0])
+        said = say(coordinator_main, "enrol", hub, files[0], "--out", files[1], "--words", words(shown, "this site"))
+        say(site_main, "join", home, files[1], "--words", words(said, "the coordinator"))
+
+
+@contextmanager
+def started(folder: Path, *command: str | Path) -> Iterator[subprocess.Popen[str]]:
+    environment = flower_environment(folder) | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", *map(str, command)]
+    with (folder / "out.log").open("a") as log:
+        process = subprocess.Popen(line, env=environment, cwd=ROOT, text=True, stdout=log, stderr=log)
+        try:
+            yield process
+        finally:
+            end(process, 60)
+
+
+def processes_of(folder: Path, *words_: str) -> list[psutil.Process]:
+    wanted = {str(folder), *words_}
+    return [p for p in psutil.process_iter(["cmdline"]) if wanted <= set(p.info["cmdline"] or ())]
+
+
+def rounds_of(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def victims(folder: Path) -> list[psutil.Process]:
+    """Return what a hospital or the coordinator may lose at any moment: agents, relays, the link."""
+    sites = [one for name in SITES for what in ("serve", "relay") for one in processes_of(folder / name, what)]
+    return sites + processes_of(folder / "hub", "server.link")
+
+
+def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., str]) -> None:
+    found_federation(folder, say)
+    hub, run = folder / "hub", folder / "hub" / "runs" / "run-0001"
+    write_atomic(folder / "run.toml", to_toml(build_config({}, RUN)).encode())
+    rng, killed = random.Random(7), 0
+    with ExitStack() as running:
+        running.enter_context(started(hub, "server.cli", "start", hub))
+        wait_until_up(load_consortium(hub))
+        for name in SITES:
+            running.enter_context(started(folder / name, "client.entry", "start", folder / name))
+        command = running.enter_context(started(hub, "server.cli", "run", hub, folder / "run.toml"))
+        deadline, seen = time.monotonic() + 300, 0
+        while command.poll() is None and time.monotonic() < deadline:
+            if rounds_of(run) > seen and killed < 4:  # one a round: an agent, a relay or the link, by chance
+                seen = rounds_of(run)
+                candidates = victims(folder)
+                rng.choice(sorted(candidates, key=lambda one: one.pid)).send_signal(signal.SIGKILL)
+                killed += 1
+            time.sleep(0.2)
+        said = (hub / "out.log").read_text()
+        assert command.poll() == 0, said
+        status = say(site_main, "ledger", folder / "st-mary")
+    assert killed == 4
+    assert "verified" in status
+    assert all(np.isfinite(array).all() for array in load_file(run / "generator.safetensors").values())
+    received: dict[str, dict[int, str]] = {name: {} for name in SITES}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == list(range(7))
+    for line in lines:
+        for site, release in line["sites"].items():
+            received[site][line["round"]] = release["sha256"]
+    for name in SITES:
+        home = Home(folder / name)
+        entries = journal.entries(home.journal, load_key(home.key).verify_key)
+        written = {entry.round: entry.sha256 for entry in entries}
+        assert received[name].items() <= written.items()
+        assert received[name]
+        say(site_main, "journal", "verify", home.folder)
