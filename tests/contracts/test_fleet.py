@@ -22,6 +22,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client import fleet
+from common.flower_environment import flower_environment
 
 
 def message(content: RecordDict) -> Message:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cryptography.hazmat.primitives import serialization
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import StartRunRequest
@@ -25,7 +22,7 @@ from common.files import write_atomic
 from server.consortium import Consortium, read_settings
 from server.control import connect
 from tests import tiny_site
-from tests.coordinator_home import ROOT, end, enrol, environment, free_port, make_home, wait_until_up
+from tests.coordinator_home import ROOT, end, enrol, environment, make_home, wait_until_up
 
 pytestmark = [
     pytest.mark.e2e,
@@ -132,59 +129,6 @@ def write_config(consortium: Consortium, **federation: float) -> Path:
     path = consortium.folder / "run.toml"
     write_atomic(path, to_toml(build_config(tiny_site.PROPOSAL.model_dump(), changes)).encode())
     return path
-
-
-def start_site(consortium: Consortium, folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Start st-mary: its agent, and Flower's own SuperNode as a stand-in for the relay."""
-    key = enrol(consortium, "st-mary")
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
-    write_atomic(folder / "node.key", private, 0o600)
-    home = tiny_site.make_home(folder)
-    agent_socket = folder / "agent.sock"
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    variables = environment(consortium) | {"FLWR_HOME": str(folder / "flower"), "PATH": path}
-    with (folder / "site.log").open("ab") as log:
-        agent = [sys.executable, "-m", "client.cli", "serve", str(home.folder), "--socket", str(agent_socket)]
-        started = [subprocess.Popen(agent, env=variables, cwd=ROOT, stdout=log, stderr=log)]
-        wait_for(agent_socket.exists)
-        time.sleep(3)  # until the link has let the site in; a relay tries again by itself
-        node = [
-            *(BIN / "flower-supernode", "--superlink", f"127.0.0.1:{read_settings(consortium).port}"),
-            *("--root-certificates", consortium.ca_pem, "--auth-supernode-private-key", folder / "node.key"),
-            *("--node-config", f'agent-socket="{agent_socket}"', "--host", "127.0.0.1", "--port", str(free_port())),
-        ]
-        started.append(subprocess.Popen([str(part) for part in node], env=variables, stdout=log, stderr=log))
-    return started
-
-
-def test_a_federation_from_start_to_generator_with_the_link_killed(
-    coordinator: Consortium, recorder: Recorder, tmp_path: Path
-) -> None:
-    folder = tmp_path / "st-mary"
-    folder.mkdir()
-    site = start_site(coordinator, folder)
-    try:
-        config = write_config(coordinator, rounds=1, connect_timeout_s=40.0)
-        run = command(coordinator, "run", coordinator.folder, config, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        wait_for((coordinator.runs / "run-0001" / "run.json").exists)
-        link = processes_of(coordinator, "server.link")
-        assert len(link) == 1
-        link[0].send_signal(signal.SIGKILL)
-        said, _ = run.communicate(timeout=100)
-        assert run.returncode == 0, said + (folder / "site.log").read_text()[-2000:]
-        assert "round 1/1" in said
-        info = json.loads((coordinator.runs / "run-0001" / "generator.json").read_text())
-        assert set(info["epsilon_by_site"]) == {"st-mary"}
-        code, listed = ask(coordinator, "status", coordinator.folder, "--json")
-        tree = json.loads(listed)
-        assert (code, [node["name"] for node in tree["sites"]]) == (0, ["st-mary"])
-        assert [one["outcome"] for one in tree["runs"]] == ["completed"]
-        assert recorder.asked == []
-    finally:
-        for process in reversed(site):
-            end(process)
 
 
 def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Consortium) -> None:

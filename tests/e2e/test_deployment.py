@@ -25,8 +25,9 @@ from common.crypto import load_key
 from common.files import write_atomic
 from common.flower_environment import flower_environment
 from server.cli import main as coordinator_main
-from server.consortium import load_consortium
+from server.consortium import load_consortium, read_settings
 from tests.coordinator_home import ROOT, end, free_port, wait_until_up
+from tests.e2e.recording_proxy import recording_proxy
 
 pytestmark = [
     pytest.mark.e2e,
@@ -109,8 +110,9 @@ def found_federation(folder: Path, say: Callable[..., str]) -> None:
 
 
 @contextmanager
-def started(folder: Path, *command: str | Path) -> Iterator[subprocess.Popen[str]]:
-    environment = flower_environment(folder) | {"PYTHONPATH": str(ROOT)}
+def started(folder: Path, proxy: str, *command: str | Path) -> Iterator[subprocess.Popen[str]]:
+    environment = flower_environment(folder, local=False) | {"PYTHONPATH": str(ROOT), "NO_PROXY": "", "no_proxy": ""}
+    environment |= dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY"), proxy)
     line = [sys.executable, "-m", *map(str, command)]
     with (folder / "out.log").open("a") as log:
         process = subprocess.Popen(line, env=environment, cwd=ROOT, text=True, stdout=log, stderr=log)
@@ -142,11 +144,13 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
     write_atomic(folder / "run.toml", to_toml(build_config({}, RUN)).encode())
     rng, killed = random.Random(7), 0
     with ExitStack() as running:
-        running.enter_context(started(hub, "server.cli", "start", hub))
+        recorder = running.enter_context(recording_proxy())
+        proxy = f"http://127.0.0.1:{recorder.port}"
+        running.enter_context(started(hub, proxy, "server.cli", "start", hub))
         wait_until_up(load_consortium(hub))
         for name in SITES:
-            running.enter_context(started(folder / name, "client.entry", "start", folder / name))
-        command = running.enter_context(started(hub, "server.cli", "run", hub, folder / "run.toml"))
+            running.enter_context(started(folder / name, proxy, "client.entry", "start", folder / name))
+        command = running.enter_context(started(hub, proxy, "server.cli", "run", hub, folder / "run.toml"))
         deadline, seen = time.monotonic() + 300, 0
         while command.poll() is None and time.monotonic() < deadline:
             if rounds_of(run) > seen and killed < 4:  # one a round: an agent, a relay or the link, by chance
@@ -159,6 +163,9 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         assert command.poll() == 0, said
         status = say(site_main, "ledger", folder / "st-mary")
     assert killed == 4
+    # behind a proxy, and nobody but the coordinator was asked for: no telemetry, no update check, no package index
+    port = read_settings(load_consortium(hub)).port
+    assert {line.split(" HTTP/")[0] for line in recorder.asked} == {f"CONNECT 127.0.0.1:{port}"}
     assert "verified" in status
     assert all(np.isfinite(array).all() for array in load_file(run / "generator.safetensors").values())
     received: dict[str, dict[int, str]] = {name: {} for name in SITES}

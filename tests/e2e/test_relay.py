@@ -154,7 +154,7 @@ def test_refusals_that_a_person_must_mend_end_start(link: Link, home: Home) -> N
     (home.ledger / "away").rename(head)
     home.federation.unlink()
     refused = site("start", home.folder)
-    assert refused.returncode == ExitCode.CONFIG
+    assert refused.returncode == ExitCode.ENROLMENT
     assert "join" in refused.stderr
 
 
