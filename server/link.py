@@ -57,6 +57,7 @@ def sites_only(states: LinkStateFactory) -> Admit:
     """Admit to the public listener who signs with the node key of an enrolled site, and anybody to /health."""
 
     async def admit(method: str, path: str, headers: Headers) -> HTTPStatus:
+        """Say what a request gets before its body is read."""
         if (method, path) == ("GET", "/health"):
             return HTTPStatus.OK
         if method != "POST" or not path.startswith("/v1/fleet/"):
@@ -71,6 +72,7 @@ def coordinator_only(token: str) -> Admit:
     """Admit to the admin listener: the control API under the token, the runtime API, which has secrets of its own."""
 
     async def admit(method: str, path: str, headers: Headers) -> HTTPStatus:
+        """Say what a request gets before its body is read."""
         if (method, path) == ("GET", "/health"):
             return HTTPStatus.OK
         if method == "POST" and path.startswith("/v1/control/"):
