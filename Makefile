@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := common client server simulations tests
 
-.PHONY: simulate test test-slow check setup clean
+.PHONY: simulate test test-slow lint check setup clean
 
 simulate: $(READY)
 	$(BIN)/fedmedgan-simulate $(ARGS)
@@ -19,13 +19,16 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/pytest -n 2 -m slow -rP
 
-check: $(READY)
+# What needs no test to run: form, types, layers, docstrings and their examples.
+lint: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/interrogate -q common client server simulations
 	$(BIN)/pytest --doctest-modules common client server simulations -p no:warnings
+
+check: lint
 	$(BIN)/pytest -n 2 -m "not slow and not e2e"
 
 setup: $(READY)

@@ -1,6 +1,7 @@
 """Three hospitals and a coordinator as they are run, from `init` to a generator, with processes killed on the way."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -28,6 +29,7 @@ from server.cli import main as coordinator_main
 from server.consortium import load_consortium, read_settings
 from tests.coordinator_home import ROOT, end, free_port, wait_until_up
 from tests.e2e.recording_proxy import recording_proxy
+from tests.e2e.slow_proxy import Weather, slow_proxy
 
 pytestmark = [
     pytest.mark.e2e,
@@ -93,7 +95,7 @@ def make_images(path: Path, seed: int) -> None:
     np.savez(path, images=images, patient_id=names, labels=np.array(CLASSES)[patients % 2])
 
 
-def found_federation(folder: Path, say: Callable[..., str]) -> None:
+def found_federation(folder: Path, say: Callable[..., str], size: int = 28) -> None:
     """Make the coordinator's home and three joined sites, by the commands that people type."""
     hub = folder / "hub"
     ports = ("--port", free_port(), "--control-port", free_port())
@@ -102,7 +104,7 @@ def found_federation(folder: Path, say: Callable[..., str]) -> None:
         home, data = folder / name, folder / f"{name}.npz"
         make_images(data, number)
         say(site_main, "init", home, "--name", name, "--data", data, "--patients", 40)
-        say(site_main, "import", home, "--classes", ",".join(CLASSES), "--size", 28)
+        say(site_main, "import", home, "--classes", ",".join(CLASSES), "--size", size)
         files = (folder / f"{name}.enrolment.json", folder / f"{name}.invitation.json")
         shown = say(site_main, "enrol", home, "--out", files[0])
         said = say(coordinator_main, "enrol", hub, files[0], "--out", files[1], "--words", words(shown, "this site"))
@@ -112,7 +114,8 @@ def found_federation(folder: Path, say: Callable[..., str]) -> None:
 @contextmanager
 def started(folder: Path, proxy: str, *command: str | Path) -> Iterator[subprocess.Popen[str]]:
     environment = flower_environment(folder, local=False) | {"PYTHONPATH": str(ROOT), "NO_PROXY": "", "no_proxy": ""}
-    environment |= dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY"), proxy)
+    names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY")
+    environment |= dict.fromkeys(names, proxy) if proxy else {}
     line = [sys.executable, "-m", *map(str, command)]
     with (folder / "out.log").open("a") as log:
         process = subprocess.Popen(line, env=environment, cwd=ROOT, text=True, stdout=log, stderr=log)
@@ -181,3 +184,43 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         assert received[name].items() <= written.items()
         assert received[name]
         say(site_main, "journal", "verify", home.folder)
+
+
+def test_a_run_ends_well_behind_a_bad_line(folder: Path, say: Callable[..., str]) -> None:
+    """All three sites share 2 Mbit/s with 300 ms there and back; a tenth of the tunnels is reset; one cut.
+
+    FEDMEDGAN_BAD_LINE=full: ten rounds of the default model with a cut of 60 s, which takes minutes.
+    """
+    whole = os.environ.get("FEDMEDGAN_BAD_LINE") == "full"
+    changes: dict[str, object] = {"federation.rounds": 3}
+    if whole:
+        changes = {
+            "federation.rounds": 10,
+            "federation.round_timeout_s": 300.0,
+            "image.size": 32,
+            "model.name": "dcgan",
+        }
+        changes |= dict.fromkeys(("model.latent_dim", "model.generator_width", "model.discriminator_width"))
+    weather = Weather(2e6, 0.15, 0.1, cut_after_s=20.0, cut_s=60.0 if whole else 10.0)
+    found_federation(folder, say, 32 if whole else 28)
+    hub, run = folder / "hub", folder / "hub" / "runs" / "run-0001"
+    settings = {key: value for key, value in {**RUN, **changes}.items() if value is not None}
+    write_atomic(folder / "run.toml", to_toml(build_config({}, settings)).encode())
+    with ExitStack() as running:
+        line = running.enter_context(slow_proxy(weather))
+        proxy = f"http://127.0.0.1:{line.port}"
+        running.enter_context(started(hub, "", "server.cli", "start", hub))
+        wait_until_up(load_consortium(hub))
+        for name in SITES:
+            running.enter_context(started(folder / name, proxy, "client.entry", "start", folder / name))
+        command = running.enter_context(started(hub, "", "server.cli", "run", hub, folder / "run.toml"))
+        assert command.wait(2400 if whole else 240) == 0, (hub / "out.log").read_text()
+    print((hub / "out.log").read_text())
+    print(f"{line.bytes_through:,} bytes, {line.resets} resets, {line.refused} tunnels refused")
+    assert line.refused > 0
+    assert line.resets > 0
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [one["round"] for one in lines] == list(range(len(lines)))
+    assert len(lines) == changes["federation.rounds"] + 1
+    for name in SITES:
+        say(site_main, "journal", "verify", folder / name)
