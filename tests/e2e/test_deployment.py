@@ -38,6 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what Flower uses
 ]
 
+WHOLE = os.environ.get("FEDMEDGAN_BAD_LINE") == "full"
 SITES = ("st-anne", "st-john", "st-mary")
 CLASSES = ("clear", "opacity")
 RUN = {
@@ -186,14 +187,14 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         say(site_main, "journal", "verify", home.folder)
 
 
+@pytest.mark.timeout(2500 if WHOLE else 400)
 def test_a_run_ends_well_behind_a_bad_line(folder: Path, say: Callable[..., str]) -> None:
     """All three sites share 2 Mbit/s with 300 ms there and back; a tenth of the tunnels is reset; one cut.
 
     FEDMEDGAN_BAD_LINE=full: ten rounds of the default model with a cut of 60 s, which takes minutes.
     """
-    whole = os.environ.get("FEDMEDGAN_BAD_LINE") == "full"
     changes: dict[str, object] = {"federation.rounds": 3}
-    if whole:
+    if WHOLE:
         changes = {
             "federation.rounds": 10,
             "federation.round_timeout_s": 300.0,
@@ -201,8 +202,8 @@ def test_a_run_ends_well_behind_a_bad_line(folder: Path, say: Callable[..., str]
             "model.name": "dcgan",
         }
         changes |= dict.fromkeys(("model.latent_dim", "model.generator_width", "model.discriminator_width"))
-    weather = Weather(2e6, 0.15, 0.1, cut_after_s=20.0, cut_s=60.0 if whole else 10.0)
-    found_federation(folder, say, 32 if whole else 28)
+    weather = Weather(2e6, 0.15, 0.1, cut_after_s=20.0, cut_s=60.0 if WHOLE else 10.0)
+    found_federation(folder, say, 32 if WHOLE else 28)
     hub, run = folder / "hub", folder / "hub" / "runs" / "run-0001"
     settings = {key: value for key, value in {**RUN, **changes}.items() if value is not None}
     write_atomic(folder / "run.toml", to_toml(build_config({}, settings)).encode())
@@ -214,7 +215,7 @@ def test_a_run_ends_well_behind_a_bad_line(folder: Path, say: Callable[..., str]
         for name in SITES:
             running.enter_context(started(folder / name, proxy, "client.entry", "start", folder / name))
         command = running.enter_context(started(hub, "", "server.cli", "run", hub, folder / "run.toml"))
-        assert command.wait(2400 if whole else 240) == 0, (hub / "out.log").read_text()
+        assert command.wait(2400 if WHOLE else 240) == 0, (hub / "out.log").read_text()
     print((hub / "out.log").read_text())
     print(f"{line.bytes_through:,} bytes, {line.resets} resets, {line.refused} tunnels refused")
     assert line.refused > 0
