@@ -23,7 +23,7 @@ from server.consortium import load_consortium, load_trust
 from server.exchange import PERMANENT, Link
 from server.records import Progress, RoundRecord, append_record, is_landmark, read_records, write_records
 from server.results import write_results
-from server.roster import greet, wait_for_sites
+from server.roster import gather
 from server.rounds import averaged_pair, train
 from server.run_folder import RunFolder, open_run
 from server.secure_sum import train_together
@@ -75,13 +75,11 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
     state = checkpoint.load_latest(folder.checkpoints)
     write_records(folder.metrics, [r for r in read_records(folder.metrics) if state and r.round <= state.round])
     link = Link(grid, job.trust)
-    wait_for_sites(link, config)
-    members = greet(link, config, folder.run_id, {})
-    attempts = 0
+    members, attempts = gather(link, config, folder.run_id, None), 0
     last = config.federation.rounds if job.until is None else job.until
     while state is None or (state.round < last and not job.stop.is_set()):
         number = 0 if state is None else state.round + 1
-        members = greet(link, config, folder.run_id, members)  # 1 who
+        members = gather(link, config, folder.run_id, members)  # 1 who
         if state is None or number <= config.refinements:
             before = begin(folder, config, members) if state is None else state
             events = warm_up(link, config, members, before)  # 2 a lens out, sums in, fitted

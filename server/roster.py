@@ -25,6 +25,27 @@ class Member:
     plan: Plan
 
 
+def gather(link: Link, config: Config, run_id: str, known: Mapping[str, Member] | None) -> dict[str, Member]:
+    """Return who is here; wait for sites at the start, and whenever fewer than there must be are left.
+
+    A round that asks nobody is no attempt at it: a line that is cut for a minute must not end a run.
+
+    Args:
+        link: The way to the sites.
+        config: The run's configuration.
+        run_id: The run.
+        known: The members so far; None at the start.
+
+    Raises:
+        FederationError: Too few came in `federation.connect_timeout_s`.
+    """
+    members = {} if known is None else greet(link, config, run_id, known)
+    if known is None or len(members) < config.federation.min_sites:
+        wait_for_sites(link, config)
+        members = greet(link, config, run_id, members)
+    return members
+
+
 def wait_for_sites(link: Link, config: Config) -> None:
     """Wait until all expected sites are connected, or as many as there must be when the time is over.
 

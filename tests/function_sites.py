@@ -1,11 +1,12 @@
 """Sites that are functions, and the round loop over a grid of them in this process."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context
+from flwr.app import Context, Message
+from flwr.serverapp import Grid
 
 from client.app import make_app
 from common.config import Config
@@ -32,8 +33,41 @@ Release = Callable[[int, Request, Any], tuple[Mapping[str, Scalar], Arrays]]
 """Makes fields and arrays of a reply from the site's index, the request and what its function answered."""
 
 
+class AwayGrid(Grid):
+    """A grid whose nodes are all away when `away` says so."""
+
+    def __init__(self, grid: Grid, away: Callable[[], bool]) -> None:
+        self._grid, self._away = grid, away
+
+    def set_run(self, run: Any) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self._grid.run
+
+    def create_message(self, *arguments: Any, **named: Any) -> Message:
+        return self._grid.create_message(*arguments, **named)
+
+    def get_node_ids(self) -> list[int]:
+        return [] if self._away() else list(self._grid.get_node_ids())
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
 def run_sites(
-    tmp_path: Path, config: Config, behaviours: Sequence[Callable[[Request], Any]], release: Release
+    tmp_path: Path,
+    config: Config,
+    behaviours: Sequence[Callable[[Request], Any]],
+    release: Release,
+    away: Callable[[], bool] = lambda: False,
 ) -> list[RoundRecord]:
     """Run a federation of functions, which answer with a refusal or with what `release` understands."""
 
@@ -41,7 +75,7 @@ def run_sites(
         index = int(context.node_config["partition-id"])
         return functools.partial(_answer, index, behaviours[index], release)
 
-    grid = LocalGrid(make_app(connect), len(behaviours))
+    grid = AwayGrid(LocalGrid(make_app(connect), len(behaviours)), away)
     job = Job(config, open_run(tmp_path / "run", config, config.run.resume))
     return [event for event in federate(grid, job) if isinstance(event, RoundRecord)]
 

@@ -198,6 +198,7 @@ def test_a_run_ends_well_behind_a_bad_line(folder: Path, say: Callable[..., str]
         changes = {
             "federation.rounds": 10,
             "federation.round_timeout_s": 300.0,
+            "federation.connect_timeout_s": 300.0,
             "image.size": 32,
             "model.name": "dcgan",
         }

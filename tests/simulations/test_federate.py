@@ -147,3 +147,26 @@ def test_warm_up_sums_what_the_sites_release(tmp_path: Path) -> None:
     records = _run(tmp_path, _config(**changes), [release] * 3)
     assert [record.round for record in records] == [0]
     assert records[0].upload_bytes == 3 * 2 * dim * 4
+
+
+def test_a_run_waits_for_sites_that_are_all_away_for_a_while(tmp_path: Path) -> None:
+    asked: list[int] = []
+    looks = iter([True] * 10)  # after the first round nobody is there, for ten looks
+
+    def away() -> bool:
+        return bool(asked) and next(looks, False)
+
+    config = _config(**{"federation.connect_timeout_s": 30.0})
+    records = run_sites(tmp_path, config, [lambda request: asked.append(request.round)] * 3, _release, away)
+    assert [record.round for record in records] == [0, 1, 2, 3]
+    assert next(looks, None) is None  # they were looked for that often
+
+
+def test_a_run_ends_when_nobody_comes_back(tmp_path: Path) -> None:
+    asked: list[int] = []
+    config = _config(**{"federation.connect_timeout_s": 1.0})
+    with pytest.raises(FederationError, match="min_sites=1 sites within 1 s, 0 connected"):
+        run_sites(tmp_path, config, [lambda request: asked.append(request.round)] * 3, _release, lambda: bool(asked))
+    state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    assert state.round == 1
