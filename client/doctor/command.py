@@ -73,8 +73,7 @@ def checks(home: Home, socket: Path, now: datetime) -> Iterator[tuple[str, Check
     yield "imported", lambda: site.check_imported(home)
     yield "disk", lambda: machine.check_disk(shutil.disk_usage(home.folder).free)
     if rules is not None:
-        needed = machine.needed_bytes(rules, site.images_bytes(home))
-        yield "memory", lambda: machine.check_memory(machine.available_bytes(), needed)
+        yield "memory", lambda: _memory(home, rules)
     yield "gpu", lambda: machine.check_gpu(torch.version.cuda, machine.devices())
     yield "records", lambda: site.check_records(home)
     if rules is not None:
@@ -113,6 +112,10 @@ def _network_checks(home: Home, pinned: Pinned) -> Iterator[tuple[str, Check]]:
     yield "tls", lambda: network.check_tls(way, pinned.ca_pem, extra)
     yield "health", lambda: network.check_health(way, ca_pem)
     yield "clock", lambda: network.check_clock(way, ca_pem)
+
+
+def _memory(home: Home, rules: Policy) -> Finding:
+    return machine.check_memory(machine.available_bytes(), machine.needed_bytes(rules, site.images_bytes(home)))
 
 
 def _rules(home: Home) -> Policy | None:

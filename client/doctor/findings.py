@@ -11,7 +11,7 @@ from common.errors import ExitCode, FedmedganError
 class Status(StrEnum):
     """How a check ended."""
 
-    PASS = "PASS"
+    PASS = "PASS"  # noqa: S105
     WARN = "WARN"
     FAIL = "FAIL"
 

@@ -19,7 +19,7 @@ from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
 from typing import Any, TypeVar, cast, final
 from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies
 
 from client.doctor.findings import Finding, failed, passed, warned
 from client.joining import Pinned
@@ -80,9 +80,9 @@ def way_to(pinned: Pinned, environment: Mapping[str, str] | None = None) -> Way:
     Raises:
         ConfigError: The proxy is none that can be used.
     """
-    proxies = dict(getproxies_environment() if environment is None else environment)
+    proxies = getproxies() if environment is None else environment
     url = proxies.get("https") or proxies.get("all")
-    if not url or proxy_bypass_environment(pinned.host, proxies):
+    if not url or _is_exempt(pinned.host, proxies.get("no", "")):
         return Way(pinned.host, pinned.port)
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -120,7 +120,7 @@ def check_proxy(way: Way) -> Finding:
 
 
 def check_tls(way: Way, pinned_pem: bytes, extra: Sequence[bytes] = ()) -> Finding:
-    """Check that the coordinator shows a certificate of the pinned authority, or the proxy one of an extra authority."""
+    """Check that the coordinator shows a certificate of the pinned authority, or a proxy one of an extra authority."""
     wrong: ssl.SSLCertVerificationError | None = None
     trusts = ((pinned_pem, "the pinned authority"), (b"\n".join(extra), "extra_ca: a proxy inspects TLS here"))
     for pem, whose in trusts[: 2 if extra else 1]:
@@ -171,6 +171,11 @@ def trusting(pem: bytes) -> ssl.SSLContext:
 def fingerprint(certificate: bytes) -> str:
     """Return the SHA-256 of a certificate in DER as OpenSSL prints it."""
     return hashlib.sha256(certificate).digest().hex(":").upper()
+
+
+def _is_exempt(host: str, no_proxy: str) -> bool:
+    entries = [entry.strip().lower().lstrip(".") for entry in no_proxy.split(",") if entry.strip()]
+    return any(entry == "*" or host == entry or host.endswith(f".{entry}") for entry in entries)
 
 
 def _open(way: Way) -> socket.socket:
@@ -256,8 +261,8 @@ def _wrong_certificate(error: ssl.SSLCertVerificationError | None, shown: bytes)
     why = error.verify_message if error is not None else "unknown"
     said = f"the certificate is not to be trusted: {why}. Issued by {issuer(shown)}; SHA-256 {fingerprint(shown)}."
     fix = (
-        "If a proxy of this hospital issued it, TLS is inspected: have this host excepted, or set extra_ca in site.toml "
-        "to the file of the proxy's root certificate. If not, compare with the coordinator by phone, and connect to "
+        "If a proxy of this hospital issued it, TLS is inspected: have this host excepted, or set extra_ca in "
+        "site.toml to the file of the proxy's root certificate. If not, compare with the coordinator by phone, and connect to "
         "nothing until it is clear; a new invitation brings a new authority."
     )
     return failed("tls", said, fix, ExitCode.ENROLMENT)
