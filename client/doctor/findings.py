@@ -38,7 +38,7 @@ class Finding:
     @property
     def line(self) -> str:
         """Return the finding as one line of text."""
-        return " ".join(f"{self.status}  {self.name}: {self.said} {self.fix}".split())
+        return f"{self.status}  " + " ".join(f"{self.name}: {self.said} {self.fix}".split())
 
 
 Check = Callable[[], Finding]
