@@ -14,6 +14,7 @@ from rich.table import Table
 
 from client import budget, journal, operate, policy
 from client.agent import open_site
+from client.doctor.command import doctor
 from client.home import (
     Home,
     SiteConfig,
@@ -38,7 +39,7 @@ from common.config import Proposal
 from common.config_text import build_config, read_config
 from common.crypto import load_key
 from common.errors import ConfigError, ExitCode, IntakeError, StorageError
-from common.files import write_atomic
+from common.files import require_outside, write_atomic
 from common.plan import delta_warning
 from common.privacy import epsilon
 from common.secure_sum import Cohort, parse_cohort
@@ -49,6 +50,7 @@ records = typer.Typer(no_args_is_help=True, help="Show, verify or export the rec
 app.add_typer(records, name="journal")
 add_commands(app)
 app.registered_commands += operate.app.registered_commands
+app.command("doctor")(doctor)
 
 _UNNAMED = ("all",)
 """The classes of a planned run whose configuration names none."""
@@ -169,7 +171,7 @@ def show_budget(
         _print_forecast(found.forecast, found.left)
         _print_images(Home(home), proposal)
     if json_file is not None:
-        _require_outside(home, json_file)
+        require_outside(home, json_file)
         write_atomic(json_file, (json.dumps(found.as_json(), indent=1) + "\n").encode())
     if found.forecast is not None and found.forecast.refusal is not None:
         raise typer.Exit(ExitCode.PRIVACY)
@@ -218,7 +220,7 @@ def verify_journal(
 def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The file to write.")]) -> None:
     """Write the signed journal and the public key to a file that `journal verify FILE` checks anywhere."""
     verify_key = load_key(Home(home).key).verify_key
-    _require_outside(home, file)
+    require_outside(home, file)
     write_atomic(file, export_journal(Home(home).journal, verify_key))
     print(f"{file}; tell the auditor the public key by another way: {verify_key.to_bytes().hex()}")
 
@@ -226,13 +228,6 @@ def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The f
 def _print(table: Table) -> None:
     """Print whole columns also where no terminal says how wide it is: a log, a pipe."""
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def _require_outside(home: Path, file: Path) -> None:
-    if file.resolve().is_relative_to(home.resolve()):
-        raise ConfigError(
-            f"Expected {file} outside the home folder, whose files it could overwrite. Name another file."
-        )
 
 
 def _ledger(home: Path) -> Ledger:

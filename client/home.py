@@ -53,12 +53,15 @@ class SiteConfig(BaseModel):
     head_copy: str | None = None
     """File outside the home, better on another disk, that holds a copy of the ledger's signed head: with it an older
     ledger that is put back whole, with the whole home, is seen. Absolute."""
+    extra_ca: str | None = None
+    """File with the root certificate of a proxy that inspects TLS, which the relay then trusts beside the pinned one;
+    what that gives away: client/trust. Absolute."""
 
-    @field_validator("head_copy")
+    @field_validator("head_copy", "extra_ca")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
         if value is not None and not Path(value).is_absolute():
-            raise ValueError("expected an absolute path for head_copy")
+            raise ValueError("expected an absolute path")
         return value
 
 

@@ -42,6 +42,8 @@ class Pinned:
     coordinator: VerifyKey
     site: str
     federation: str
+    node_key: str
+    """Public half of the node key that the coordinator has enrolled."""
 
 
 def make_node_key(home: Path) -> None:
@@ -180,6 +182,11 @@ def read_node_key(home: Path) -> NodeKey:
     return load_node_key(read_secret(Home(home).node_key, MAX_NODE_KEY_FILE_BYTES))
 
 
+def public_node_key(home: Path) -> str:
+    """Return the public half of the node key, as an invitation names it; raises as `read_node_key`."""
+    return _public(Home(home).node_key)
+
+
 def has_joined(home: Path) -> bool:
     """Tell whether a site has pinned a federation; a damaged pin counts, and `load_pinned` says so."""
     return Home(home).federation.exists()
@@ -203,6 +210,7 @@ def load_pinned(home: Path) -> Pinned:
         coordinator=invitation.verify_key,
         site=invitation.site,
         federation=invitation.federation,
+        node_key=invitation.node_key,
     )
 
 

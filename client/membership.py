@@ -17,8 +17,7 @@ from client.joining import join as pin
 from client.joining import leave as forget
 from common.crypto import load_key
 from common.enrolment import MAX_DOCUMENT_BYTES, Invitation
-from common.errors import ConfigError
-from common.files import read_bounded, write_atomic
+from common.files import read_bounded, require_outside, write_atomic
 from common.fingerprint import require_words, words_of
 
 HomeArgument = Annotated[Path, typer.Argument(help="The site's home folder.")]
@@ -88,10 +87,7 @@ def _write_enrolment(home: Path, out: Path | None) -> None:
     site, key = policy.load(opened.policy).site, load_key(opened.key)
     content = enrolment_file(home, site, key, datetime.now(UTC))
     file = out or Path(f"{site}.enrolment.json")
-    if file.resolve().is_relative_to(home.resolve()):
-        raise ConfigError(
-            f"Expected {file} outside the home folder, whose files it could overwrite. Name another file."
-        )
+    require_outside(home, file)
     write_atomic(file, content)
     print(f"{file}: public keys only; send it to the coordinator")
     print(f"words of this site, to read to the coordinator by phone: {words_of(key.verify_key, 'site')}")

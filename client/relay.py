@@ -9,7 +9,6 @@ pydicom. Out of scope: the protocol (client/fleet), keeping it running (client/s
 import json
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -28,7 +27,8 @@ from client.app import app as installed_app
 from client.fleet import Fleet, RunEnded, refusal
 from client.joining import load_pinned, read_node_key
 from client.paths import Home
-from common.errors import ConfigError, FederationError, RefusalCode, WireError
+from client.trust import read_bundles, trusted
+from common.errors import FederationError, RefusalCode, WireError
 from common.files import make_folder, write_atomic
 from common.wire import MESSAGE_TYPES
 
@@ -50,8 +50,6 @@ MAX_FAILURES = 10
 AGENT_POLL_S = 1.0
 MAX_WAIT_FOR_AGENT_S = 300.0
 """For an agent that starts or is started anew."""
-MAX_BUNDLES_BYTES = 1 << 16
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _KNOWN_TYPES = frozenset(MESSAGE_TYPES.values())
 
 
@@ -88,11 +86,12 @@ def run(home: Home, socket: Path) -> None:
     The caller holds the home's relay lock: a relay that starts signs its predecessor off at the link.
 
     Args:
-        home: Holds keys/node.key, federation.json and, if wanted, bundles.txt; nothing else of it is read.
+        home: Holds keys/node.key, federation.json and, if wanted, bundles.txt and site.toml, of which only `extra_ca`
+            is looked at; nothing else of it is read.
         socket: The agent's Unix socket. The agent may come and go.
 
     Raises:
-        ConfigError: The site has not joined, or the list of bundles does not read.
+        ConfigError: The site has not joined, or the list of bundles or the extra CA does not read.
         StorageError: The node key cannot be read.
         FederationError: The link refuses this site, or failed too often.
     """
@@ -101,14 +100,15 @@ def run(home: Home, socket: Path) -> None:
     threading.excepthook = _end_process
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    ca_pem = trusted(home, pinned.ca_pem)
     address = f"[{pinned.host}]:{pinned.port}" if ":" in pinned.host else f"{pinned.host}:{pinned.port}"
     LOG.info("connecting to %s at %s as %s", pinned.federation, address, pinned.site)
     try:
         before = _node_before(home.relay_state)
-        if before and fleet.sign_off(address, pinned.ca_pem, key, before):
+        if before and fleet.sign_off(address, ca_pem, key, before):
             LOG.info("signed the killed relay off")
             time.sleep(SIGNED_OFF_S)
-        with fleet.join(address, pinned.ca_pem, key) as line:
+        with fleet.join(address, ca_pem, key) as line:
             LOG.info("connected; node %d", line.node_id)
             relay(line, installed_app, socket, bundles, _State(home.relay_state, node_id=line.node_id))
     except _Stopped:
@@ -122,29 +122,6 @@ def _node_before(state: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         return 0
     return node if isinstance(node, int) and 0 < node < 2**64 else 0
-
-
-def read_bundles(path: Path) -> AbstractSet[str] | None:
-    """Read the list of bundles whose runs are served; None where the site keeps none.
-
-    Raises:
-        ConfigError: A line is no SHA-256, or the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BUNDLES_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"Could not read {path}: {error.strerror}. Mend its permissions, or remove it.") from error
-    lines = [line.split(b"#")[0].strip().decode(errors="replace").lower() for line in content.splitlines()]
-    wrong = [number for number, line in enumerate(lines, 1) if line and not _DIGEST.fullmatch(line)]
-    if wrong or len(content) > MAX_BUNDLES_BYTES:
-        raise ConfigError(
-            f"Expected one SHA-256 of 64 hexadecimal digits a line in {path}, at most {MAX_BUNDLES_BYTES} bytes; wrong "
-            f"lines: {wrong[:8]}. The coordinator tells the digest of its bundle."
-        )
-    return frozenset(line for line in lines if line)
 
 
 def relay(line: Fleet, app: ClientApp, socket: Path, bundles: AbstractSet[str] | None, state: _State) -> None:

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.errors import EnrolmentError, StorageError
+from common.errors import ConfigError, EnrolmentError, StorageError
 
 AUTHORITY_DAYS = 7305
 """Twenty years: a site trusts the certificate that it pinned until that one's own end."""
@@ -36,6 +36,9 @@ SERVER_DAYS = 397
 
 MAX_NODE_KEY_CHARS = 512
 MAX_CERTIFICATE_CHARS = 16_384
+
+MAX_EXTRA_AUTHORITIES = 4
+_ISSUER_CHARS = 120
 
 _EARLIER = timedelta(days=1)
 """Clocks of sites may be behind: a certificate made this minute must hold there too."""
@@ -162,6 +165,40 @@ def read_authority(certificate: bytes, now: datetime) -> Validity:
             "`fedmedgan-coordinator renew --ca`."
         )
     return held
+
+
+def extra_authorities(certificates: bytes) -> tuple[bytes, ...]:
+    """Return the certificates of authorities that a site trusts beside its pinned one, each in PEM and nothing else.
+
+    Raises:
+        ConfigError: There is none or more than `MAX_EXTRA_AUTHORITIES`, or one cannot be read or is no authority's.
+
+    Guarantees:
+        - never_all_the_world: A system's whole list of public authorities is refused.
+    """
+    try:
+        found = x509.load_pem_x509_certificates(certificates)
+        able = [one.extensions.get_extension_for_class(x509.BasicConstraints).value.ca for one in found]
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound) as error:
+        raise ConfigError(
+            "The extra CA is no certificate of an authority in PEM. Ask who runs the proxy that inspects TLS for its "
+            "root certificate in PEM."
+        ) from error
+    if not all(able) or len(found) > MAX_EXTRA_AUTHORITIES:
+        raise ConfigError(
+            f"Expected the extra CA to hold at most {MAX_EXTRA_AUTHORITIES} certificates, each an authority's; got "
+            f"{len(found)}, {sum(able)} of them an authority's. Keep only that of the proxy that inspects TLS."
+        )
+    return tuple(one.public_bytes(Encoding.PEM) for one in found)
+
+
+def issuer(certificate: bytes) -> str:
+    """Return who says to have issued a certificate, in DER; not verified, ASCII and short, to be shown to a person."""
+    try:
+        name = x509.load_der_x509_certificate(certificate).issuer.rfc4514_string()
+    except ValueError:
+        name = "unknown"
+    return ascii(name)[1:-1][:_ISSUER_CHARS]
 
 
 def validity(certificate: bytes) -> Validity:

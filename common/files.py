@@ -5,7 +5,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from common.errors import StorageError, WireError
+from common.errors import ConfigError, StorageError, WireError
 
 
 def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -83,6 +83,18 @@ def read_secret(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise WireError(f"Expected at most {limit} bytes in the secret {path}. Restore it from a backup.")
     return content
+
+
+def require_outside(folder: Path, file: Path) -> None:
+    """Refuse to write a file into a home folder, whose own files it could overwrite.
+
+    Raises:
+        ConfigError: It would stand there.
+    """
+    if file.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"Expected {file} outside the home folder, whose files it could overwrite. Name another file."
+        )
 
 
 def append_durably(path: Path, line: bytes, mode: int = 0o600) -> None:

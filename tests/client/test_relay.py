@@ -14,7 +14,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from client import fleet, relay
+from client import fleet, relay, trust
 from client.app import make_app
 from client.fleet import Fleet, RunEnded
 from common import wire
@@ -228,15 +228,15 @@ def test_a_run_that_has_ended_is_no_failure(tmp_path: Path) -> None:
 
 def test_list_of_bundles(tmp_path: Path) -> None:
     path = tmp_path / "bundles.txt"
-    assert relay.read_bundles(path) is None
+    assert trust.read_bundles(path) is None
     path.write_text(f"# of the coordinator\n{'A' * 64} # release 1\n\n")
-    assert relay.read_bundles(path) == {"a" * 64}
+    assert trust.read_bundles(path) == {"a" * 64}
     path.write_text("# none\n")
-    assert relay.read_bundles(path) == frozenset()
+    assert trust.read_bundles(path) == frozenset()
     for wrong in ("g" * 64, "a" * 63, "a" * 64 + " " + "b" * 64):
         path.write_text(wrong)
         with pytest.raises(ConfigError, match="64 hexadecimal"):
-            relay.read_bundles(path)
-    path.write_bytes(b"\n" * (relay.MAX_BUNDLES_BYTES + 1))
+            trust.read_bundles(path)
+    path.write_bytes(b"\n" * (trust.MAX_BUNDLES_BYTES + 1))
     with pytest.raises(ConfigError):
-        relay.read_bundles(path)
+        trust.read_bundles(path)

@@ -1,0 +1,79 @@
+"""What one check of `doctor` found. Out of scope: the checks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import final
+
+from common.errors import ExitCode, FedmedganError
+
+
+class Status(StrEnum):
+    """How a check ended."""
+
+    PASS = "PASS"  # noqa: S105
+    WARN = "WARN"
+    FAIL = "FAIL"
+
+
+@final
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        name: The check.
+        status: WARN is worth a look and stops nothing; FAIL keeps the site from taking part.
+        said: What was seen.
+        fix: What to do about it; empty for PASS.
+        exit_code: The class of a failure; OK otherwise.
+    """
+
+    name: str
+    status: Status
+    said: str
+    fix: str = ""
+    exit_code: ExitCode = ExitCode.OK
+
+    @property
+    def line(self) -> str:
+        """Return the finding as one line of text."""
+        return f"{self.status}  " + " ".join(f"{self.name}: {self.said} {self.fix}".split())
+
+
+Check = Callable[[], Finding]
+
+
+def passed(name: str, said: str) -> Finding:
+    """Return that all is well."""
+    return Finding(name, Status.PASS, said)
+
+
+def warned(name: str, said: str, fix: str) -> Finding:
+    """Return that something is worth a look."""
+    return Finding(name, Status.WARN, said, fix)
+
+
+def failed(name: str, said: str, fix: str, exit_code: ExitCode) -> Finding:
+    """Return that the site cannot take part like this."""
+    return Finding(name, Status.FAIL, said, fix, exit_code)
+
+
+def look(name: str, check: Check) -> Finding:
+    """Run one check; what it raises is its finding, so that no check keeps another from being made.
+
+    The project's own errors say what to do. A file that the operating system keeps from us is named by its reason only,
+    since its path may be a patient's.
+    """
+    try:
+        return check()
+    except FedmedganError as error:
+        return failed(name, str(error), "", error.exit_code)
+    except OSError as error:
+        fix = "Run doctor as the user who owns the home, or mend the permissions."
+        return failed(name, f"a file could not be looked at: {error.strerror}.", fix, ExitCode.STORAGE)
+
+
+def exit_code(findings: Sequence[Finding]) -> ExitCode:
+    """Return the code of the first failure, OK where there is none."""
+    return next((finding.exit_code for finding in findings if finding.status is Status.FAIL), ExitCode.OK)

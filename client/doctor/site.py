@@ -1,0 +1,179 @@
+"""The checks of a site's home: files, policy, images, books, membership. Names of images are never shown."""
+
+import stat
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from client import policy as policies
+from client.doctor.findings import Finding, failed, passed, warned
+from client.home import Home, head_copy, read_site_config, require_books
+from client.intake import Reason, read_form, scan
+from client.intake.refusals import describe
+from client.joining import has_joined, load_pinned, public_node_key, read_node_key
+from client.ledger import read_ledger
+from client.policy import Policy
+from client.trust import extra_ca, read_bundles
+from client.verify import verify_home
+from common.certificates import read_authority, validity
+from common.crypto import load_key
+from common.errors import ExitCode
+from common.plan import delta_warning
+
+LOW_BUDGET = 0.1
+"""Share of max_epsilon; with less left a run may end early for this site."""
+AHEAD = timedelta(days=90)
+"""How long before its end a certificate is spoken of."""
+
+
+def check_home(home: Home) -> Finding:
+    """Check that the home is there and its owner's alone."""
+    name = "home"
+    if not home.policy.exists():
+        fix = "Name the folder that `fedmedgan-site init` made, or make one."
+        return failed(name, f"{home.folder} is no site's home.", fix, ExitCode.STORAGE)
+    folders = [home.folder, home.key.parent, home.ledger, home.journal, home.replies, home.log.parent]
+    missing = [folder.name for folder in folders if not folder.is_dir()]
+    if missing:
+        fix = "Restore them from a backup; `logs` may be made anew."
+        return failed(name, f"folders are gone: {', '.join(missing)}.", fix, ExitCode.STORAGE)
+    open_ = [folder for folder in folders if stat.S_IMODE(folder.stat().st_mode) & 0o077]
+    if open_:
+        fix = f"Run: chmod 700 {' '.join(map(str, open_))}"
+        return failed(name, "others can enter it.", fix, ExitCode.STORAGE)
+    return passed(name, f"{home.folder}, for its owner alone")
+
+
+def check_keys(home: Home) -> Finding:
+    """Check that both keys read and only their owner can read them."""
+    load_key(home.key)
+    read_node_key(home.folder)
+    if home.next_key.exists():
+        fix = "Send the coordinator what `fedmedgan-site enrol` writes, and `join` with the file that comes back."
+        return warned("keys", "a renewed node key waits for the coordinator.", fix)
+    return passed("keys", "identity and node key read, mode 600")
+
+
+def check_policy(home: Home) -> Finding:
+    """Check that the policy reads and lets the site take part at all."""
+    rules = policies.load(home.policy)
+    policies.check_hello(rules)
+    said = f"{rules.site} declares {rules.declared_patients} patients, epsilon {rules.max_epsilon:g} in all"
+    if rules.declared_patients < rules.min_patients:
+        fix = "Take more patients, or lower min_patients."
+        return failed("policy", f"{said}; fewer than its min_patients = {rules.min_patients}.", fix, ExitCode.PRIVACY)
+    if rules.allow_unmasked_shares:
+        fix = "Set it to false: it is for simulations, and voids the guarantee at a real site."
+        return failed("policy", "allow_unmasked_shares is true.", fix, ExitCode.PRIVACY)
+    if warning := delta_warning(rules.delta, rules.declared_patients):
+        return warned("policy", f"{said}; {warning}.", "Mend delta in policy.toml before the first run.")
+    return passed("policy", said)
+
+
+def check_data(home: Home, rules: Policy) -> Finding:
+    """Scan the data folder as `import` does, without decoding a pixel: how much is usable, what is skipped and why."""
+    site = read_site_config(home)
+    found = scan(home.folder / site.data, site.label)
+    usable = [record for record in found.records if record.label is not None]
+    patients, refused = len({record.patient for record in usable}), dict(found.refused)
+    if unlabelled := len(found.records) - len(usable):
+        refused[Reason.NO_LABEL] = refused.get(Reason.NO_LABEL, 0) + unlabelled
+    skipped = sum(refused.values())
+    said = f"{len(usable)} images of {patients} patients; skipped: {describe(refused) if refused else 'nothing'}"
+    said += " (exact counts, for this site's eyes alone)."
+    if patients < rules.min_patients:
+        fix = f"The policy's min_patients is {rules.min_patients}: add patients, or mend what is skipped."
+        return failed("data", said, fix, ExitCode.DATA)
+    if skipped > len(usable):
+        return warned("data", said, "More is skipped than used: mend the reason, or name another folder in site.toml.")
+    if not rules.declared_patients / 2 <= patients <= rules.declared_patients * 2:
+        fix = f"declared_patients is {rules.declared_patients}: far from that, noise and learning fit badly."
+        return warned("data", said, fix)
+    return passed("data", said)
+
+
+def check_imported(home: Home) -> Finding:
+    """Check that training sets are imported, whole, and their owner's alone."""
+    paths = sorted(home.folder.glob("dataset-*.safetensors"))
+    if not paths:
+        fix = f"Once the coordinator tells the classes: fedmedgan-site import {home.folder} --classes A,B --size 32"
+        return warned("imported", "no training set.", fix)
+    forms = [read_form(path) for path in paths]
+    if damaged := [path.name for path, form in zip(paths, forms, strict=True) if form is None]:
+        return failed("imported", f"damaged: {', '.join(damaged)}.", "Delete and import again.", ExitCode.STORAGE)
+    if open_ := [str(path) for path in paths if stat.S_IMODE(path.stat().st_mode) & 0o077]:
+        return failed("imported", "others can read images.", f"Run: chmod 600 {' '.join(open_)}", ExitCode.STORAGE)
+    sets = (f"{form.size} px x {form.channels} ({', '.join(form.classes or ('?',))})" for form in forms if form)
+    return passed("imported", "; ".join(sets))
+
+
+def check_records(home: Home) -> Finding:
+    """Verify ledger, journal and stored replies, each and against each other."""
+    require_books(home)
+    found = verify_home(home, load_key(home.key).verify_key)
+    if found.findings:
+        fix = "Start nothing here. Keep the home as it is, and see `fedmedgan-site journal verify`."
+        return failed("records", f"they do not agree: {'; '.join(found.findings)}.", fix, ExitCode.STORAGE)
+    return passed("records", f"verified; {found.releases} releases, {found.charges} charges")
+
+
+def check_budget(home: Home, rules: Policy) -> Finding:
+    """Say what is left of the data set's budget."""
+    require_books(home)
+    spent = read_ledger(home.ledger, load_key(home.key).verify_key, head_copy(home)).spent(rules.delta)
+    left = max(0.0, rules.max_epsilon - spent)
+    said = f"epsilon {left:.3f} of {rules.max_epsilon:g} left at delta {rules.delta:g}"
+    if left <= 0:
+        fix = "This data set can release nothing more; only the privacy officer can raise max_epsilon."
+        return failed("budget", f"{said}.", fix, ExitCode.PRIVACY)
+    if left < LOW_BUDGET * rules.max_epsilon:
+        return warned("budget", f"{said}.", "See what a run would take: fedmedgan-site budget HOME --config FILE")
+    return passed("budget", said)
+
+
+def check_bundles(home: Home) -> Finding:
+    """Show the list of bundles whose runs the relay serves."""
+    listed = read_bundles(home.bundles)
+    if listed is None:
+        return passed("bundles", "any (no bundles.txt); none is ever opened or imported here")
+    if not listed:
+        fix = "Add the digest that the coordinator tells, or remove the file."
+        return warned("bundles", "bundles.txt lists none: every run is refused.", fix)
+    return passed("bundles", f"only {', '.join(sorted(listed))}")
+
+
+def check_joined(home: Home, now: datetime) -> Finding:
+    """Check the pinned invitation and that its node key is the one here.
+
+    How long an invitation may be accepted no longer matters once it was.
+    """
+    if not has_joined(home.folder):
+        fix = f"Send what `fedmedgan-site enrol {home.folder}` writes; `join` with the file that comes back."
+        return warned("joined", "no federation yet.", fix)
+    pinned = load_pinned(home.folder)
+    if public_node_key(home.folder) != pinned.node_key:
+        fix = "Send the coordinator what `fedmedgan-site enrol` writes now, and `join` with the file that comes back."
+        return failed("joined", "the node key here is not the one that is enrolled.", fix, ExitCode.ENROLMENT)
+    ends = read_authority(pinned.ca_pem, now).ends
+    said = f"{pinned.site} of {pinned.federation}; its certificate authority holds until {ends:%Y-%m-%d}"
+    if ends - now < AHEAD:
+        fix = "The coordinator runs `fedmedgan-coordinator renew --ca`, and sends a new invitation."
+        return warned("joined", f"{said}.", fix)
+    return passed("joined", said)
+
+
+def check_extra_ca(home: Home, now: datetime) -> Finding:
+    """Say whether the relay trusts another authority, for a proxy that inspects TLS, and until when it holds."""
+    extra = extra_ca(home)
+    if not extra:
+        return passed("extra CA", "none; the pinned authority alone is trusted")
+    ends = min(validity(one).ends for one in extra)
+    said = f"the relay trusts {len(extra)} beside the pinned one, until {ends:%Y-%m-%d}; its holder reads the link"
+    fix = "Put the proxy's new root certificate in the file that extra_ca of site.toml names, or remove extra_ca."
+    if ends <= now:
+        return failed("extra CA", f"{said}: over.", fix, ExitCode.CONFIG)
+    return warned("extra CA", f"{said}.", fix) if ends - now < AHEAD else passed("extra CA", said)
+
+
+def images_bytes(home: Home) -> int:
+    """Return how many bytes the largest imported training set has."""
+    return max((path.stat().st_size for path in Path(home.folder).glob("dataset-*.safetensors")), default=0)

@@ -1,0 +1,89 @@
+"""`fedmedgan-site doctor` as a person types it: lines, codes, the JSON file."""
+
+import datetime as dt
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from client.cli import main
+from client.doctor.findings import Status, exit_code, failed, look, passed, warned
+from client.home import Home
+from common.certificates import authority_certificate, new_key
+from common.errors import ExitCode
+from tests.coordinator_home import free_port
+from tests.pinned import pin
+
+
+@pytest.fixture
+def doctor(tiny_home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Return a call that gives the exit code and the first word of each check's line."""
+    tiny_home.folder.chmod(0o700)
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*more: str | Path):
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor", str(tiny_home.folder), *map(str, more)])
+        lines = capsys.readouterr().out.splitlines()
+        return ended.value.code, {line.split("  ")[1].split(":")[0]: line.split(" ")[0] for line in lines[:-1]}
+
+    return call
+
+
+def test_a_new_site_fails_nothing(doctor, tiny_home: Home) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_home.folder.rglob("*")}
+    code, found = doctor()
+    assert code == ExitCode.OK
+    assert "FAIL" not in found.values()
+    assert (found["joined"], found["socket"]) == ("WARN", "WARN")
+    assert "tls" not in found  # nobody to connect to
+    assert {path: path.stat().st_mtime_ns for path in tiny_home.folder.rglob("*")} == before
+
+
+def test_one_failure_hides_no_other_and_the_first_gives_the_code(doctor, tiny_home: Home, tmp_path: Path) -> None:
+    pin(tiny_home, free_port(), authority_certificate(new_key(), "test", dt.datetime.now(dt.UTC)))
+    (tiny_home.folder / "site.toml").write_text('data = "/nowhere"\n')
+    code, found = doctor("--json", tmp_path / "doctor.json")
+    assert code == ExitCode.DATA
+    assert [name for name, status in found.items() if status == "FAIL"] == ["data", "tls", "health", "clock"]
+    assert (found["joined"], found["dns"], found["proxy"]) == ("PASS", "PASS", "PASS")
+    told = json.loads((tmp_path / "doctor.json").read_text())
+    assert (tmp_path / "doctor.json").stat().st_mode & 0o777 == 0o600
+    assert told["exit_code"] == ExitCode.DATA
+    assert {one["name"]: one["status"] for one in told["findings"]} == found
+    assert [one["exit_code"] for one in told["findings"] if one["status"] == "FAIL"] == [4, 8, 8, 8]
+
+
+def test_a_proxy_that_cannot_be_used_is_one_finding(doctor, tiny_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
+    pin(tiny_home, free_port(), authority_certificate(new_key(), "test", dt.datetime.now(dt.UTC)), "fed.example.org")
+    code, found = doctor()
+    assert (code, found["proxy"]) == (ExitCode.CONFIG, "FAIL")
+    assert "dns" not in found
+
+
+def test_a_damaged_policy_and_no_home(doctor, tiny_home: Home) -> None:
+    tiny_home.policy.write_text("nothing")
+    code, found = doctor()
+    assert (code, found["policy"], "budget" in found) == (ExitCode.CONFIG, "FAIL", False)
+    shutil.rmtree(tiny_home.folder)
+    assert doctor()[0] == ExitCode.STORAGE
+
+
+def test_json_stands_outside_the_home(doctor, tiny_home: Home) -> None:
+    assert doctor("--json", tiny_home.policy) == (ExitCode.CONFIG, {})  # refused before anything is looked at
+    assert "site" in tiny_home.policy.read_text()
+
+
+def test_findings() -> None:
+    def denied():
+        raise PermissionError(13, "Permission denied", "/data/smith.dcm")
+
+    finding = look("data", denied)
+    assert (finding.status, finding.exit_code) == (Status.FAIL, ExitCode.STORAGE)
+    assert "Permission denied" in finding.line
+    assert "smith" not in finding.line
+    assert failed("a", "b\nc", "d", ExitCode.DATA).line == "FAIL  a: b c d"
+    assert exit_code([passed("a", ""), warned("b", "", "")]) is ExitCode.OK
