@@ -206,8 +206,8 @@ def _tunnel(line: socket.socket, way: Way, proxy: Proxy) -> None:
     lines += [f"Proxy-Authorization: {proxy.credentials}"] if proxy.credentials else []
     try:
         line.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
-        answer = HTTPResponse(line, method="CONNECT")
-        answer.begin()
+        with HTTPResponse(line, method="CONNECT") as answer:
+            answer.begin()
     except (OSError, HTTPException) as error:
         raise FederationError(
             f"The proxy {proxy} does not answer as an HTTP proxy: {_reason(error)}. Check HTTPS_PROXY."
@@ -246,9 +246,9 @@ def _health(way: Way, ca_pem: bytes) -> tuple[int, str | None]:
     try:
         with _secure(way, trusting(ca_pem)) as line:
             line.sendall(f"GET /health HTTP/1.1\r\nHost: {way.target}\r\nConnection: close\r\n\r\n".encode("ascii"))
-            answer = HTTPResponse(line)
-            answer.begin()
-            return answer.status, answer.getheader("Date")
+            with HTTPResponse(line) as answer:
+                answer.begin()
+                return answer.status, answer.getheader("Date")
     except ssl.SSLCertVerificationError as error:
         raise EnrolmentError("Not asked: the certificate is not to be trusted, see tls.") from error
     except (OSError, HTTPException) as error:
@@ -262,8 +262,8 @@ def _wrong_certificate(error: ssl.SSLCertVerificationError | None, shown: bytes)
     said = f"the certificate is not to be trusted: {why}. Issued by {issuer(shown)}; SHA-256 {fingerprint(shown)}."
     fix = (
         "If a proxy of this hospital issued it, TLS is inspected: have this host excepted, or set extra_ca in "
-        "site.toml to the file of the proxy's root certificate. If not, compare with the coordinator by phone, and connect to "
-        "nothing until it is clear; a new invitation brings a new authority."
+        "site.toml to the file of the proxy's root certificate. If not, compare with the coordinator by phone, and "
+        "connect to nothing until it is clear; a new invitation brings a new authority."
     )
     return failed("tls", said, fix, ExitCode.ENROLMENT)
 
