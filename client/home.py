@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from client import journal
 from client import policy as policies
@@ -59,9 +59,9 @@ class SiteConfig(BaseModel):
 
     @field_validator("head_copy", "extra_ca")
     @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
+    def _absolute(cls, value: str | None, about: ValidationInfo) -> str | None:
         if value is not None and not Path(value).is_absolute():
-            raise ValueError("expected an absolute path")
+            raise ValueError(f"expected an absolute path for {about.field_name}")
         return value
 
 

@@ -263,4 +263,5 @@ def _log_to(home: Home) -> None:
         handler = logging.FileHandler(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
+        logger.setLevel(logging.INFO)  # whatever else this process has set for all of our loggers
         logger.propagate = False

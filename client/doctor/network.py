@@ -13,6 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -189,11 +190,10 @@ def _open(way: Way) -> socket.socket:
             f"connect there; HTTPS_PROXY names a proxy, if it takes one."
         ) from error
     if way.proxy is not None:
-        try:
+        with ExitStack() as undone:
+            undone.callback(line.close)
             _tunnel(line, way, way.proxy)
-        except BaseException:
-            line.close()
-            raise
+            undone.pop_all()
     return line
 
 
