@@ -101,7 +101,7 @@ def renew(
     consortium = load_consortium(home)
     held = enrolment.renew(consortium, datetime.now(UTC), ca)
     print(f"the server certificate holds until {held.ends:%Y-%m-%d}; sites need nothing new")
-    print("next: start the server again, so that it shows the new one")
+    print("a server that runs shows it within seconds; one that does not, when it starts")
 
 
 def sites(home: HomeArgument) -> None:
