@@ -9,9 +9,11 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
 from client.app import make_app
-from common.config import Config
+from common.config import Config, Proposal
+from common.config_text import parse_proposal
 from common.errors import RefusalCode
-from common.messages import PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar
+from common.greeting import CAPABILITIES, Greeting, Verdict, planned_rounds
+from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar
 from server.app import Job, federate
 from server.records import RoundRecord
 from server.run_folder import open_run
@@ -80,10 +82,17 @@ def run_sites(
     return [event for event in federate(grid, job) if isinstance(event, RoundRecord)]
 
 
+def greeting(name: str, declared_patients: int, proposal: Proposal) -> Greeting:
+    """Say what a site of this release says that will join the whole run."""
+    rounds = planned_rounds(proposal)
+    versions = (PROTOCOL_VERSION, PACKAGE_VERSION, proposal.digest(), CAPABILITIES)
+    return Greeting(name, declared_patients, *versions, Verdict.OK, rounds)
+
+
 def _answer(index: int, behaviour: Callable[[Request], Any], release: Release, request: Request) -> Reply:
     if request.kind is Kind.HELLO:
-        fields = {"site": f"site-{index}", "declared_patients": 100 * (index + 1), "protocol": PROTOCOL_VERSION}
-        return Reply(request.kind, request.run_id, request.round, None, fields)
+        said = greeting(f"site-{index}", 100 * (index + 1), parse_proposal(request.proposal))
+        return Reply(request.kind, request.run_id, request.round, None, said.as_fields())
     answer = behaviour(request)
     if isinstance(answer, RefusalCode):
         return Reply(request.kind, request.run_id, request.round, answer)

@@ -15,10 +15,11 @@ from client.agent import open_site
 from client.channel import MAGIC, connect, pack_request, read_frame, unpack_reply
 from client.serve import serve
 from common.errors import RefusalCode, StorageError
+from common.greeting import hello_settings
 from common.messages import Kind, Reply, Request
 from tests.tiny_site import warmup_request
 
-HELLO = Request(Kind.HELLO, "run-1", 0, "")
+HELLO = Request(Kind.HELLO, "run-1", 0, "", hello_settings())
 
 
 @contextmanager
