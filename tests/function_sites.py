@@ -70,12 +70,16 @@ def run_sites(
     behaviours: Sequence[Callable[[Request], Any]],
     release: Release,
     away: Callable[[], bool] = lambda: False,
+    says: Mapping[str, Scalar] | None = None,
 ) -> list[RoundRecord]:
-    """Run a federation of functions, which answer with a refusal or with what `release` understands."""
+    """Run a federation of functions, which answer with a refusal or with what `release` understands.
+
+    What they say of themselves in a greeting may be changed by `says`.
+    """
 
     def connect(context: Context) -> Callable[[Request], Reply]:
         index = int(context.node_config["partition-id"])
-        return functools.partial(_answer, index, behaviours[index], release)
+        return functools.partial(_answer, index, behaviours[index], release, says or {})
 
     grid = AwayGrid(LocalGrid(make_app(connect), len(behaviours)), away)
     job = Job(config, open_run(tmp_path / "run", config, config.run.resume))
@@ -89,10 +93,12 @@ def greeting(name: str, declared_patients: int, proposal: Proposal) -> Greeting:
     return Greeting(name, declared_patients, *versions, Verdict.OK, rounds)
 
 
-def _answer(index: int, behaviour: Callable[[Request], Any], release: Release, request: Request) -> Reply:
+def _answer(
+    index: int, behaviour: Callable[[Request], Any], release: Release, says: Mapping[str, Scalar], request: Request
+) -> Reply:
     if request.kind is Kind.HELLO:
         said = greeting(f"site-{index}", 100 * (index + 1), parse_proposal(request.proposal))
-        return Reply(request.kind, request.run_id, request.round, None, said.as_fields())
+        return Reply(request.kind, request.run_id, request.round, None, {**said.as_fields(), **says})
     answer = behaviour(request)
     if isinstance(answer, RefusalCode):
         return Reply(request.kind, request.run_id, request.round, answer)

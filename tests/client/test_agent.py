@@ -18,6 +18,7 @@ from common.config_text import parse_proposal
 from common.crypto import KeyStream, SigningKey
 from common.errors import IntakeError, RefusalCode, StorageError, WireError
 from common.features import feature_dim, feature_map
+from common.greeting import hello_settings
 from common.look import look_dims
 from common.messages import Kind, Reply, Request
 from common.models import build
