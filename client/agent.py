@@ -18,9 +18,11 @@ import torch
 
 from client import journal, policy
 from client.gradient import gradient_share
+from client.hello import say_hello
 from client.home import Home, head_copy, load_images, one_at_a_time, read_site_config, require_books, require_images
 from client.intake import Dataset
 from client.ledger import ChargeRequest, Ledger, open_ledger
+from client.logs import printable
 from client.policy import Policy
 from client.replies import forget_old_replies, secret_of_charge, store_reply, stored_reply
 from client.train import train_round
@@ -31,7 +33,7 @@ from common.crypto import KeyStream, SigningKey, VerifyKey, load_key
 from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.generator_step import reproducible
 from common.look import Look, read_look
-from common.messages import PROTOCOL_VERSION, Kind, Reply, Request, Scalar
+from common.messages import Kind, Reply, Request, Scalar
 from common.models import Pair, build
 from common.noise import gaussian, to_public_grid
 from common.plan import Plan, plan
@@ -42,8 +44,6 @@ from common.weights import BOTH, get_weights, set_weights
 
 LOG = logging.getLogger("fedmedgan.agent")
 MAX_D_STEPS = 5000
-_MAX_LOGGED = 4000
-"""Characters of one reason in the log: a proposal may name classes of thousands."""
 _RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 Secrets = Callable[[str], KeyStream]
@@ -102,8 +102,8 @@ def answer(site: Site, request: Request) -> Reply:
 
     Guarantees:
         - charged_first: The ledger holds the charge before a patient is touched.
-        - journal_before_reply: What a warm-up or a round returns stands in the journal; hello says nothing but what
-          the policy makes public.
+        - journal_before_reply: What a warm-up or a round returns stands in the journal; hello says nothing but who
+          the site is, by its policy, what is installed, and how far the budget carries the run (client/hello).
         - repeat_is_free: The same request again gives the same bytes and charges nothing.
         - one_outcome_per_charge: Whatever fails after the charge, by an error or by kill -9, the same request draws the
           same secrets again; no second sample of patients or noise can be had for one charge.
@@ -125,10 +125,8 @@ def answer(site: Site, request: Request) -> Reply:
 
 
 def _hello(site: Site, request: Request) -> Reply:
-    policy.check_hello(site.policy)
-    declared = site.policy.declared_patients
-    fields = {"site": site.policy.site, "declared_patients": declared, "protocol": PROTOCOL_VERSION}
-    reply = Reply(request.kind, request.run_id, request.round, None, fields)
+    greeting = say_hello(site.home, site.policy, site.ledger.entries, request)
+    reply = Reply(request.kind, request.run_id, request.round, None, greeting.as_fields())
     journal.check_egress(reply, journal.release_schema(request.kind, {}))
     return reply
 
@@ -194,10 +192,7 @@ def _release(
 
 def _refusal(request: Request, error: FedmedganError) -> Reply:
     code = error.code if isinstance(error, PolicyRefusal) else _code(error)
-    # What came in a message can neither write lines of its own into the log nor command the terminal that shows it.
-    said = str(error)[:_MAX_LOGGED].replace("\n", " | ")
-    text = "".join(letter if letter.isprintable() else "?" for letter in said)
-    LOG.warning("%s round %d refused (%s): %s", request.kind, request.round, code, text)
+    LOG.warning("%s round %d refused (%s): %s", request.kind, request.round, code, printable(str(error)))
     return Reply(request.kind, request.run_id, request.round, code)
 
 

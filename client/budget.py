@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-import torch
-
 from client import journal, policy
 from client.ledger import Entry
 from client.policy import Policy
@@ -17,7 +15,7 @@ from common.config import Proposal
 from common.errors import ConfigError, PolicyRefusal
 from common.look import look_dims
 from common.messages import Kind
-from common.models import Pair, build
+from common.models import Pair, outline
 from common.plan import Plan, plan
 from common.privacy import Charge, affordable_rounds, epsilon
 from common.secure_sum import Cohort
@@ -54,6 +52,7 @@ class Forecast:
         rounds_planned: How many there are.
         epsilon_after: Of everything charged, with all of the run that can be paid for.
         warmup_releases: Of the planned run, if it has a warm-up.
+        in_order: How many releases can be paid for one after the other, from round 0 of the warm-up or round 1 on.
     """
 
     plan: Plan
@@ -63,6 +62,7 @@ class Forecast:
     rounds_planned: int
     epsilon_after: float
     warmup_releases: int = 1
+    in_order: int = 0
 
     @property
     def whole(self) -> bool:
@@ -125,12 +125,26 @@ def look_up(
     for entry in entries:
         by_run[entry.request.run_id].append(entry.charge)
     runs = tuple(RunCost(name, len(charges), epsilon(charges, rules.delta)) for name, charges in by_run.items())
-    everything = [entry.charge for entry in entries]
-    forecast = _forecast(rules, everything, proposal, cohort) if proposal is not None else None
-    return Budget(rules.site, rules.max_epsilon, rules.delta, epsilon(everything, rules.delta), runs, forecast)
+    spent = epsilon([entry.charge for entry in entries], rules.delta)
+    planned = forecast(rules, entries, proposal, cohort) if proposal is not None else None
+    return Budget(rules.site, rules.max_epsilon, rules.delta, spent, runs, planned)
 
 
-def _forecast(rules: Policy, charges: list[Charge], proposal: Proposal, cohort: Cohort | None) -> Forecast:
+def forecast(
+    rules: Policy, entries: Sequence[Entry], proposal: Proposal, cohort: Cohort | None = None, run_id: str = ""
+) -> Forecast:
+    """Forecast what a run comes to at a site.
+
+    Args:
+        rules: The site's policy.
+        entries: The lines of its ledger.
+        proposal: The run, with its classes.
+        cohort: All sites of the run together, for one with secure-sum.
+        run_id: Of a run that may be under way: what it was charged already is not paid for again.
+
+    Raises:
+        ConfigError: As `look_up`.
+    """
     if proposal.train.algorithm == "secure-sum" and cohort is None:
         raise ConfigError(
             "With train.algorithm = secure-sum the cost follows from all sites together. "
@@ -138,23 +152,30 @@ def _forecast(rules: Policy, charges: list[Charge], proposal: Proposal, cohort: 
         )
     agreed, rounds = plan(proposal, rules.declared_patients, cohort), proposal.federation.rounds
     releases = 1 + proposal.refinements
-    refusal, warmup, joined = _refusal(rules, proposal, agreed), None, 0
-    taken = list(charges)
+    refusal, warmup, joined, in_order = _refusal(rules, proposal, agreed), None, 0, 0
+    taken = [entry.charge for entry in entries]
+    kinds = [entry.request.kind for entry in entries if entry.request.run_id == run_id]
+    looks = kinds.count(Kind.WARMUP)
+
+    def pay(charge: Charge, wanted: int, before: int) -> int:
+        before = min(before, wanted)
+        more = affordable_rounds(taken, charge, wanted - before, rules.max_epsilon, rules.delta)
+        taken.extend([charge] * more)
+        return before + more
+
     if agreed.warmup_noise_multiplier is not None:
-        charge = agreed.charge_of_warmup()
-        paid = 0 if refusal else affordable_rounds(taken, charge, releases, rules.max_epsilon, rules.delta)
-        warmup, joined = paid == releases, max(0, paid - 1)
-        taken += [charge] * paid
+        paid = 0 if refusal else pay(agreed.charge_of_warmup(), releases, looks)
+        warmup, joined, in_order = paid == releases, max(0, paid - 1), paid
     if agreed.train_noise_multiplier is not None and refusal is None:
         charge = agreed.charge_of_round(proposal.train.steps_per_round)
-        trained = affordable_rounds(taken, charge, proposal.training_rounds, rules.max_epsilon, rules.delta)
-        joined, taken = joined + trained, taken + [charge] * trained
-    return Forecast(agreed, refusal, warmup, joined, rounds, epsilon(taken, rules.delta), releases)
+        trained = pay(charge, proposal.training_rounds, len(kinds) - looks)
+        joined, in_order = joined + trained, in_order + (0 if warmup is False else trained)
+    return Forecast(agreed, refusal, warmup, joined, rounds, epsilon(taken, rules.delta), releases, in_order)
 
 
 def _refusal(rules: Policy, proposal: Proposal, agreed: Plan) -> str | None:
     """Return why the policy refuses a run, by the checks that the agent makes."""
-    pair = build(proposal.model, proposal.image, len(proposal.image.classes), torch.Generator().manual_seed(0))
+    pair = outline(proposal.model, proposal.image, len(proposal.image.classes))
     longest = max(look_dims(proposal.image).values())
     planned: list[tuple[Kind, Pair | int]] = [(Kind.WARMUP, longest)] * (agreed.warmup_noise_multiplier is not None)
     kind = Kind.TRAIN if proposal.train.algorithm == "local" else Kind.GRADIENT

@@ -16,11 +16,12 @@ from typing import Any, NoReturn, final
 import numpy as np
 
 from client.chain import Body, Chain
-from client.policy import MAX_REPLY_BYTES, SITE_NAME
+from client.policy import MAX_REPLY_BYTES
 from common.config import Algorithm, Proposal
 from common.crypto import SigningKey, VerifyKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
-from common.messages import Kind, Reply, size_bytes
+from common.greeting import CAPABILITIES, FORMS
+from common.messages import PACKAGE_VERSION, Kind, Reply, size_bytes
 from common.models import Pair
 from common.seal import content_digest
 from common.weights import weight_shapes
@@ -29,12 +30,18 @@ NAME = "journal"
 
 _BUDGET: Mapping[str, type] = {"epsilon_spent": float, "epsilon_allowed": float}
 _FIELDS: Mapping[Kind, Mapping[str, type]] = {
-    Kind.HELLO: {"site": str, "declared_patients": int, "protocol": int},
+    # from the policy, the release, the ledger and the list of imports (client/hello)
+    Kind.HELLO: {
+        **{"site": str, "declared_patients": int, "protocol": int, "package": str, "proposal_sha256": str},
+        **{"capabilities": str, "verdict": str, "rounds_allowed": int},
+    },
     Kind.WARMUP: _BUDGET,
     # the discriminator's accuracy on fakes sees no patient: post-processing of private weights
     Kind.TRAIN: {**_BUDGET, "fake_accuracy": float, "d_steps_per_g_step": int},
     Kind.GRADIENT: _BUDGET,
 }
+_TEXTS = {**FORMS, "package": re.escape(PACKAGE_VERSION), "capabilities": re.escape(CAPABILITIES)}
+"""What may stand in a field that is a text, as a regular expression: no reply has any other text."""
 
 
 @final
@@ -44,7 +51,7 @@ class Release:
 
     Attributes:
         arrays: Shape and dtype by name.
-        fields: Type by name.
+        fields: Type by name; what a text may be stands in `_TEXTS`.
     """
 
     arrays: Mapping[str, tuple[tuple[int, ...], str]]
@@ -140,8 +147,8 @@ def check_egress(reply: Reply, allowed: Release, max_reply_bytes: int = MAX_REPL
             _refuse(f"field {name} is not of type {expected.__name__}")
         if isinstance(value, float) and not np.isfinite(value):
             _refuse(f"field {name} is not finite")
-        if isinstance(value, str) and re.fullmatch(SITE_NAME, value) is None:
-            _refuse(f"field {name} is not a site name")
+        if isinstance(value, str) and re.fullmatch(_TEXTS[name], value) is None:
+            _refuse(f"field {name} is not of its form")
 
 
 def append(folder: Path, key: SigningKey, reply: Reply, epsilon_after: float, time: datetime) -> None:

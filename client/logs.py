@@ -12,6 +12,17 @@ from common.files import make_folder
 MAX_BYTES = 5_000_000
 KEPT = 4
 """Older files beside the current one."""
+MAX_REASON = 4000
+"""Characters of one reason in the log: a proposal may name classes of thousands."""
+
+
+def printable(text: str) -> str:
+    """Return a text that may hold parts of a message as one bounded line.
+
+    What came in a message can neither write lines of its own into the log nor command the terminal that shows it.
+    """
+    line = text[:MAX_REASON].replace("\n", " | ")
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 @final

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib.metadata import version
 from typing import Any, final
 
 import numpy as np
@@ -10,7 +11,12 @@ import numpy.typing as npt
 
 from common.errors import RefusalCode
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+"""Raised whenever two releases could no longer do a run together: see common/greeting."""
+
+PACKAGE_VERSION = version("fedmedgan")
+VERSION_FORM = r"[0-9A-Za-z][0-9A-Za-z.+!-]{0,31}"
+"""The form of a package version, as a regular expression."""
 
 Scalar = int | float | str
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -51,8 +57,9 @@ class Request:
         run_id: The run, chosen once by the coordinator.
         round: 0 for hello, 0... for releases of the warm-up, then training rounds or gradients.
         proposal: The coordinator's proposal as JSON (`Config.proposal`); the site's policy disposes.
-        settings: What may change from round to round: `d_steps_per_g_step` for training,
-            `look` for a warm-up; with secure-sum also `cohort_sites` and `cohort_patients`, of all sites together.
+        settings: What may change from round to round: `d_steps_per_g_step` for training, `look` for a warm-up; with
+            secure-sum also `cohort_sites` and `cohort_patients`, of all sites together. For hello `package`, the
+            coordinator's release.
         arrays: Weights by name ("generator.…", "discriminator.…"), for a gradient the discriminator's only; empty for
             hello, and for a warm-up but for a lens.
         seal: The coordinator's signature; None within one machine, where nobody stands between.

@@ -6,8 +6,10 @@ an array is allocated: protocol version, the exact set of keys, sizes, dtypes, b
 
 import io
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,17 @@ from numpy.lib import format as npy
 
 from common.config import MAX_PROPOSAL_BYTES
 from common.errors import RefusalCode, WireError
-from common.messages import PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar, Seal
+from common.messages import (
+    PACKAGE_VERSION,
+    PROTOCOL_VERSION,
+    VERSION_FORM,
+    Arrays,
+    Kind,
+    Reply,
+    Request,
+    Scalar,
+    Seal,
+)
 
 MAX_ARRAYS = 512
 MAX_NAME_CHARACTERS = 128
@@ -34,8 +46,22 @@ MESSAGE_TYPES = {
 _DTYPES = ("<f4", "<i4")
 
 _REQUEST_KEYS = {"protocol", "kind", "run", "round", "proposal", "nonce", "deadline", "signature"}
-_REPLY_KEYS = {"protocol", "kind", "run", "round", "refusal", "signature"}
+_REPLY_KEYS = {"protocol", "package", "kind", "run", "round", "refusal", "signature"}
 _SCALAR_PREFIX = "scalar."
+
+
+@final
+@dataclass(frozen=True)
+class Release:
+    """What the header of a message says of the release that wrote it, unsigned.
+
+    Attributes:
+        protocol: Its protocol version.
+        package: Its package version; empty where the header does not say.
+    """
+
+    protocol: int
+    package: str
 
 
 def encode_request(request: Request, node_id: int, ttl_s: float) -> Message:
@@ -70,6 +96,7 @@ def encode_reply(reply: Reply, request: Message) -> Message:
     """Make the Flower message that answers `request`."""
     header = _header(reply.kind, reply.run_id, reply.round, reply.fields)
     header |= {"refusal": reply.refusal.value if reply.refusal else "", "signature": reply.signature}
+    header["package"] = PACKAGE_VERSION
     return Message(_content(header, reply.arrays), reply_to=request)
 
 
@@ -86,7 +113,24 @@ def decode_reply(message: Message) -> Reply:
         raise WireError(f"Expected a known refusal code, got {len(code)} characters that are none.")
     refusal = RefusalCode(code) if code else None
     run_id, round_, signature = _text(header, "run"), _whole(header, "round"), _text(header, "signature")
+    _text(header, "package")
     return Reply(_kind(header), run_id, round_, refusal, scalars, arrays, signature)
+
+
+def other_release(message: Message) -> Release | None:
+    """Return of which release a message is if that speaks another protocol; None for any other message.
+
+    The place of the two versions in a header is the one thing that no protocol version may change.
+    """
+    records = message.content if message.has_content() else RecordDict()
+    header = records.get("header")
+    if not isinstance(header, ConfigRecord):
+        return None
+    protocol, package = header.get("protocol"), header.get("package")
+    if not isinstance(protocol, int) or isinstance(protocol, bool) or not 0 <= protocol < 2**31:
+        return None
+    known = isinstance(package, str) and re.fullmatch(VERSION_FORM, package[:64])
+    return None if protocol == PROTOCOL_VERSION else Release(protocol, str(package) if known else "")
 
 
 def _header(kind: Kind, run_id: str, round_: int, scalars: Mapping[str, Scalar]) -> dict[str, Any]:
@@ -106,11 +150,20 @@ def _read(content: RecordDict, keys: set[str]) -> tuple[ConfigRecord, dict[str, 
     if not isinstance(header, ConfigRecord) or not isinstance(record, ArrayRecord):
         raise WireError("Expected header as ConfigRecord and arrays as ArrayRecord.")
     if header.get("protocol") != PROTOCOL_VERSION:
-        raise WireError(f"Expected protocol version {PROTOCOL_VERSION}. Install the same release on both sides.")
+        raise WireError(_other_protocol(header))
     names = {key for key in header if key.startswith(_SCALAR_PREFIX)}
     if set(header) - names != keys or len(names) > MAX_SCALARS:
         raise WireError(f"Expected the header keys {sorted(keys)} and at most {MAX_SCALARS} scalars.")
     return header, {name.removeprefix(_SCALAR_PREFIX): _scalar(header[name]) for name in names}, _arrays(record)
+
+
+def _other_protocol(header: ConfigRecord) -> str:
+    theirs = header.get("protocol")
+    known = isinstance(theirs, int) and not isinstance(theirs, bool) and 0 <= theirs < 2**31
+    return (
+        f"Expected protocol version {PROTOCOL_VERSION}, which fedmedgan {PACKAGE_VERSION} of this side speaks, got "
+        f"{theirs if known else 'none'}. Update the side with the lower one."
+    )
 
 
 def _arrays(record: ArrayRecord) -> dict[str, npt.NDArray[Any]]:

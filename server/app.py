@@ -4,7 +4,7 @@ Read `federate` top to bottom; everything else here connects it to Flower, to a 
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -14,18 +14,19 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config
 from common.config_text import build_config, read_config
-from common.errors import ConfigError, FederationError, PolicyRefusal, RefusalCode
+from common.errors import ConfigError, FederationError
 from common.flower_run import run_path
 from common.seal import Trust
 from common.sheets import save_sheet
 from server import checkpoint, display
 from server.consortium import load_consortium, load_trust
 from server.exchange import PERMANENT, Link
+from server.handshake import Handshake, Met, all_refuse, meet
 from server.records import Progress, RoundRecord, append_record, is_landmark, read_records, write_records
 from server.results import write_results
 from server.roster import gather
 from server.rounds import averaged_pair, train
-from server.run_folder import RunFolder, open_run
+from server.run_folder import RunFolder, open_run, read_nodes
 from server.secure_sum import train_together
 from server.start import begin
 from server.warmup_round import warm_up
@@ -33,7 +34,7 @@ from server.warmup_round import warm_up
 ATTEMPTS_A_ROUND = 3
 RETRY_AFTER_S = 2.0
 
-Event = Progress | RoundRecord
+Event = Progress | Handshake | RoundRecord
 
 
 @final
@@ -47,6 +48,7 @@ class Job:
         stop: The wish to stop after the round under way.
         until: The round after which to stop, so that the state there can be looked at; None for the last.
         trust: Keys of the coordinator and of the enrolled sites; None within one machine.
+        nodes: The site of each registered node, to name those that give no valid answer.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class Job:
     stop: threading.Event = field(default_factory=threading.Event)
     until: int | None = None
     trust: Trust | None = None
+    nodes: Mapping[int, str] = field(default_factory=dict[int, str])
 
 
 def federate(grid: Grid, job: Job) -> Iterator[Event]:
@@ -64,7 +67,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
         job: Configuration, folder and the flag that asks for a stop after the round.
 
     Yields:
-        Progress inside a round, and a record after each round, once it is real.
+        What new sites say, progress inside a round, and a record after each round, once it is real.
 
     Raises:
         FederationError: Too few sites connected, or none was heard in three attempts at a round.
@@ -74,12 +77,14 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
     config, folder = job.config, job.folder
     state = checkpoint.load_latest(folder.checkpoints)
     write_records(folder.metrics, [r for r in read_records(folder.metrics) if state and r.round <= state.round])
-    link = Link(grid, job.trust)
-    members, attempts = gather(link, config, folder.run_id, None), 0
+    link, met = Link(grid, job.trust, job.nodes), Met(folder, config, compact=job.trust is None)
+    roster, attempts = gather(link, config, folder.run_id, None), 0
     last = config.federation.rounds if job.until is None else job.until
     while state is None or (state.round < last and not job.stop.is_set()):
         number = 0 if state is None else state.round + 1
-        members = gather(link, config, folder.run_id, members)  # 1 who
+        roster = gather(link, config, folder.run_id, roster)  # 1 who
+        members = roster.members
+        yield from meet(met, roster.greetings, roster.left_out, begun=state is not None)
         if state is None or number <= config.refinements:
             before = begin(folder, config, members) if state is None else state
             events = warm_up(link, config, members, before)  # 2 a lens out, sums in, fitted
@@ -94,11 +99,11 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
             if after is None:  # 3 too few sites: nothing changed, no site is charged twice for the same round
                 if _nobody_can_go_on(record):
                     if state is None:  # nothing was learned yet, so there is nothing to end well with
-                        raise PolicyRefusal(RefusalCode.POLICY, _all_refuse(record))
+                        raise all_refuse(record.refused)
                     return
                 attempts += 1
                 if attempts == ATTEMPTS_A_ROUND:
-                    raise FederationError(_too_few(config, record))
+                    raise FederationError(_too_few(config, record, met.left_out))
                 job.stop.wait(RETRY_AFTER_S)
                 continue
             state, attempts = after, 0
@@ -155,20 +160,16 @@ def job_from(context: Context) -> Job:
     path = run_path(values.get("out"), context.run_id)
     home = values.get("consortium", "")  # empty under Flower's simulation runtime
     trust = load_trust(load_consortium(Path(str(home)))) if home else None
-    return Job(config, open_run(path, config, bool(values.get("resume", False))), trust=trust)
+    folder = open_run(path, config, bool(values.get("resume", False)))
+    return Job(config, folder, trust=trust, nodes=read_nodes(path))
 
 
 def _nobody_can_go_on(record: RoundRecord) -> bool:
     return bool(record.refused) and not record.sites and set(record.refused.values()) <= PERMANENT
 
 
-def _all_refuse(record: RoundRecord) -> str:
-    codes = ", ".join(f"{site}: {code}" for site, code in record.refused.items())
-    return f"Every site refuses this run for good ({codes}); their own logs say why. Propose another configuration."
-
-
-def _too_few(config: Config, record: RoundRecord) -> str:
-    codes = ", ".join(f"{site}: {code}" for site, code in record.refused.items()) or "nobody answered"
+def _too_few(config: Config, record: RoundRecord, left_out: Mapping[str, str]) -> str:
+    codes = ", ".join(f"{site}: {code}" for site, code in (left_out | record.refused).items()) or "nobody answered"
     colluding = config.privacy.colluding_sites
     missing = "" if colluding == "all" else f", and at most privacy.colluding_sites={colluding} may be missing"
     return (

@@ -38,6 +38,8 @@ def fix_cohort(folder: RunFolder, config: Config, members: Members) -> Declared:
         return _read(path.read_bytes())
     declared = {name: member.declared_patients for name, member in members.items()}
     cohort = {name: patients for name, patients in declared.items() if patients >= config.privacy.min_patients}
+    if not members:
+        raise FederationError("No site takes part: the handshake above says why. Mend the sites, then resume.")
     if not cohort:
         raise FederationError(
             f"No site declares privacy.min_patients={config.privacy.min_patients} patients. Lower it, or ask others."

@@ -38,6 +38,7 @@ from common.flower_environment import flower_environment
 from server.bundle import build_bundle, bundle_hash
 from server.consortium import Consortium, EnrolledSite, read_settings
 from server.own_secrets import read_token
+from server.run_folder import write_nodes
 
 FINISHED = "finished"
 NODE_GONE, NODE_ONLINE = "unregistered", "online"
@@ -190,7 +191,9 @@ def submit(client: ControlHttpClient, home: Path, config: Path, folder: Path, re
 
     Raises:
         FederationError: The link did not take it.
+        StorageError: The run folder cannot be written.
     """
+    write_nodes(folder, {node.node_id: node.name for node in list_nodes(client)})
     bundle = build_bundle()
     paths = {"consortium": str(home.absolute()), "config": str(config), "out": str(folder)}
     values = user_config_to_proto({**paths, "resume": resume})

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import Config
+from server.handshake import Handshake, lines
 from server.records import Progress, RoundRecord, is_landmark
 from server.report import round_up
 
@@ -26,7 +27,7 @@ SITE_CHARACTERS = 9
 """Longer names are cut from the left, so that four columns fit in 80 characters."""
 _PACE_ROUNDS = 5
 
-Event = Progress | RoundRecord
+Event = Progress | Handshake | RoundRecord
 Show = Callable[[Event], None]
 
 
@@ -52,7 +53,7 @@ def open_display(config: Config, console: Console | None = None) -> Generator[Sh
     Yields:
         A function that takes each event. On a terminal it redraws a table; elsewhere it writes and flushes one line
         for each finished round, in a long run for some of them and for each in which other sites refuse than before,
-        and nothing for progress inside one.
+        and nothing for progress inside one. A handshake is written above the table, and before the lines.
     """
     console = console or Console()
     seen = Seen()
@@ -60,7 +61,14 @@ def open_display(config: Config, console: Console | None = None) -> Generator[Sh
         yield lambda event: _print(console, config, seen, event)
         return
     with Live(_drawing(config, seen), console=console, refresh_per_second=8) as live:
-        yield lambda event: live.update(_drawing(config, _add(seen, event)))
+
+        def show(event: Event) -> None:
+            if isinstance(event, Handshake):
+                console.print(Text("\n".join(lines(config, event))))
+            else:
+                live.update(_drawing(config, _add(seen, event)))
+
+        yield show
 
 
 def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
@@ -92,7 +100,7 @@ def progress_line(config: Config, progress: Progress) -> str:
     return f"{label}: {progress.done} of {progress.of} {progress.what}"
 
 
-def _add(seen: Seen, event: Event) -> Seen:
+def _add(seen: Seen, event: Progress | RoundRecord) -> Seen:
     if isinstance(event, Progress):
         seen.progress = event
     else:
@@ -104,6 +112,10 @@ def _add(seen: Seen, event: Event) -> Seen:
 
 
 def _print(console: Console, config: Config, seen: Seen, event: Event) -> None:
+    if isinstance(event, Handshake):
+        console.file.writelines(f"{line}\n" for line in lines(config, event))
+        console.file.flush()
+        return
     before = seen.records[-1].refused if seen.records else {}
     records = _add(seen, event).records
     rounds = config.federation.rounds

@@ -5,7 +5,7 @@ With keys, each question is signed for one site, and what a site did not sign fo
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from flwr.serverapp import Grid
@@ -22,11 +22,12 @@ POLL_S = 0.1
 @final
 @dataclass(frozen=True)
 class Answer:
-    """A site's reply, or the code of what went wrong."""
+    """A site's reply, or the code of what went wrong; with OTHER_PROTOCOL the release that answered, as it says."""
 
     node_id: int
     reply: Reply | None
     code: str = ""
+    release: wire.Release | None = None
 
 
 @final
@@ -37,10 +38,16 @@ class Link:
     Attributes:
         grid: Flower's grid: in this process, on Ray, or over the network.
         trust: The coordinator's key and those of the enrolled sites; None within one machine.
+        nodes: The site that each node was registered for, where that is known; to name who gave no valid answer, and
+            for nothing else: who answers is shown by a signature.
     """
 
     grid: Grid
     trust: Trust | None = None
+    nodes: Mapping[int, str] = field(default_factory=dict[int, str])
+
+
+OTHER_PROTOCOL = "other-protocol"
 
 
 UNSIGNED = frozenset({RefusalCode.UNREACHABLE, RefusalCode.BAD_REQUEST, RefusalCode.INTERNAL})
@@ -114,6 +121,8 @@ def _decoded(node_id: int, request: Request, message: wire.Message, trust: Trust
     try:
         reply = wire.decode_reply(message)
     except WireError:
+        if (release := wire.other_release(message)) is not None:
+            return Answer(node_id, None, OTHER_PROTOCOL, release)
         return Answer(node_id, None, "malformed-reply")
     if trust is not None and not (reply.refusal in UNSIGNED and not reply.signature):
         try:

@@ -40,6 +40,7 @@ LINES = ("#0b6e99", "#c8553d", "#5b8c2a", "#7a4fa3", "#b07d12", "#3a3a3a")
 _KNOWN_FILES = {
     "config.toml": "every setting of the run",
     "run.json": "the run's id",
+    "handshake.json": "what each site said before it was asked: versions, and how many rounds it will join",
     "start": "the generator that the run started from, trained on public data",
     "metrics.jsonl": "one line a round: sites, cost, accuracy on fakes, time",
     "generator.safetensors": "the weights of the generator: the result",

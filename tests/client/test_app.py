@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.app import find_agent, make_app
 from common import wire
 from common.errors import RefusalCode, WireError
+from common.greeting import hello_settings
 from common.messages import Kind, Reply, Request
 
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
@@ -20,7 +21,7 @@ TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "DOE^JANE in /export/dicom/4711.dcm"
 REQUESTS = {
-    Kind.HELLO: Request(Kind.HELLO, "run-1", 0, "{}"),
+    Kind.HELLO: Request(Kind.HELLO, "run-1", 0, "{}", hello_settings()),
     Kind.WARMUP: Request(Kind.WARMUP, "run-1", 0, "{}", {"look": "public"}),
     Kind.TRAIN: Request(Kind.TRAIN, "run-1", 2, "{}", {"d_steps_per_g_step": 3}, {"w": np.arange(4, dtype=np.float32)}),
     Kind.GRADIENT: Request(

@@ -11,8 +11,9 @@ from common.config import Proposal
 from common.crypto import SigningKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
 from common.features import feature_dim, feature_map
+from common.greeting import CAPABILITIES, Greeting, Verdict
 from common.look import look_dims
-from common.messages import Kind, Reply
+from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Kind, Reply
 from common.models import build
 from common.seal import content_digest
 from common.weights import get_weights
@@ -22,6 +23,8 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SHAPES = {"generator.weight": (2, 3), "discriminator.weight": (3,)}
 ALLOWED = release_schema(Kind.TRAIN, SHAPES)
 BUDGET = {"epsilon_spent": 1.0, "epsilon_allowed": 10.0}
+VERSIONS = (PROTOCOL_VERSION, PACKAGE_VERSION, "0" * 64, CAPABILITIES)
+HELLO = Reply(Kind.HELLO, "run", 0, None, Greeting("st-mary", 200, *VERSIONS, Verdict.OK, 9).as_fields())
 
 
 def train_reply(**changes):
@@ -32,8 +35,7 @@ def train_reply(**changes):
 
 def test_what_is_on_the_list_passes():
     check_egress(train_reply(), ALLOWED)
-    hello = Reply(Kind.HELLO, "run", 0, None, {"site": "st-mary", "declared_patients": 200, "protocol": 2})
-    check_egress(hello, release_schema(Kind.HELLO, {}))
+    check_egress(HELLO, release_schema(Kind.HELLO, {}))
     embedding = {"embedding": np.zeros((10, 4), np.float32)}
     warmup = Reply(Kind.WARMUP, "run", 0, None, BUDGET, embedding)
     check_egress(warmup, release_schema(Kind.WARMUP, {"embedding": (10, 4)}))
@@ -66,10 +68,22 @@ def test_closed_list_keeps_out(what):
     assert str(value) not in refused(reply)
 
 
-@pytest.mark.parametrize("text", ["KeyError: 'DOE^JANE'", "/export/doe.dcm", "a\n", "", "x" * 65])
-def test_closed_list_keeps_other_text_out_of_the_site_name(text):
-    hello = Reply(Kind.HELLO, "run", 0, None, {"site": text, "declared_patients": 200, "protocol": 2})
-    refused(hello, release_schema(Kind.HELLO, {}))
+TEXTS = ["KeyError: 'DOE^JANE'", "/export/doe.dcm", "a\n", "x" * 65, "jane doe"]
+
+
+@pytest.mark.parametrize("field", ["site", "package", "proposal_sha256", "capabilities", "verdict"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_closed_list_keeps_other_text_out_of_a_greeting(field, text):
+    hello = dataclasses.replace(HELLO, fields={**HELLO.fields, field: text})
+    assert text not in refused(hello, release_schema(Kind.HELLO, {}))
+
+
+def test_closed_list_keeps_other_fields_out_of_a_greeting():
+    for extra in FORBIDDEN.values():
+        refused(dataclasses.replace(HELLO, fields={**HELLO.fields, **dict([extra])}), release_schema(Kind.HELLO, {}))
+    for name in HELLO.fields:
+        fields = {key: value for key, value in HELLO.fields.items() if key != name}
+        refused(dataclasses.replace(HELLO, fields=fields), release_schema(Kind.HELLO, {}))
 
 
 @pytest.mark.parametrize("value", [1, True, "1.0", np.float64(1.0), np.float32(1.0), float("nan"), float("inf"), None])
@@ -125,7 +139,7 @@ def test_closed_list_holds_nothing_forbidden_for_any_kind(kind, what):
     schema = release_schema(kind, {"embedding": (2, 3)})
     assert name not in schema.fields
     values = {int: 1, float: 1.0, str: "st-mary"}
-    fields = {known: values[expected] for known, expected in schema.fields.items()}
+    fields = {known: HELLO.fields.get(known, values[expected]) for known, expected in schema.fields.items()}
     arrays = {"embedding": np.ones((2, 3), schema.arrays["embedding"][1])}
     check_egress(Reply(kind, "run", 0, None, fields, arrays), schema)
     refused(Reply(kind, "run", 0, None, {**fields, name: value}, arrays), schema)

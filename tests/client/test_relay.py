@@ -19,10 +19,11 @@ from client.app import make_app
 from client.fleet import Fleet, RunEnded
 from common import wire
 from common.errors import ConfigError, FederationError, RefusalCode
+from common.greeting import hello_settings
 from common.messages import Kind, Reply, Request
 
 SOCKET = Path("/run/agent.sock")
-HELLO = Request(Kind.HELLO, "run-1", 0, "")
+HELLO = Request(Kind.HELLO, "run-1", 0, "", hello_settings())
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,11 @@ from client.agent import open_site
 from client.channel import MAGIC, connect, pack_request, read_frame, unpack_reply
 from client.serve import serve
 from common.errors import RefusalCode, StorageError
-from common.messages import Kind, Reply, Request
+from common.greeting import hello_settings
+from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from tests.tiny_site import warmup_request
 
-HELLO = Request(Kind.HELLO, "run-1", 0, "")
+HELLO = Request(Kind.HELLO, "run-1", 0, "", hello_settings())
 
 
 @contextmanager
@@ -60,7 +61,7 @@ def test_hello_over_the_socket(tiny_home):
     with served(open_site(tiny_home)) as path:
         reply = connect(path, 5.0)(HELLO)
     assert reply.refusal is None
-    assert set(reply.fields) == {"site", "declared_patients", "protocol"}
+    assert (reply.fields["site"], reply.fields["protocol"]) == ("st-mary", PROTOCOL_VERSION)
 
 
 def test_socket_is_for_owner_and_group_only(tiny_home):

@@ -63,6 +63,7 @@ from flwr.serverapp import ServerApp
 
 from common import wire
 from common.crypto import SigningKey
+from common.greeting import hello_settings
 from common.messages import Kind, Request
 from common.seal import seal_request
 
@@ -83,8 +84,8 @@ def question(what, node, ttl):
         arrays = {"discriminator.w": np.random.default_rng(0).normal(size=(5, 1 << 20)).astype(np.float32)}
         return sealed(Request(Kind.TRAIN, "run-1", 1, "{}", {}, arrays), node, ttl)
     if what == "unsigned":
-        return wire.encode_request(Request(Kind.HELLO, "run-1", 0, ""), node, ttl)
-    return sealed(Request(Kind.HELLO, "run-1", 0, ""), node, ttl)
+        return wire.encode_request(Request(Kind.HELLO, "run-1", 0, "", hello_settings()), node, ttl)
+    return sealed(Request(Kind.HELLO, "run-1", 0, "", hello_settings()), node, ttl)
 
 
 @app.main()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from common.files import write_atomic
 from common.flower_environment import flower_environment
 from server.cli import main as coordinator_main
 from server.consortium import load_consortium, read_settings
+from server.run_folder import read_nodes
 from tests.coordinator_home import ROOT, end, free_port, wait_until_up
 from tests.e2e.recording_proxy import recording_proxy
 from tests.e2e.slow_proxy import Weather, slow_proxy
@@ -167,6 +169,14 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         assert command.poll() == 0, said
         status = say(site_main, "ledger", folder / "st-mary")
     assert killed == 4
+    kept = json.loads((run / "handshake.json").read_text())
+    assert {name: (one["verdict"], one["rounds_allowed"]) for name, one in kept["sites"].items()} == dict.fromkeys(
+        SITES, ("ok", 7)
+    )
+    assert {one["proposal_sha256"] for one in kept["sites"].values()} == {kept["config_sha256"]}
+    for name in SITES:
+        assert re.search(rf"{name} +40 patients  fedmedgan \S+  will join 6 of 6 rounds", said)
+    assert set(read_nodes(run).values()) == set(SITES)
     # behind a proxy, and nobody but the coordinator was asked for: no telemetry, no update check, no package index
     port = read_settings(load_consortium(hub)).port
     assert {line.split(" HTTP/")[0] for line in recorder.asked} == {f"CONNECT 127.0.0.1:{port}"}

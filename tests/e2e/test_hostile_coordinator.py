@@ -23,6 +23,7 @@ import pytest
 from client.channel import connect, pack_request, read_frame, unpack_reply
 from client.home import Home
 from common.errors import RefusalCode
+from common.greeting import hello_settings
 from common.messages import Kind, Reply, Request
 from tests.e2e.conftest import ENVIRONMENT
 from tests.hostile_requests import D_STEPS, FRAMES, RUN_IDS, TRAIN, WARMUP
@@ -31,7 +32,7 @@ from tests.tiny_site import make_home, train_request, warmup_request
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-HELLO = Request(Kind.HELLO, "run-1", 0, "")
+HELLO = Request(Kind.HELLO, "run-1", 0, "", hello_settings())
 NOTHING_MORE = {RefusalCode.POLICY, RefusalCode.BAD_REQUEST, RefusalCode.NO_DATA}
 SITE = [sys.executable, "-m", "client.cli"]
 WORLD = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

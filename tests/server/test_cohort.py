@@ -13,7 +13,7 @@ from common.secure_sum import Cohort
 from server.cohort import cohort_of, fix_cohort, least_sites, taking_part
 from server.roster import Member
 from server.run_folder import RunFolder
-from tests.function_sites import SMALL_RUN
+from tests.function_sites import SMALL_RUN, greeting
 
 
 def make_config(**changes: object) -> Config:
@@ -22,8 +22,9 @@ def make_config(**changes: object) -> Config:
 
 
 def members(**declared: int) -> dict[str, Member]:
+    config = make_config(**{"warmup.share": 0.5})
     return {
-        name: Member(name, number, patients, plan(make_config(**{"warmup.share": 0.5}), patients))
+        name: Member(name, number, patients, plan(config, patients), greeting(name, patients, config))
         for number, (name, patients) in enumerate(declared.items())
     }
 

@@ -8,8 +8,11 @@ from rich.console import Console
 
 from common.config import Config
 from common.config_text import build_config
+from common.messages import PACKAGE_VERSION
 from server.display import Event, open_display, plain_line
+from server.handshake import Handshake
 from server.records import Progress, RoundRecord, SiteRelease
+from tests.function_sites import greeting
 
 
 def _config(**changes: object) -> Config:
@@ -176,3 +179,12 @@ def test_rounds_of_the_warm_up_are_named_and_their_time_tells_nothing_of_the_res
     assert "warm-up 3: fitting the generator 120/400" in last
     assert "warm-up 3: waiting for the sites" in _shown(slow[:2], terminal=True, config=config)
     assert "round 3: waiting for the sites" in _shown(slow, terminal=True, config=config)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_handshake_is_shown_before_the_rounds(terminal: bool) -> None:
+    config = _config()
+    said = greeting("st-mary", 200, config)
+    shown = _shown([Handshake({"st-mary": said}, {}, True, False), _record(0, FOUR)], terminal, config)
+    assert f"st-mary  200 patients  fedmedgan {PACKAGE_VERSION}  will join 8 of 8 rounds" in shown
+    assert shown.index("handshake: protocol") < shown.index("st-mary") < shown.rindex("5.2")

@@ -25,7 +25,7 @@ from server.rounds import initial_pair
 from server.start import Beginning, write_start
 from server.warmup_round import warm_up
 from simulations.local_grid import LocalGrid
-from tests.function_sites import SMALL_RUN, run_sites
+from tests.function_sites import SMALL_RUN, greeting, run_sites
 
 
 def make_config(**changes: object) -> Config:
@@ -156,7 +156,7 @@ def test_a_private_decoder_starts_from_what_the_generator_starts_from(tmp_path: 
 @pytest.mark.parametrize("present", [0, 1])
 def test_with_fewer_members_than_min_sites_nobody_is_asked(present: int) -> None:
     config = make_config(**{"federation.min_sites": 2})
-    members = {"a": Member("a", 1, 100, plan(config, 100))} if present else {}
+    members = {"a": Member("a", 1, 100, plan(config, 100), greeting("a", 100, config))} if present else {}
 
     def connect(context: Context) -> Any:
         raise OSError("asked")

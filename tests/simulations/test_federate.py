@@ -1,6 +1,7 @@
 """The round loop over a grid in this process, with sites that are functions: late, out of budget, gone, lying."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from common.config import Config
 from common.config_text import build_config
-from common.errors import FederationError, RefusalCode
+from common.errors import FederationError, PolicyRefusal, RefusalCode
 from common.features import feature_dim, feature_map
 from common.messages import Kind, Request, Scalar
 from common.weights import get_weights
@@ -170,3 +171,16 @@ def test_a_run_ends_when_nobody_comes_back(tmp_path: Path) -> None:
     state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
     assert state is not None
     assert state.round == 1
+
+
+def test_a_run_that_every_site_refuses_ends_after_its_greeting(tmp_path: Path) -> None:
+    """Nothing but a hello was asked, so nothing can have been charged; the handshake stands in the run folder."""
+    asked: list[int] = []
+    refusing = {"verdict": "over-budget", "rounds_allowed": 0}
+    with pytest.raises(PolicyRefusal, match=r"Every site refuses this run for good \(site-0: over-budget"):
+        run_sites(tmp_path, _config(), [lambda request: asked.append(request.round)] * 3, _release, says=refusing)
+    assert asked == []
+    kept = json.loads((tmp_path / "run" / "handshake.json").read_text())
+    assert {name: said["verdict"] for name, said in kept["sites"].items()} == dict.fromkeys(
+        ("site-0", "site-1", "site-2"), "over-budget"
+    )

@@ -1,0 +1,186 @@
+"""Who is let in by a greeting, and what is said of the others, over a grid in this process."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from common import wire
+from common.config import Config
+from common.config_text import build_config
+from common.errors import FederationError, RefusalCode
+from common.greeting import parse_hello
+from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Kind, Reply
+from server.app import Job, federate
+from server.exchange import Link
+from server.roster import Roster, greet
+from server.run_folder import open_run, read_nodes, write_nodes
+from simulations.local_grid import FIRST_NODE_ID, LocalGrid
+from tests.function_sites import SMALL_RUN, greeting
+
+CONFIG: Config = build_config({}, SMALL_RUN)
+Answer = Callable[[Message], Message]
+
+
+def _says(name: str, arrays: dict[str, np.ndarray] | None = None, **changes: object) -> Answer:
+    def answer(message: Message) -> Message:
+        request = wire.decode_request(message)
+        assert parse_hello(request.settings) == PACKAGE_VERSION
+        fields = greeting(name, 100, CONFIG).as_fields() | changes
+        return wire.encode_reply(Reply(Kind.HELLO, request.run_id, 0, None, fields, arrays or {}), message)
+
+    return answer
+
+
+def _header(**header: object) -> Answer:
+    """Answer as a site of another protocol, whose messages have these two in common with ours."""
+
+    def answer(message: Message) -> Message:
+        records = {"header": ConfigRecord({"kind": "hello", **header}), "other": ArrayRecord()}
+        return Message(RecordDict(records), reply_to=message)
+
+    return answer
+
+
+def _grid(*answers: Answer) -> LocalGrid:
+    app = ClientApp()
+
+    @app.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        return answers[int(context.node_config["partition-id"])](message)
+
+    return LocalGrid(app, len(answers))
+
+
+def _greet(*answers: Answer, nodes: dict[int, str] | None = None) -> Roster:
+    return greet(Link(_grid(*answers), None, nodes or {}), CONFIG, "run", {})
+
+
+def test_members_are_who_says_well_what_they_are() -> None:
+    roster = _greet(_says("b"), _says("a", package="0.0.9"))
+    assert list(roster.members) == ["a", "b"]
+    assert roster.members["a"].greeting.package == "0.0.9"  # another release of the same protocol takes part
+    assert (roster.members["b"].node_id, roster.left_out) == (FIRST_NODE_ID, {})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "package", "fix"),
+    [(1, None, "update the site"), (2, "0.0.9", "update the site"), (99, "7.1", "update this coordinator")],
+)
+def test_a_site_of_another_protocol_is_named_with_both_versions(theirs: int, package: str | None, fix: str) -> None:
+    header = {"protocol": theirs} | ({"package": package} if package else {})
+    roster = _greet(_says("a"), _header(**header), nodes={FIRST_NODE_ID + 1: "st-mary"})
+    assert set(roster.members) == {"a"}
+    told = f" (fedmedgan {package})" if package else ""
+    assert roster.left_out == {
+        "st-mary": f"it speaks protocol {theirs}{told}, this coordinator protocol {PROTOCOL_VERSION} (fedmedgan "
+        f"{PACKAGE_VERSION}): {fix}"
+    }
+
+
+def test_a_relay_of_another_protocol_is_named_though_it_only_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this release answers to a hello that it cannot read, seen by a coordinator of the next protocol."""
+
+    def refuse(message: Message) -> Message:
+        return wire.encode_reply(Reply(Kind.HELLO, "", 0, RefusalCode.BAD_REQUEST), message)
+
+    grid = _grid(refuse)
+    deliver = grid._deliver
+
+    def by_this_release(message: Message) -> Message:
+        with monkeypatch.context() as older:
+            older.setattr(wire, "PROTOCOL_VERSION", PROTOCOL_VERSION - 1)
+            return deliver(message)
+
+    monkeypatch.setattr(grid, "_deliver", by_this_release)
+    (reason,) = greet(Link(grid), CONFIG, "run", {}).left_out.values()
+    assert f"protocol {PROTOCOL_VERSION - 1} (fedmedgan {PACKAGE_VERSION})" in reason
+
+
+HOSTILE_HEADERS = {
+    "none": {},
+    "a text": {"protocol": "1"},
+    "true": {"protocol": True},
+    "negative": {"protocol": -1},
+    "huge": {"protocol": 2**31},
+    "a float": {"protocol": 1.0},
+    "a list": {"protocol": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_HEADERS)
+def test_a_header_without_a_version_is_malformed(what: str) -> None:
+    roster = _greet(_header(**HOSTILE_HEADERS[what]))
+    assert roster == Roster({}, {f"node {FIRST_NODE_ID}": "no valid answer to the greeting (malformed-reply)"})
+
+
+@pytest.mark.parametrize("package", ["x" * 10**6, "1.0\nst-anne left out", "\x1b[2J", 7])
+def test_what_a_header_says_of_its_package_cannot_write_lines(package: object) -> None:
+    (reason,) = _greet(_header(protocol=1, package=package)).left_out.values()
+    assert reason.startswith("it speaks protocol 1, this coordinator")
+    assert reason.isprintable()
+    assert len(reason) < 200
+
+
+WRONG = {
+    "a verdict of its own": {"verdict": "maybe"},
+    "no patients": {"declared_patients": 0},
+    "true patients": {"declared_patients": True},
+    "more patients than there are": {"declared_patients": 10**9},
+    "rounds below none": {"rounds_allowed": -1},
+    "a name with lines": {"site": "a\nb"},
+    "another protocol in the fields": {"protocol": PROTOCOL_VERSION - 1},
+    "a field more": {"loss": 0.3},
+    "a long text": {"capabilities": "local " * 40},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_greeting_that_does_not_read_costs_the_site_its_place(what: str) -> None:
+    roster = _greet(_says("a"), _says("b", None, **WRONG[what]))
+    assert set(roster.members) == {"a"}
+    assert list(roster.left_out.values()) == ["no valid answer to the greeting (malformed-reply)"]
+
+
+def test_a_greeting_with_arrays_costs_the_site_its_place() -> None:
+    roster = _greet(_says("a", {f"w{number}": np.zeros(9, np.float32) for number in range(500)}))
+    assert list(roster.left_out.values()) == ["no valid answer to the greeting (malformed-reply)"]
+
+
+def test_a_hostile_greeting_of_a_million_arrays_is_refused() -> None:
+    def flood(message: Message) -> Message:
+        arrays = ArrayRecord({str(number): Array("f4", (), "numpy.ndarray", b"") for number in range(10**5)})
+        header = ConfigRecord({"protocol": PROTOCOL_VERSION, "kind": "hello"})
+        return Message(RecordDict({"header": header, "arrays": arrays}), reply_to=message)
+
+    assert not _greet(flood).members
+
+
+def test_a_taken_name_is_left_out() -> None:
+    roster = _greet(_says("a"), _says("a"))
+    assert roster.members["a"].node_id == FIRST_NODE_ID
+    assert list(roster.left_out.values()) == ["its name, a, is taken: one site, one node"]
+
+
+def test_a_site_that_reads_the_proposal_otherwise_is_left_out_with_both_versions() -> None:
+    roster = _greet(_says("a", package="0.0.9", proposal_sha256="0" * 64))
+    (reason,) = roster.left_out.values()
+    ours = f"this coordinator has fedmedgan {PACKAGE_VERSION}: update the site"
+    assert reason == f"its fedmedgan 0.0.9 reads the configuration otherwise, {ours}"
+
+
+def test_a_run_of_sites_of_another_protocol_ends_with_both_versions(tmp_path: Path) -> None:
+    config = build_config({}, {**SMALL_RUN, "warmup.share": 0.5})
+    job = Job(config, open_run(tmp_path / "run", config, resume=False), nodes={FIRST_NODE_ID: "st-mary"})
+    job.stop.set()  # no wait between the attempts
+    with pytest.raises(FederationError, match=rf"st-mary: it speaks protocol 1, .* protocol {PROTOCOL_VERSION} "):
+        list(federate(_grid(*[_header(protocol=1)] * 3), job))
+
+
+def test_names_of_nodes_read_back(tmp_path: Path) -> None:
+    assert read_nodes(tmp_path) == {}
+    write_nodes(tmp_path, {2**63 + 1: "st-mary"})
+    assert read_nodes(tmp_path) == {2**63 + 1: "st-mary"}
