@@ -4,8 +4,8 @@ Read `federate` top to bottom; everything else here connects it to Flower, to a 
 """
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -20,8 +20,18 @@ from common.seal import Trust
 from common.sheets import save_sheet
 from server import checkpoint, display
 from server.consortium import load_consortium, load_trust
+from server.deadline import round_deadline_s
 from server.exchange import PERMANENT, Link
-from server.records import Progress, RoundRecord, append_record, is_landmark, read_records, write_records
+from server.records import (
+    Failed,
+    Progress,
+    RoundRecord,
+    Waiting,
+    append_record,
+    is_landmark,
+    read_records,
+    write_records,
+)
 from server.results import write_results
 from server.roster import gather
 from server.rounds import averaged_pair, train
@@ -33,7 +43,7 @@ from server.warmup_round import warm_up
 ATTEMPTS_A_ROUND = 3
 RETRY_AFTER_S = 2.0
 
-Event = Progress | RoundRecord
+Event = Progress | Waiting | Failed | RoundRecord
 
 
 @final
@@ -73,13 +83,14 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
     """
     config, folder = job.config, job.folder
     state = checkpoint.load_latest(folder.checkpoints)
-    write_records(folder.metrics, [r for r in read_records(folder.metrics) if state and r.round <= state.round])
+    records = _records_of(folder, state)
     link = Link(grid, job.trust)
-    members, attempts = gather(link, config, folder.run_id, None), 0
+    members, attempts = (yield from gather(link, config, folder.run_id, None)), 0
     last = config.federation.rounds if job.until is None else job.until
     while state is None or (state.round < last and not job.stop.is_set()):
         number = 0 if state is None else state.round + 1
-        members = gather(link, config, folder.run_id, members)  # 1 who
+        members = yield from gather(link, config, folder.run_id, members)  # 1 who
+        link = _with_deadline(link, config, records, attempts)
         if state is None or number <= config.refinements:
             before = begin(folder, config, members) if state is None else state
             events = warm_up(link, config, members, before)  # 2 a lens out, sums in, fitted
@@ -97,11 +108,13 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
                         raise PolicyRefusal(RefusalCode.POLICY, _all_refuse(record))
                     return
                 attempts += 1
+                yield Failed(record, config.federation.min_sites, attempts, ATTEMPTS_A_ROUND)
                 if attempts == ATTEMPTS_A_ROUND:
                     raise FederationError(_too_few(config, record))
-                job.stop.wait(RETRY_AFTER_S)
+                job.stop.wait(RETRY_AFTER_S * attempts)
                 continue
             state, attempts = after, 0
+            records.append(record)
             append_record(folder.metrics, record)
             if is_landmark(number, config.federation.rounds):
                 save_sheet(folder.samples / f"round-{number:04d}.png", averaged_pair(config, state).generator, config)
@@ -156,6 +169,20 @@ def job_from(context: Context) -> Job:
     home = values.get("consortium", "")  # empty under Flower's simulation runtime
     trust = load_trust(load_consortium(Path(str(home)))) if home else None
     return Job(config, open_run(path, config, bool(values.get("resume", False))), trust=trust)
+
+
+def _records_of(folder: RunFolder, state: checkpoint.State | None) -> list[RoundRecord]:
+    """Return the records of the rounds that are real, and leave no others in the folder."""
+    records = [record for record in read_records(folder.metrics) if state and record.round <= state.round]
+    write_records(folder.metrics, records)
+    return records
+
+
+def _with_deadline(link: Link, config: Config, records: Sequence[RoundRecord], attempts: int) -> Link:
+    if link.trust is None:  # within one machine nothing is lost, and load must not decide who is heard
+        return link
+    longest_s = config.federation.round_timeout_s
+    return replace(link, deadline_s=round_deadline_s(longest_s, config.refinements, records, attempts))
 
 
 def _nobody_can_go_on(record: RoundRecord) -> bool:
