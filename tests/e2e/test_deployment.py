@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file
 
 from client import journal
 from client.cli import main as site_main
+from client.ledger import read_ledger
 from client.paths import Home
 from common.config_text import build_config, to_toml
 from common.crypto import load_key
@@ -142,11 +144,35 @@ def victims(folder: Path) -> list[psutil.Process]:
     return sites + processes_of(folder / "hub", "server.link")
 
 
+def long_outage(hub: Path) -> None:
+    """Kill the link and keep it away, to Flower for longer than the minute after which it gives a run up.
+
+    FEDMEDGAN_OUTAGE_S: for so many seconds by the clock; else for a moment, and the run's last sign of life is dated
+    back by five minutes.
+    """
+    real_s = float(os.environ.get("FEDMEDGAN_OUTAGE_S", "0"))
+    (supervisor,) = processes_of(hub, "server.supervise")
+    (link,) = processes_of(hub, "server.link")
+    supervisor.suspend()
+    try:
+        link.kill()
+        while link.status() != psutil.STATUS_ZOMBIE:  # until its parent goes on
+            time.sleep(0.1)
+        time.sleep(max(real_s, 1.0))
+        if not real_s:
+            with sqlite3.connect(load_consortium(hub).database) as database:
+                query = "UPDATE task SET active_until = datetime(active_until, '-300 seconds') WHERE token IS NOT NULL"
+                assert database.execute(query).rowcount == 1
+            database.close()
+    finally:
+        supervisor.resume()
+
+
 def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., str]) -> None:
     found_federation(folder, say)
     hub, run = folder / "hub", folder / "hub" / "runs" / "run-0001"
     write_atomic(folder / "run.toml", to_toml(build_config({}, RUN)).encode())
-    rng, killed = random.Random(7), 0
+    rng, killed, cut = random.Random(7), 0, False
     with ExitStack() as running:
         recorder = running.enter_context(recording_proxy())
         proxy = f"http://127.0.0.1:{recorder.port}"
@@ -155,18 +181,21 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         for name in SITES:
             running.enter_context(started(folder / name, proxy, "client.entry", "start", folder / name))
         command = running.enter_context(started(hub, proxy, "server.cli", "run", hub, folder / "run.toml"))
-        deadline, seen = time.monotonic() + 300, 0
+        deadline, seen = time.monotonic() + 300 + float(os.environ.get("FEDMEDGAN_OUTAGE_S", "0")), 0
         while command.poll() is None and time.monotonic() < deadline:
             if rounds_of(run) > seen and killed < 4:  # one a round: an agent, a relay or the link, by chance
                 seen = rounds_of(run)
                 candidates = victims(folder)
                 rng.choice(sorted(candidates, key=lambda one: one.pid)).send_signal(signal.SIGKILL)
                 killed += 1
+            elif rounds_of(run) >= 5 and not cut:
+                cut = True
+                long_outage(hub)
             time.sleep(0.2)
         said = (hub / "out.log").read_text()
         assert command.poll() == 0, said
         status = say(site_main, "ledger", folder / "st-mary")
-    assert killed == 4
+    assert (killed, cut) == (4, True)
     # behind a proxy, and nobody but the coordinator was asked for: no telemetry, no update check, no package index
     port = read_settings(load_consortium(hub)).port
     assert {line.split(" HTTP/")[0] for line in recorder.asked} == {f"CONNECT 127.0.0.1:{port}"}
@@ -184,6 +213,9 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         written = {entry.round: entry.sha256 for entry in entries}
         assert received[name].items() <= written.items()
         assert received[name]
+        charged = [one.request.round for one in read_ledger(home.ledger, load_key(home.key).verify_key).entries]
+        assert len(charged) == len(set(charged))  # also a round that was asked twice
+        assert set(received[name]) <= set(charged)
         say(site_main, "journal", "verify", home.folder)
 
 

@@ -177,9 +177,8 @@ class LateGrid(FakeGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        answered = [
-            self.answers[self.pending[name].metadata.dst_node_id](self.pending.pop(name)) for name in message_ids
-        ]
+        there = [self.pending.pop(name) for name in message_ids if name in self.pending]
+        answered = [self.answers[message.metadata.dst_node_id](message) for message in there]
         if self.number == 1:
             self.late += answered
             return []
