@@ -3,8 +3,10 @@
 Read `federate` top to bottom; everything else here connects it to Flower, to a terminal and to the run folder.
 """
 
+import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
@@ -32,7 +34,7 @@ from server.records import (
     read_records,
     write_records,
 )
-from server.results import write_results
+from server.results import SIMULATED_SECRETS, SITES_SECRETS, write_results
 from server.roster import gather
 from server.rounds import averaged_pair, train
 from server.run_folder import RunFolder, open_run
@@ -134,7 +136,27 @@ def run(grid: Grid, job: Job) -> None:
             show(event)
     state = checkpoint.load_latest(job.folder.checkpoints)
     if state is not None and (not job.stop.is_set() or state.round >= job.config.federation.rounds):
-        write_results(job.config, job.folder, state, read_records(job.folder.metrics))
+        secrets = SIMULATED_SECRETS if job.trust is None else SITES_SECRETS
+        with unbroken():
+            write_results(job.config, job.folder, state, read_records(job.folder.metrics), secrets)
+
+
+@contextmanager
+def unbroken() -> Generator[None]:
+    """Hold SIGINT and SIGTERM back until the block has ended: a stop after the last round must not cost the results."""
+    if threading.current_thread() is not threading.main_thread():  # only there a signal can break anything
+        yield
+        return
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def make_app(job: Job | None = None) -> ServerApp:
