@@ -1,7 +1,7 @@
 """Sites that are functions, and the round loop over a grid of them in this process."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from flwr.serverapp import Grid
 
 from client.app import make_app
 from common.config import Config
+from common.crypto import SigningKey
 from common.errors import RefusalCode
 from common.messages import PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar
-from server.app import Job, federate
+from common.seal import Trust, sign_reply
+from server.app import Event, Job, federate
 from server.records import RoundRecord
 from server.run_folder import open_run
 from simulations.local_grid import LocalGrid
@@ -62,6 +64,9 @@ class AwayGrid(Grid):
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
+COORDINATOR = SigningKey(bytes(32))
+
+
 def run_sites(
     tmp_path: Path,
     config: Config,
@@ -70,17 +75,39 @@ def run_sites(
     away: Callable[[], bool] = lambda: False,
 ) -> list[RoundRecord]:
     """Run a federation of functions, which answer with a refusal or with what `release` understands."""
+    events = follow_sites(tmp_path, config, behaviours, release, away)
+    return [event for event in events if isinstance(event, RoundRecord)]
+
+
+def follow_sites(
+    tmp_path: Path,
+    config: Config,
+    behaviours: Sequence[Callable[[Request], Any]],
+    release: Release,
+    away: Callable[[], bool] = lambda: False,
+    signed: bool = False,
+) -> Iterator[Event]:
+    """As `run_sites`, with all that happens; if `signed`, the sites are enrolled and sign, as between machines."""
 
     def connect(context: Context) -> Callable[[Request], Reply]:
         index = int(context.node_config["partition-id"])
         return functools.partial(_answer, index, behaviours[index], release)
 
     grid = AwayGrid(LocalGrid(make_app(connect), len(behaviours)), away)
-    job = Job(config, open_run(tmp_path / "run", config, config.run.resume))
-    return [event for event in federate(grid, job) if isinstance(event, RoundRecord)]
+    trust = Trust(COORDINATOR, {f"site-{index}": _key(index).verify_key for index in range(len(behaviours))})
+    job = Job(config, open_run(tmp_path / "run", config, config.run.resume), trust=trust if signed else None)
+    return federate(grid, job)
+
+
+def _key(index: int) -> SigningKey:
+    return SigningKey(bytes([index + 1] * 32))
 
 
 def _answer(index: int, behaviour: Callable[[Request], Any], release: Release, request: Request) -> Reply:
+    return sign_reply(_key(index), request, _unsigned(index, behaviour, release, request))
+
+
+def _unsigned(index: int, behaviour: Callable[[Request], Any], release: Release, request: Request) -> Reply:
     if request.kind is Kind.HELLO:
         fields = {"site": f"site-{index}", "declared_patients": 100 * (index + 1), "protocol": PROTOCOL_VERSION}
         return Reply(request.kind, request.run_id, request.round, None, fields)

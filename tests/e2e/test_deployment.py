@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -40,6 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what Flower uses
 ]
 
+OUTAGE_S = float(os.environ.get("FEDMEDGAN_OUTAGE_S", "0"))
 WHOLE = os.environ.get("FEDMEDGAN_BAD_LINE") == "full"
 SITES = ("st-anne", "st-john", "st-mary")
 CLASSES = ("clear", "opacity")
@@ -150,7 +152,6 @@ def long_outage(hub: Path) -> None:
     FEDMEDGAN_OUTAGE_S: for so many seconds by the clock; else for a moment, and the run's last sign of life is dated
     back by five minutes.
     """
-    real_s = float(os.environ.get("FEDMEDGAN_OUTAGE_S", "0"))
     (supervisor,) = processes_of(hub, "server.supervise")
     (link,) = processes_of(hub, "server.link")
     supervisor.suspend()
@@ -158,8 +159,8 @@ def long_outage(hub: Path) -> None:
         link.kill()
         while link.status() != psutil.STATUS_ZOMBIE:  # until its parent goes on
             time.sleep(0.1)
-        time.sleep(max(real_s, 1.0))
-        if not real_s:
+        time.sleep(max(OUTAGE_S, 1.0))
+        if not OUTAGE_S:
             with sqlite3.connect(load_consortium(hub).database) as database:
                 query = "UPDATE task SET active_until = datetime(active_until, '-300 seconds') WHERE token IS NOT NULL"
                 assert database.execute(query).rowcount == 1
@@ -168,6 +169,30 @@ def long_outage(hub: Path) -> None:
         supervisor.resume()
 
 
+def look_at_status_and_refusal(hub: Path, folder: Path, said: str, say: Callable[..., str]) -> None:
+    """Read what a person reads: of a run that was completed, and of one that every site refuses."""
+    assert "Successfully installed" not in said
+    assert "Traceback" not in said
+    assert "\x1b[" not in said
+    assert re.search(r"round 6/6 .* MB down \d+\.\d\d MB up a site", said)
+    tree = json.loads(say(coordinator_main, "status", hub, "--json"))
+    assert [(one["state"], one["round"], one["rounds"]) for one in tree["runs"]] == [("completed", 6, 6)]
+    assert all(0 < site["rounds_joined"] <= site["rounds"] == 7 for site in tree["sites"])
+    assert all(0 < site["epsilon_spent"] <= site["epsilon_allowed"] for site in tree["sites"])
+    shown = say(coordinator_main, "status", hub)
+    assert re.search(r"run-0001 +completed +6/6", shown)
+    other = folder / "other.toml"
+    write_atomic(other, to_toml(build_config({}, {**RUN, "image.classes": ("x", "y")})).encode())
+    line = [sys.executable, "-m", "server.cli", "run", hub, other]
+    environment = flower_environment(hub) | {"PYTHONPATH": str(ROOT)}
+    refused = subprocess.run(line, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=100, check=False)
+    assert (refused.returncode, len(refused.stdout.splitlines()), len(refused.stderr.splitlines())) == (8, 1, 1), (
+        refused
+    )
+    assert "Every site refuses this run for good (st-anne: no-data, st-john: no-data" in refused.stderr
+
+
+@pytest.mark.timeout(400 + 2 * OUTAGE_S)
 def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., str]) -> None:
     found_federation(folder, say)
     hub, run = folder / "hub", folder / "hub" / "runs" / "run-0001"
@@ -181,7 +206,7 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         for name in SITES:
             running.enter_context(started(folder / name, proxy, "client.entry", "start", folder / name))
         command = running.enter_context(started(hub, proxy, "server.cli", "run", hub, folder / "run.toml"))
-        deadline, seen = time.monotonic() + 300 + float(os.environ.get("FEDMEDGAN_OUTAGE_S", "0")), 0
+        deadline, seen = time.monotonic() + 300 + 2 * OUTAGE_S, 0
         while command.poll() is None and time.monotonic() < deadline:
             if rounds_of(run) > seen and killed < 4:  # one a round: an agent, a relay or the link, by chance
                 seen = rounds_of(run)
@@ -195,6 +220,7 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         said = (hub / "out.log").read_text()
         assert command.poll() == 0, said
         status = say(site_main, "ledger", folder / "st-mary")
+        look_at_status_and_refusal(hub, folder, said, say)
     assert (killed, cut) == (4, True)
     # behind a proxy, and nobody but the coordinator was asked for: no telemetry, no update check, no package index
     port = read_settings(load_consortium(hub)).port
