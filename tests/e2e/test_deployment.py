@@ -185,14 +185,14 @@ def look_at_status_and_refusal(hub: Path, folder: Path, said: str, say: Callable
     write_atomic(other, to_toml(build_config({}, {**RUN, "image.classes": ("x", "y")})).encode())
     line = [sys.executable, "-m", "server.cli", "run", hub, other]
     environment = flower_environment(hub) | {"PYTHONPATH": str(ROOT)}
-    refused = subprocess.run(line, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=100, check=False)
+    refused = subprocess.run(line, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=200, check=False)
     assert (refused.returncode, len(refused.stdout.splitlines()), len(refused.stderr.splitlines())) == (8, 1, 1), (
         refused
     )
     assert "Every site refuses this run for good (st-anne: no-data, st-john: no-data" in refused.stderr
 
 
-@pytest.mark.timeout(400 + 2 * OUTAGE_S)
+@pytest.mark.timeout(800 + 2 * OUTAGE_S)
 def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., str]) -> None:
     found_federation(folder, say)
     hub, run = folder / "hub", folder / "hub" / "runs" / "run-0001"
@@ -206,7 +206,7 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         for name in SITES:
             running.enter_context(started(folder / name, proxy, "client.entry", "start", folder / name))
         command = running.enter_context(started(hub, proxy, "server.cli", "run", hub, folder / "run.toml"))
-        deadline, seen = time.monotonic() + 300 + 2 * OUTAGE_S, 0
+        deadline, seen = time.monotonic() + 540 + 2 * OUTAGE_S, 0
         while command.poll() is None and time.monotonic() < deadline:
             if rounds_of(run) > seen and killed < 4:  # one a round: an agent, a relay or the link, by chance
                 seen = rounds_of(run)
