@@ -133,6 +133,16 @@ def other_release(message: Message) -> Release | None:
     return None if protocol == PROTOCOL_VERSION else Release(protocol, str(package) if known else "")
 
 
+def array_bytes(message: Message) -> int:
+    """Return the bytes of a message's arrays on the wire, without their headers and the message's own."""
+    records = message.content.array_records.values() if message.has_content() else ()
+    return sum(max(0, len(array.data) - _header_bytes(array.data)) for record in records for array in record.values())
+
+
+def _header_bytes(data: bytes) -> int:
+    return 10 + int.from_bytes(data[8:10], "little")  # npy format version 1.0
+
+
 def _header(kind: Kind, run_id: str, round_: int, scalars: Mapping[str, Scalar]) -> dict[str, Any]:
     header: dict[str, Any] = {"protocol": PROTOCOL_VERSION, "kind": kind.value, "run": run_id, "round": round_}
     return header | {_SCALAR_PREFIX + name: value for name, value in scalars.items()}

@@ -3,9 +3,11 @@
 Read `federate` top to bottom; everything else here connects it to Flower, to a terminal and to the run folder.
 """
 
+import signal
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -20,10 +22,20 @@ from common.seal import Trust
 from common.sheets import save_sheet
 from server import checkpoint, display
 from server.consortium import load_consortium, load_trust
+from server.deadline import round_deadline_s
 from server.exchange import PERMANENT, Link
 from server.handshake import Handshake, Met, all_refuse, meet
-from server.records import Progress, RoundRecord, append_record, is_landmark, read_records, write_records
-from server.results import write_results
+from server.records import (
+    Failed,
+    Progress,
+    RoundRecord,
+    Waiting,
+    append_record,
+    is_landmark,
+    read_records,
+    write_records,
+)
+from server.results import SIMULATED_SECRETS, SITES_SECRETS, write_results
 from server.roster import gather
 from server.rounds import averaged_pair, train
 from server.run_folder import RunFolder, open_run, read_nodes
@@ -34,7 +46,7 @@ from server.warmup_round import warm_up
 ATTEMPTS_A_ROUND = 3
 RETRY_AFTER_S = 2.0
 
-Event = Progress | Handshake | RoundRecord
+Event = Progress | Waiting | Handshake | Failed | RoundRecord
 
 
 @final
@@ -76,14 +88,14 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
     """
     config, folder = job.config, job.folder
     state = checkpoint.load_latest(folder.checkpoints)
-    write_records(folder.metrics, [r for r in read_records(folder.metrics) if state and r.round <= state.round])
+    records = _records_of(folder, state)
     link, met = Link(grid, job.trust, job.nodes), Met(folder, config, compact=job.trust is None)
-    roster, attempts = gather(link, config, folder.run_id, None), 0
+    roster, attempts = (yield from gather(link, config, folder.run_id, None)), 0
     last = config.federation.rounds if job.until is None else job.until
     while state is None or (state.round < last and not job.stop.is_set()):
         number = 0 if state is None else state.round + 1
-        roster = gather(link, config, folder.run_id, roster)  # 1 who
-        members = roster.members
+        roster = yield from gather(link, config, folder.run_id, roster)  # 1 who
+        members, link = roster.members, _with_deadline(link, config, records, attempts)
         yield from meet(met, roster.greetings, roster.left_out, begun=state is not None)
         if state is None or number <= config.refinements:
             before = begin(folder, config, members) if state is None else state
@@ -102,11 +114,13 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
                         raise all_refuse(record.refused)
                     return
                 attempts += 1
+                yield Failed(record, config.federation.min_sites, attempts, ATTEMPTS_A_ROUND)
                 if attempts == ATTEMPTS_A_ROUND:
                     raise FederationError(_too_few(config, record, met.left_out))
-                job.stop.wait(RETRY_AFTER_S)
+                job.stop.wait(RETRY_AFTER_S * attempts)
                 continue
             state, attempts = after, 0
+            records.append(record)
             append_record(folder.metrics, record)
             if is_landmark(number, config.federation.rounds):
                 save_sheet(folder.samples / f"round-{number:04d}.png", averaged_pair(config, state).generator, config)
@@ -126,7 +140,27 @@ def run(grid: Grid, job: Job) -> None:
             show(event)
     state = checkpoint.load_latest(job.folder.checkpoints)
     if state is not None and (not job.stop.is_set() or state.round >= job.config.federation.rounds):
-        write_results(job.config, job.folder, state, read_records(job.folder.metrics))
+        secrets = SIMULATED_SECRETS if job.trust is None else SITES_SECRETS
+        with unbroken():
+            write_results(job.config, job.folder, state, read_records(job.folder.metrics), secrets)
+
+
+@contextmanager
+def unbroken() -> Generator[None]:
+    """Hold SIGINT and SIGTERM back until the block has ended: a stop after the last round must not cost the results."""
+    if threading.current_thread() is not threading.main_thread():  # only there a signal can break anything
+        yield
+        return
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def make_app(job: Job | None = None) -> ServerApp:
@@ -164,12 +198,26 @@ def job_from(context: Context) -> Job:
     return Job(config, folder, trust=trust, nodes=read_nodes(path))
 
 
+def _records_of(folder: RunFolder, state: checkpoint.State | None) -> list[RoundRecord]:
+    """Return the records of the rounds that are real, and leave no others in the folder."""
+    records = [record for record in read_records(folder.metrics) if state and record.round <= state.round]
+    write_records(folder.metrics, records)
+    return records
+
+
+def _with_deadline(link: Link, config: Config, records: Sequence[RoundRecord], attempts: int) -> Link:
+    if link.trust is None:  # within one machine nothing is lost, and load must not decide who is heard
+        return link
+    longest_s = config.federation.round_timeout_s
+    return replace(link, deadline_s=round_deadline_s(longest_s, config.refinements, records, attempts))
+
+
 def _nobody_can_go_on(record: RoundRecord) -> bool:
     return bool(record.refused) and not record.sites and set(record.refused.values()) <= PERMANENT
 
 
 def _too_few(config: Config, record: RoundRecord, left_out: Mapping[str, str]) -> str:
-    codes = ", ".join(f"{site}: {code}" for site, code in (left_out | record.refused).items()) or "nobody answered"
+    codes = ", ".join(f"{site}: {code}" for site, code in {**left_out, **record.refused}.items()) or "nobody answered"
     colluding = config.privacy.colluding_sites
     missing = "" if colluding == "all" else f", and at most privacy.colluding_sites={colluding} may be missing"
     return (

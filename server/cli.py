@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn, get_args
@@ -23,7 +24,8 @@ from common.flower_environment import flower_environment
 from server import control
 from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
-from server.run_folder import next_folder, prepare_run
+from server.run_folder import is_complete, next_folder, prepare_run
+from server.status import COMPLETED, how_it_ended, stand, tables
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 add_commands(app)
@@ -137,23 +139,19 @@ def resume(
 def status(
     home: HomeArgument, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False
 ) -> None:
-    """Print the sites, who is connected, and the last runs."""
+    """Print the sites, who is connected, what each has spent, and where the last runs stand."""
     consortium = load_consortium(home.absolute())
     with control.connect(consortium) as client:
         nodes, runs = control.list_nodes(client), control.list_runs(client)
+    now = time.time()
+    sites, latest = stand(nodes, runs, now)
     if as_json:
-        tree = {"sites": [asdict(node) for node in nodes], "runs": [asdict(one) for one in runs]}
+        tree = {"sites": [asdict(site) for site in sites], "runs": [asdict(one) for one in latest]}
         print(json.dumps(tree, default=str))
         return
-    sites = Table("site", "connected", "last seen", title=str(consortium.folder))
-    for node in nodes:
-        sites.add_row(node.name, "yes" if node.online else "no", node.last_seen[:19] or "never")
-    last = Table("run", "state", "since", "folder")
-    for one in runs:
-        last.add_row(str(one.run_id), one.outcome or one.status, one.started[:19], one.folder.name)
     console = Console()
-    console.print(sites)
-    console.print(last)
+    for part in tables(sites, latest, now, str(consortium.folder)):
+        console.print(part)
 
 
 @app.command()
@@ -189,8 +187,8 @@ def _start_run(consortium: Consortium, config: Path, folder: Path, *, resume: bo
             print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {run_id}", file=sys.stderr)
             raise typer.Exit(ExitCode.INTERRUPTED) from None
         ended = control.read_run(client, run_id)
-    if ended.outcome != "completed":
-        raise FederationError(f"Run {run_id} ended as {ended.outcome}: {ended.details}")
+    if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
+        raise FederationError(how_it_ended(ended, consortium.folder))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

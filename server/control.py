@@ -44,7 +44,7 @@ FINISHED = "finished"
 NODE_GONE, NODE_ONLINE = "unregistered", "online"
 """Words of Flower's own."""
 RECONNECT_S = 1.0
-LONGEST_OUTAGE_S = 120.0
+LONGEST_OUTAGE_S = 600.0
 """A link that restarts is waited for this long while a run is followed."""
 
 

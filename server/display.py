@@ -15,7 +15,8 @@ from rich.text import Text
 
 from common.config import Config
 from server.handshake import Handshake, lines
-from server.records import Progress, RoundRecord, is_landmark
+from server.pace import duration, megabytes, seconds_left
+from server.records import Failed, Progress, RoundRecord, Waiting, is_landmark
 from server.report import round_up
 
 SHOWN_ROUNDS = 15
@@ -25,9 +26,8 @@ SITE_COLUMNS = 4
 """With more sites than this their epsilons share one column, from the smallest to the largest."""
 SITE_CHARACTERS = 9
 """Longer names are cut from the left, so that four columns fit in 80 characters."""
-_PACE_ROUNDS = 5
 
-Event = Progress | Handshake | RoundRecord
+Event = Progress | Waiting | Handshake | Failed | RoundRecord
 Show = Callable[[Event], None]
 
 
@@ -39,7 +39,7 @@ class Seen:
     records: list[RoundRecord] = field(default_factory=list[RoundRecord])
     limits: dict[str, float] = field(default_factory=dict[str, float])
     most_sites: int = 0
-    progress: Progress | None = None
+    now: Progress | Waiting | Failed | None = None
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
         records: At least one; those before the newest tell the pace.
     """
     record = records[-1]
-    codes = f" ({_codes(record)})" if record.refused else ""
+    codes = f" ({_who(record)})" if record.refused else ""
     parts = [
         f"round {record.round}/{config.federation.rounds}",
         _warmup(config, record.round) if config.refinements else "",
@@ -87,27 +87,54 @@ def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
         f"epsilon {_spent(record)} of {_allowed(record)}" if record.sites else "",
         f"fakes told {record.fake_accuracy:.2f}" if record.fake_accuracy is not None else "",
         f"{record.seconds:.1f} s",
+        traffic(record),
         f"ETA {eta}" if (eta := _eta(config, records)) else "",
     ]
     return "  ".join(part for part in parts if part)
 
 
-def progress_line(config: Config, progress: Progress) -> str:
-    """Write where the round under way stands."""
-    label = _warmup(config, progress.round) or f"round {progress.round}"
-    if progress.what == "fit":
-        return f"{label}: fitting the generator {progress.done}/{progress.of}"
-    return f"{label}: {progress.done} of {progress.of} {progress.what}"
+def traffic(record: RoundRecord) -> str:
+    """Write what a round sent to a site and what one sent back; nothing where no site was asked."""
+    down, up = record.bytes_a_site
+    return f"{megabytes(down)} down {megabytes(up)} up a site" if record.asked else ""
 
 
-def _add(seen: Seen, event: Progress | RoundRecord) -> Seen:
-    if isinstance(event, Progress):
-        seen.progress = event
+def now_line(config: Config, now: Progress | Waiting | Failed) -> str:
+    """Write where the round under way stands, for whom the run waits, or what was in vain."""
+    if isinstance(now, Waiting):
+        return waiting_line(now)
+    if isinstance(now, Failed):
+        return failed_line(now)
+    label = _warmup(config, now.round) or f"round {now.round}"
+    if now.what == "fit":
+        return f"{label}: fitting the generator {now.done}/{now.of}"
+    return f"{label}: {now.done} of {now.of} {now.what}"
+
+
+def waiting_line(waiting: Waiting) -> str:
+    """Write for whom a run waits."""
+    names = f" for {', '.join(waiting.missing)}" if waiting.missing else ""
+    here = f"{waiting.here} of {_count(waiting.expected, 'site')} connected, at least {waiting.needed} needed"
+    return f"waiting{names}: {here}, for {duration(waiting.left_s)} at most"
+
+
+def failed_line(failed: Failed) -> str:
+    """Write which attempt at a round was in vain, and whose answer was missing."""
+    record = failed.record
+    who = f" ({_who(record)})" if record.refused else ""
+    heard = f"{len(record.sites)} in {len(record.refused)} out{who}, at least {failed.needed} needed"
+    again = "it is tried again" if failed.attempt < failed.of else "the run ends"
+    return f"round {record.round} failed, attempt {failed.attempt} of {failed.of}: sites {heard}; {again}"
+
+
+def _add(seen: Seen, event: Progress | Waiting | Failed | RoundRecord) -> Seen:
+    if not isinstance(event, RoundRecord):
+        seen.now = event
     else:
         seen.records = [*seen.records[1 - SHOWN_ROUNDS :], event]
         seen.limits |= {name: site.epsilon_allowed for name, site in event.sites.items()}
         seen.most_sites = max(seen.most_sites, len(event.sites) + len(event.refused))
-        seen.progress = None
+        seen.now = None
     return seen
 
 
@@ -119,18 +146,24 @@ def _print(console: Console, config: Config, seen: Seen, event: Event) -> None:
     before = seen.records[-1].refused if seen.records else {}
     records = _add(seen, event).records
     rounds = config.federation.rounds
-    if isinstance(event, RoundRecord) and (
-        rounds <= ALL_LINES or is_landmark(event.round, rounds) or event.refused != before
-    ):
-        # Not console.print: it wraps, and a line is a line for whoever reads the log.
-        console.file.write(plain_line(config, records) + "\n")
-        console.file.flush()
+    if isinstance(event, RoundRecord):
+        if rounds <= ALL_LINES or is_landmark(event.round, rounds) or event.refused != before:
+            _write(console, plain_line(config, records))
+    elif not isinstance(event, Progress):
+        _write(console, now_line(config, event))
+
+
+def _write(console: Console, line: str) -> None:
+    console.file.write(line + "\n")  # not console.print: it wraps, and a line is a line for whoever reads the log
+    console.file.flush()
 
 
 def _drawing(config: Config, seen: Seen) -> Group:
-    below = progress_line(config, seen.progress) if seen.progress else _waiting(config, seen)
+    below = now_line(config, seen.now) if seen.now else _waiting(config, seen)
     eta = _eta(config, seen.records) if seen.records else ""
-    return Group(_header(config, seen), _table(config, seen), Text(f"{below}, ETA {eta}" if eta else below, "cyan"))
+    last = traffic(seen.records[-1]) if seen.records else ""
+    line = ", ".join(part for part in (below, f"ETA {eta}" if eta else "", last) if part)
+    return Group(_header(config, seen), _table(config, seen), Text(line, "cyan"))
 
 
 def _header(config: Config, seen: Seen) -> Text:
@@ -213,19 +246,16 @@ def _codes(record: RoundRecord, without: Sequence[str] = ()) -> str:
     return ", ".join(f"{codes.count(code)} {code}" if codes.count(code) > 1 else code for code in sorted(set(codes)))
 
 
+def _who(record: RoundRecord) -> str:
+    """Name the sites that gave nothing, with their codes; where they are many, count the codes."""
+    if len(record.refused) > SITE_COLUMNS:
+        return _codes(record)
+    return ", ".join(f"{name}: {code}" for name, code in sorted(record.refused.items()))
+
+
 def _eta(config: Config, records: Sequence[RoundRecord]) -> str:
-    # The warm-up is another kind of work: its time says nothing about a round's.
-    pace = [record.seconds for record in records if record.round > config.refinements][-_PACE_ROUNDS:]
-    left = config.federation.rounds - records[-1].round
-    return _duration(left * sum(pace) / len(pace)) if pace and left > 0 else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    left_s = seconds_left(records, config.refinements, config.federation.rounds)
+    return duration(left_s) if left_s else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -3,31 +3,53 @@
 With keys, each question is signed for one site, and what a site did not sign for this very question is no answer.
 """
 
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, final
 
+import httpx
 from flwr.serverapp import Grid
 
 from common import wire
 from common.crypto import VerifyKey
-from common.errors import RefusalCode, WireError
+from common.errors import FederationError, RefusalCode, WireError
 from common.messages import Reply, Request
 from common.seal import Trust, check_reply, seal_request
 
+LOG = logging.getLogger("fedmedgan.exchange")
+
 POLL_S = 0.1
+OUTAGE_S = 600.0
+"""A link that fails otherwise than by being away, for which Flower's grid waits by itself, is waited for this long."""
+LONGEST_PAUSE_S = 10.0
+
+Result = TypeVar("Result")
 
 
 @final
 @dataclass(frozen=True)
 class Answer:
-    """A site's reply, or the code of what went wrong; with OTHER_PROTOCOL the release that answered, as it says."""
+    """A site's reply, or the code of what went wrong.
+
+    Attributes:
+        node_id: Whose.
+        reply: None where something went wrong.
+        code: What went wrong; else empty.
+        release: With OTHER_PROTOCOL the release that answered, as it says.
+        seconds: From the question to the reply.
+        upload_bytes: Bytes of the reply's arrays on the wire.
+        download_bytes: Bytes of the question's arrays on the wire.
+    """
 
     node_id: int
     reply: Reply | None
     code: str = ""
     release: wire.Release | None = None
+    seconds: float = 0.0
+    upload_bytes: int = 0
+    download_bytes: int = 0
 
 
 @final
@@ -40,14 +62,42 @@ class Link:
         trust: The coordinator's key and those of the enrolled sites; None within one machine.
         nodes: The site that each node was registered for, where that is known; to name who gave no valid answer, and
             for nothing else: who answers is shown by a signature.
+        deadline_s: How long the round under way waits for answers; None: `federation.round_timeout_s`.
     """
 
     grid: Grid
     trust: Trust | None = None
     nodes: Mapping[int, str] = field(default_factory=dict[int, str])
+    deadline_s: float | None = None
 
 
 OTHER_PROTOCOL = "other-protocol"
+
+
+def patiently(ask_grid: Callable[[], Result], outage_s: float = OUTAGE_S) -> Result:
+    """Ask the grid, and while the link breaks connections off, ask again with growing pauses.
+
+    Flower's grid waits for a link that refuses connections, but gives up when one ends in the middle of its TLS
+    handshake, as it does when the link is killed.
+
+    Raises:
+        FederationError: It went on for `outage_s`.
+        httpx.TransportError: The link's certificate is not the one that this run trusts: waiting does not mend that.
+    """
+    started, pause_s = time.monotonic(), POLL_S
+    while True:
+        try:
+            return ask_grid()
+        except httpx.TransportError as error:
+            if "certificate" in str(error).lower():
+                raise
+            if time.monotonic() - started > outage_s:
+                raise FederationError(
+                    f"The link has not answered for {outage_s:.0f} s ({error}). Look at logs/link.log, then resume."
+                ) from error
+            LOG.warning("the link broke off: %s", error)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 UNSIGNED = frozenset({RefusalCode.UNREACHABLE, RefusalCode.BAD_REQUEST, RefusalCode.INTERNAL})
@@ -78,21 +128,32 @@ def ask(
         until = time.time() + timeout_s
         requests = {node_id: seal_request(trust.key, request, until) for node_id, request in requests.items()}
     messages = [wire.encode_request(request, node_id, timeout_s) for node_id, request in requests.items()]
-    ids = list(grid.push_messages(messages))
+    sent_bytes = [wire.array_bytes(message) for message in messages]
+    asked = time.monotonic()
+    ids = _push(grid, messages)
     del messages
     node_of = {message_id: node_id for message_id, node_id in zip(ids, requests, strict=False) if message_id}
     arrived: dict[int, Answer] = {node_id: Answer(node_id, None, "not-sent") for node_id in requests}
     for node_id in node_of.values():
         del arrived[node_id]
-    deadline = time.monotonic() + timeout_s
-    for node_id in requests:
+    for node_id, download_bytes in zip(requests, sent_bytes, strict=True):
         while node_id not in arrived:
-            if time.monotonic() > deadline:
+            pulled = _pull(link, node_of, requests, names, arrived, asked)
+            if pulled or node_id in arrived:
+                continue
+            if time.monotonic() > asked + timeout_s:  # looked at last: what is there was in time
                 arrived[node_id] = Answer(node_id, None, "timeout")
-                break
-            if not _pull(link, node_of, requests, names, arrived):
+            else:
                 time.sleep(POLL_S)
-        yield arrived.pop(node_id)
+        yield replace(arrived.pop(node_id), download_bytes=download_bytes)
+
+
+def _push(grid: Grid, messages: Sequence[wire.Message]) -> list[str]:
+    try:
+        return list(patiently(lambda: grid.push_messages(messages)))
+    except httpx.HTTPStatusError as error:  # the link lost a part of it on the way: this attempt is in vain
+        LOG.warning("the link did not take the questions: %s", error)
+        return []
 
 
 def _pull(
@@ -101,19 +162,22 @@ def _pull(
     requests: Mapping[int, Request],
     names: Mapping[int, str] | None,
     arrived: dict[int, Answer],
+    asked: float,
 ) -> bool:
     """Take what has come; error replies are mapped by the message they answer, since their sender may be the link."""
     waiting: Sequence[str] = [message_id for message_id, node_id in node_of.items() if node_id not in arrived]
-    pulled = list(link.grid.pull_messages(waiting))
+    pulled = list(patiently(lambda: link.grid.pull_messages(waiting)))
     for message in pulled:
         node_id = node_of.pop(message.metadata.reply_to_message_id, None)
-        if node_id is None:
+        if node_id is None:  # to an earlier question, or a second one to this
             continue
         if message.has_error():
             arrived[node_id] = Answer(node_id, None, f"flower-{message.error.code}")
             continue
         name = None if names is None else names[node_id]
-        arrived[node_id] = _decoded(node_id, requests[node_id], message, link.trust, name)
+        answer = _decoded(node_id, requests[node_id], message, link.trust, name)
+        seconds, size = round(time.monotonic() - asked, 3), wire.array_bytes(message)
+        arrived[node_id] = replace(answer, seconds=seconds, upload_bytes=size)
     return bool(pulled)
 
 

@@ -6,13 +6,16 @@ Out of scope: what a run does (server/app).
 """
 
 import logging
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
 from typing import NoReturn
 
 import httpx
+from flwr.app import Context
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
@@ -20,7 +23,7 @@ from flwr.supercore.logger import mirror_output_to_queue
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.runtime import run_serverapp
 
-from common.errors import ExitCode, StorageError
+from common.errors import ExitCode, FedmedganError, StorageError
 from server.bundle import build_bundle, bundle_hash
 from server.consortium import Consortium, load_consortium, read_settings
 from server.own_secrets import read_secret
@@ -64,9 +67,20 @@ def execute(consortium: Consortium, process: Started) -> None:
 
 
 def run_one(consortium: Consortium, token: str) -> None:
-    """Run the ServerApp whose token this is, in this process; what it prints goes to the link, too."""
+    """Run the ServerApp whose token this is, in this process.
+
+    What the run itself prints goes to the link, for whoever follows it; Flower's own words go to the executor's log.
+    """
+    from server.app import app  # takes torch with it, which the executor does without
+
     printed: Queue[str | None] = Queue()
-    mirror_output_to_queue(printed)
+    _log_apart()
+
+    @app.lifespan()
+    def heard(_: Context) -> Iterator[None]:  # pyright: ignore[reportUnusedFunction] - begins after Flower's preparations
+        mirror_output_to_queue(printed)
+        yield
+
     run_serverapp(
         runtime_api_address=_address(consortium),
         log_queue=printed,
@@ -75,6 +89,24 @@ def run_one(consortium: Consortium, token: str) -> None:
         certificates=_certificate(consortium),
         runtime_dependency_install=False,
     )
+
+
+def _log_apart() -> None:
+    """Send Flower's log where no mirror of this process's output sees it."""
+    apart = logging.StreamHandler(os.fdopen(os.dup(2), "w", buffering=1))
+    apart.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    apart.addFilter(_brief)
+    flower = logging.getLogger("flwr")
+    flower.handlers, flower.propagate = [apart], False
+    flower.setLevel(logging.INFO)
+
+
+def _brief(record: logging.LogRecord) -> bool:
+    """Write an error that a person can mend as its message, without the way that led there; drop empty lines."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, FedmedganError):
+        record.msg, record.args, record.exc_info = "%s", (error,), None
+    return bool(record.getMessage().strip())
 
 
 def _acquire(client: RuntimeHttpClient, ours: str) -> str:

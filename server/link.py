@@ -15,21 +15,23 @@ import sys
 import threading
 import time
 from base64 import b64decode
-from datetime import datetime
+from datetime import datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import NoReturn, cast
 
 import uvicorn
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
-from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate import LinkStateFactory, SqlLinkState
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from flwr.supercore.state.schema.corestate_models import Task
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from sqlalchemy import update
 from starlette.concurrency import run_in_threadpool
 from uvicorn.config import LifespanType
 
@@ -49,6 +51,8 @@ ADMIN_LIMITS = Limits(body_bytes=16 << 20, bodies=16)
 MAX_CONNECTIONS = 512
 FIRST_WATCH_S, WATCH_S = 0.2, 2.0
 """How often the files of the home are looked at: sites that come and go, a renewed certificate."""
+PATIENCE_S = 180.0
+"""A run asks again for a link that was away every 20 s, in several threads of which one waits for the other."""
 SHUTDOWN_S = 5
 BIND_S = 10.0
 
@@ -143,7 +147,25 @@ def _superlink(consortium: Consortium, settings: FederationConfig) -> tuple[Appl
     )
     app = create_app(config, SuperLinkLifespan)
     database.chmod(0o600)
-    return cast("Application", app), cast("LinkStateFactory", app.state.linkstate_factory)
+    states = cast("LinkStateFactory", app.state.linkstate_factory)
+    keep_runs(states)
+    return cast("Application", app), states
+
+
+def keep_runs(states: LinkStateFactory, patience_s: float = PATIENCE_S) -> None:
+    """Give the runs that were under way when the link went away time to be heard of again.
+
+    Flower fails a run of which nothing was heard for a minute, also when it was the link that was not there. The run
+    itself waits for the link as long as it takes. One that is not heard in `patience_s` fails as ever. Call this before
+    the link answers anybody.
+
+    Guarantees:
+        - an_outage_ends_no_run: However long the link was away, a run that is there when it comes back goes on.
+    """
+    state = cast("SqlLinkState", states.state())
+    with state.session() as session:
+        alive = update(Task).where(Task.token.is_not(None), Task.active_until.is_not(None))
+        session.execute(alive.values(active_until=now() + timedelta(seconds=patience_s)))
 
 
 def _server(gate: Gate, consortium: Consortium, lifespan: LifespanType) -> uvicorn.Server:

@@ -12,6 +12,9 @@ from typing import Any, final
 from common.errors import ResumeError
 from common.files import append_durably, write_atomic
 
+LATE = frozenset({"timeout", "expired", "flower-3", "flower-4"})
+"""Codes of a site that did not answer in time."""
+
 
 @final
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class SiteRelease:
         epsilon_spent: Of everything that the site was ever charged, as it says.
         epsilon_allowed: By its policy, as it says.
         sha256: Digest of what was received; the same stands in the site's journal.
+        seconds: From the question to its answer, as the coordinator saw it.
     """
 
     declared_patients: int
@@ -35,6 +39,7 @@ class SiteRelease:
     epsilon_spent: float
     epsilon_allowed: float
     sha256: str
+    seconds: float = 0.0
 
 
 @final
@@ -50,7 +55,10 @@ class RoundRecord:
         d_steps_per_g_step: Private steps for each generator step; None for the warm-up.
         update_norm: L2 norm of the change of the global weights; for the warm-up the last loss of the fit.
         seconds: Wall time at the coordinator.
-        upload_bytes: Bytes of weights or sums received, all sites together.
+        upload_bytes: Bytes of arrays received, all sites together.
+        download_bytes: Bytes of arrays sent, all sites together.
+        asked: How many sites they were sent to.
+        deadline_s: How long answers were waited for at most.
     """
 
     round: int
@@ -61,6 +69,52 @@ class RoundRecord:
     update_norm: float
     seconds: float
     upload_bytes: int
+    download_bytes: int = 0
+    asked: int = 0
+    deadline_s: float = 0.0
+
+    @property
+    def bytes_a_site(self) -> tuple[int, int]:
+        """Return the bytes that a site was sent, and that one sent back."""
+        return self.download_bytes // max(1, self.asked), self.upload_bytes // max(1, len(self.sites))
+
+
+@final
+@dataclass(frozen=True)
+class Waiting:
+    """A run that waits for sites.
+
+    Attributes:
+        here: How many are connected.
+        expected: It waits for so many.
+        needed: At least so many there must be.
+        missing: Names of the enrolled sites that were not heard; empty within one machine, where nobody is enrolled.
+        left_s: How long it will wait at most.
+    """
+
+    here: int
+    expected: int
+    needed: int
+    missing: tuple[str, ...]
+    left_s: float
+
+
+@final
+@dataclass(frozen=True)
+class Failed:
+    """An attempt at a round that heard too few sites; nothing of it is kept.
+
+    Attributes:
+        record: What it heard.
+        needed: At least so many sites there must be.
+        attempt: Its number, from 1.
+        of: After so many the run ends.
+    """
+
+    record: RoundRecord
+    needed: int
+    attempt: int
+    of: int
 
 
 @final

@@ -139,6 +139,8 @@ def _shown(
         "card": card,
         "seconds": sum(record.seconds for record in records),
         "upload_bytes": sum(record.upload_bytes for record in records),
+        "download_bytes": sum(record.download_bytes for record in records),
+        "a_site": records[-1].bytes_a_site if records else (0, 0),
         "attack_bounds": attack_bounds,
         "final_sheet": (sheets[-1][0], _data_uri(sheets[-1][1])) if sheets else None,
         "class_sheets": [(name, _data_uri(path)) for name, path in there],

@@ -68,6 +68,8 @@ No image left a site; what left is private per patient, at the figures below. Th
 <div><dt>patients, declared</dt><dd>{{ "{:,}".format(sites.values()|sum(attribute="declared_patients")) }}</dd></div>
 <div><dt>time of all rounds</dt><dd>{% if seconds < 600 %}{{ "%.0f"|format(seconds) }} <small>s</small>{% else %}{{ "%.1f"|format(seconds / 60) }} <small>min</small>{% endif %}</dd></div>
 <div><dt>received from the sites</dt><dd>{{ "%.1f"|format(upload_bytes / 1e6) }} <small>MB</small></dd></div>
+<div><dt>sent to the sites</dt><dd>{{ "%.1f"|format(download_bytes / 1e6) }} <small>MB</small></dd></div>
+<div><dt>a site and round, down and up</dt><dd>{{ "%.2f"|format(a_site[0] / 1e6) }} and {{ "%.2f"|format(a_site[1] / 1e6) }} <small>MB</small></dd></div>
 {% if evaluation is not none %}
 <div><dt>accuracy, TSTR</dt><dd>{{ evaluation.tstr_accuracy|percent }}</dd></div>
 {% endif %}

@@ -26,6 +26,7 @@ from server.report import round_sheets, round_up, write_report
 from server.rounds import averaged_pair
 from server.run_folder import RunFolder
 
+SITES_SECRETS = "drawn by each site from its operating system; no seed, nothing that the coordinator knows"
 SIMULATED_SECRETS = "simulated: derived from the seed, for reproduction; not private against anyone who knows the seed"
 MAX_SHEET_ROWS = 12
 
@@ -67,9 +68,7 @@ _NOT_COVERED = (
 )
 
 
-def write_results(
-    config: Config, folder: RunFolder, state: State, records: list[RoundRecord], secrets: str = SIMULATED_SECRETS
-) -> None:
+def write_results(config: Config, folder: RunFolder, state: State, records: list[RoundRecord], secrets: str) -> None:
     """Write generator.safetensors and .json, privacy.json, samples/class-*.png and report.html.
 
     Args:

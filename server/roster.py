@@ -1,7 +1,7 @@
 """Who takes part: the sites that answered the greeting, with the plan that follows from what they declared."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -10,8 +10,12 @@ from common.errors import ConfigError, FederationError, WireError
 from common.greeting import Greeting, hello_settings, parse_greeting
 from common.messages import Kind, Request
 from common.plan import Plan, plan
-from server.exchange import POLL_S, Answer, Link, ask
+from server.exchange import POLL_S, Answer, Link, ask, patiently
 from server.handshake import other_proposal, other_protocol
+from server.records import Waiting
+
+LONGEST_LOOK_S = 3.0
+"""Between two looks at who is connected."""
 
 
 @final
@@ -45,7 +49,7 @@ class Roster:
         return {name: member.greeting for name, member in self.members.items()}
 
 
-def gather(link: Link, config: Config, run_id: str, known: Roster | None) -> Roster:
+def gather(link: Link, config: Config, run_id: str, known: Roster | None) -> Generator[Waiting, None, Roster]:
     """Return who is here; wait for sites at the start, and whenever fewer than there must be are left.
 
     A round that asks nobody is no attempt at it: a line that is cut for a minute must not end a run.
@@ -56,34 +60,65 @@ def gather(link: Link, config: Config, run_id: str, known: Roster | None) -> Ros
         run_id: The run.
         known: Who was greeted so far; None at the start.
 
+    Yields:
+        For whom it waits, at each change.
+
     Raises:
         FederationError: Too few came in `federation.connect_timeout_s`.
     """
     roster = Roster({}, {}) if known is None else greet(link, config, run_id, known.members)
     if known is None or len(roster.members) < config.federation.min_sites:
-        wait_for_sites(link, config)
-        roster = greet(link, config, run_id, roster.members)
+        members = yield from wait_for_sites(link, config, run_id, roster.members)
+        roster = greet(link, config, run_id, members)
     return roster
 
 
-def wait_for_sites(link: Link, config: Config) -> None:
+def wait_for_sites(
+    link: Link, config: Config, run_id: str, members: Mapping[str, Member]
+) -> Generator[Waiting, None, Mapping[str, Member]]:
     """Wait until all expected sites are connected, or as many as there must be when the time is over.
 
-    Expected are all enrolled sites, or within one machine `simulation.sites`.
+    Expected are all enrolled sites, or within one machine `simulation.sites`. The pauses between two looks grow.
+
+    Args:
+        link: The way to the sites.
+        config: The run's configuration.
+        run_id: The run.
+        members: The sites that were heard already.
+
+    Yields:
+        For whom it waits: at first, and whenever another number of sites is connected.
+
+    Returns:
+        The members that were greeted meanwhile, to know for whom to wait.
 
     Raises:
         FederationError: Fewer than `federation.min_sites` connected in `federation.connect_timeout_s`.
     """
-    deadline = time.monotonic() + config.federation.connect_timeout_s
-    expected = config.simulation.sites if link.trust is None else len(link.trust.sites)
-    while len(list(link.grid.get_node_ids())) < expected and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    connected = len(list(link.grid.get_node_ids()))
-    if connected < config.federation.min_sites:
+    allowed_s, needed = config.federation.connect_timeout_s, config.federation.min_sites
+    deadline, pause_s, shown = time.monotonic() + allowed_s, POLL_S, -1
+    enrolled = () if link.trust is None else tuple(sorted(link.trust.sites))
+    expected = len(enrolled) or config.simulation.sites
+    while (here := _connected(link)) < expected and (left_s := deadline - time.monotonic()) > 0:
+        if here != shown:
+            members = greet(link, config, run_id, members).members
+            missing = tuple(name for name in enrolled if name not in members)
+            yield Waiting(here, expected, needed, missing, left_s)
+            shown, pause_s = here, POLL_S
+        time.sleep(min(pause_s, left_s))
+        pause_s = min(1.5 * pause_s, LONGEST_LOOK_S)
+    if here < needed:
+        missing = ", ".join(name for name in enrolled if name not in members)
+        names = f" Not heard: {missing}." if missing else ""
         raise FederationError(
-            f"Expected at least federation.min_sites={config.federation.min_sites} sites within "
-            f"{config.federation.connect_timeout_s:.0f} s, {connected} connected. Start the sites, then resume."
+            f"Expected at least federation.min_sites={needed} sites within {allowed_s:.0f} s, {here} connected.{names} "
+            "Start the sites, then resume."
         )
+    return members
+
+
+def _connected(link: Link) -> int:
+    return len(list(patiently(link.grid.get_node_ids)))
 
 
 def greet(link: Link, config: Config, run_id: str, known: Mapping[str, Member]) -> Roster:
@@ -93,7 +128,7 @@ def greet(link: Link, config: Config, run_id: str, known: Mapping[str, Member]) 
     known name is left out, with the reason; it is asked again next round.
     """
     known_nodes = {member.node_id for member in known.values()}
-    present = set(link.grid.get_node_ids())
+    present = set(patiently(link.grid.get_node_ids))
     members = {name: member for name, member in known.items() if member.node_id in present}
     left_out: dict[str, str] = {}
     new = sorted(present - known_nodes)

@@ -41,6 +41,9 @@ class Heard:
     refused: dict[str, str] = field(default_factory=dict[str, str])
     fake_accuracy: list[float] = field(default_factory=list[float])
     upload_bytes: int = 0
+    download_bytes: int = 0
+    asked: int = 0
+    deadline_s: float = 0.0
 
 
 def initial_pair(config: Config) -> Pair:
@@ -65,18 +68,20 @@ def releases(
     by_node = {member.node_id: member for member in members.values()}
     requests = dict.fromkeys(by_node, request)
     names = {node_id: member.name for node_id, member in by_node.items()}
-    for answer in ask(link, requests, config.federation.round_timeout_s, names):
+    heard.deadline_s = config.federation.round_timeout_s if link.deadline_s is None else link.deadline_s
+    for answer in ask(link, requests, heard.deadline_s, names):
         member, reply = by_node[answer.node_id], answer.reply
+        heard.asked, heard.download_bytes = heard.asked + 1, heard.download_bytes + answer.download_bytes
         if reply is None:
             heard.refused[member.name] = answer.code
             continue
         try:
             check_arrays(reply.arrays, shapes, np.float32 if config.train.algorithm == "local" else np.int32)
-            heard.sites[member.name] = _release(member, reply, config, request.kind)
+            heard.sites[member.name] = replace(_release(member, reply, config, request.kind), seconds=answer.seconds)
         except WireError:
             heard.refused[member.name] = "malformed-reply"
             continue
-        heard.upload_bytes += size_bytes(reply.arrays)
+        heard.upload_bytes += answer.upload_bytes
         accuracy, adversary = reply.fields.get("fake_accuracy"), config.model.name != "vae"
         heard.fake_accuracy += [accuracy] if adversary and isinstance(accuracy, float) and 0 <= accuracy <= 1 else []
         yield member, reply.arrays
@@ -139,5 +144,16 @@ def _release(member: Member, reply: Reply, config: Config, kind: Kind) -> SiteRe
 def make_record(number: int, heard: Heard, d_steps: int | None, change: float, started: float) -> RoundRecord:
     """Put what a round heard and did into its record."""
     accuracy = sum(heard.fake_accuracy) / len(heard.fake_accuracy) if heard.fake_accuracy else None
-    seconds = round(time.monotonic() - started, 3)
-    return RoundRecord(number, heard.sites, heard.refused, accuracy, d_steps, change, seconds, heard.upload_bytes)
+    return RoundRecord(
+        round=number,
+        sites=heard.sites,
+        refused=heard.refused,
+        fake_accuracy=accuracy,
+        d_steps_per_g_step=d_steps,
+        update_norm=change,
+        seconds=round(time.monotonic() - started, 3),
+        upload_bytes=heard.upload_bytes,
+        download_bytes=heard.download_bytes,
+        asked=heard.asked,
+        deadline_s=round(heard.deadline_s, 3),
+    )

@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "samples"
 
 
+def is_complete(path: Path) -> bool:
+    """Return whether a run's results stand in its folder: the report is written last."""
+    return (path / "report.html").exists()
+
+
 def next_folder(parent: Path) -> Path:
     """Return the path of the next run folder (run-0001, run-0002, …) below `parent`."""
     numbers = [int(path.name[4:]) for path in parent.glob("run-[0-9]*") if path.name[4:].isdigit()]

@@ -1,7 +1,7 @@
 """Sites that are functions, and the round loop over a grid of them in this process."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from flwr.serverapp import Grid
 from client.app import make_app
 from common.config import Config, Proposal
 from common.config_text import parse_proposal
+from common.crypto import SigningKey
 from common.errors import RefusalCode
 from common.greeting import CAPABILITIES, Greeting, Verdict, planned_rounds
 from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Arrays, Kind, Reply, Request, Scalar
-from server.app import Job, federate
+from common.seal import Trust, sign_reply
+from server.app import Event, Job, federate
 from server.records import RoundRecord
 from server.run_folder import open_run
 from simulations.local_grid import LocalGrid
@@ -64,6 +66,9 @@ class AwayGrid(Grid):
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
+COORDINATOR = SigningKey(bytes(32))
+
+
 def run_sites(
     tmp_path: Path,
     config: Config,
@@ -76,14 +81,33 @@ def run_sites(
 
     What they say of themselves in a greeting may be changed by `says`.
     """
+    events = follow_sites(tmp_path, config, behaviours, release, away, says=says)
+    return [event for event in events if isinstance(event, RoundRecord)]
+
+
+def follow_sites(
+    tmp_path: Path,
+    config: Config,
+    behaviours: Sequence[Callable[[Request], Any]],
+    release: Release,
+    away: Callable[[], bool] = lambda: False,
+    signed: bool = False,
+    says: Mapping[str, Scalar] | None = None,
+) -> Iterator[Event]:
+    """As `run_sites`, with all that happens; if `signed`, the sites are enrolled and sign, as between machines."""
 
     def connect(context: Context) -> Callable[[Request], Reply]:
         index = int(context.node_config["partition-id"])
         return functools.partial(_answer, index, behaviours[index], release, says or {})
 
     grid = AwayGrid(LocalGrid(make_app(connect), len(behaviours)), away)
-    job = Job(config, open_run(tmp_path / "run", config, config.run.resume))
-    return [event for event in federate(grid, job) if isinstance(event, RoundRecord)]
+    trust = Trust(COORDINATOR, {f"site-{index}": _key(index).verify_key for index in range(len(behaviours))})
+    job = Job(config, open_run(tmp_path / "run", config, config.run.resume), trust=trust if signed else None)
+    return federate(grid, job)
+
+
+def _key(index: int) -> SigningKey:
+    return SigningKey(bytes([index + 1] * 32))
 
 
 def greeting(name: str, declared_patients: int, proposal: Proposal) -> Greeting:
@@ -94,6 +118,12 @@ def greeting(name: str, declared_patients: int, proposal: Proposal) -> Greeting:
 
 
 def _answer(
+    index: int, behaviour: Callable[[Request], Any], release: Release, says: Mapping[str, Scalar], request: Request
+) -> Reply:
+    return sign_reply(_key(index), request, _unsigned(index, behaviour, release, says, request))
+
+
+def _unsigned(
     index: int, behaviour: Callable[[Request], Any], release: Release, says: Mapping[str, Scalar], request: Request
 ) -> Reply:
     if request.kind is Kind.HELLO:

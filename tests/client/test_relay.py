@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -211,6 +212,23 @@ def test_failures_end_the_relay_only_when_they_go_on(tmp_path: Path) -> None:
     left[0] = 10**6
     with pytest.raises(FederationError, match="in a row"):
         relay.relay(link.line(), APP, SOCKET, None, relay._State(tmp_path / "state.json"))
+
+
+def test_a_lost_reply_costs_its_question_never_the_queue(tmp_path: Path) -> None:
+    """A reply that the link does not take, since its time is over or the line broke, is given up; the next one goes."""
+    link = Link(hello(), hello(), hello())
+    send, lost = link.send, []
+
+    def lose_two(reply: Message, tree: ObjectTree, worked_s: float) -> tuple[set[str], str]:
+        if len(lost) < 2:
+            lost.append(reply)
+            raise httpx.ReadError("reset")
+        return send(reply, tree, worked_s)
+
+    link.send = lose_two
+    (reply,) = link.serve(APP, tmp_path)
+    assert len(lost) == 2
+    assert wire.decode_reply(reply).fields["site"] == "st-mary"
 
 
 def test_a_run_that_has_ended_is_no_failure(tmp_path: Path) -> None:

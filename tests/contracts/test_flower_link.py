@@ -117,3 +117,52 @@ def test_clock_window_is_as_documented() -> None:
 
     assert (SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE) == (5, 300)
     assert now().tzinfo == dt.UTC
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower uses
+def test_an_outage_ends_no_run(tmp_path: Path) -> None:
+    """Flower fails a run whose heartbeat is overdue at the next call; after keep_runs it does not, and then it does."""
+    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE, MAX_RETRY_DELAY
+    from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+    from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
+
+    from server.link import PATIENCE_S, keep_runs
+
+    assert HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL == 60
+    assert PATIENCE_S >= 3 * MAX_RETRY_DELAY + 60
+    manager = get_federation_manager(is_simulation=False)
+    _, states = get_objectstore_linkstate_factories(str(tmp_path / "link.db"), manager)
+    state = states.state()
+    run_id = state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP)
+    (task,) = state.get_tasks(run_ids=[run_id])
+    token = state.claim_task(task.task_id)
+    assert token is not None
+    assert state.activate_task(task.task_id)
+    keep_runs(states, -1.0)  # as after an outage
+    assert state.get_task_by_token(token) is None
+    keep_runs(states)
+    assert state.acknowledge_task_heartbeat(task.task_id)
+    assert state.get_task_by_token(token) is not None
+    keep_runs(states, -1.0)
+    assert not state.acknowledge_task_heartbeat(task.task_id)
+    (task,) = state.get_tasks(run_ids=[run_id])
+    assert task.status.sub_status == "failed"
+
+
+def test_the_grid_waits_for_a_link_that_is_away_and_gives_up_in_a_handshake() -> None:
+    """So the round loop waits by itself only for what the grid gives up (server/exchange.patiently)."""
+    import httpx
+    from flwr.supercore.retry import make_simple_http_retry_invoker
+
+    invoker = make_simple_http_retry_invoker()
+    assert invoker.max_tries is None
+    assert invoker.max_time is None
+    invoker.wait_function = lambda seconds: None
+    errors = [httpx.ConnectError("Connection refused")] * 20 + [httpx.ConnectError("[SSL] EOF")]
+
+    def call() -> None:
+        raise errors.pop(0)
+
+    with pytest.raises(httpx.ConnectError, match="SSL"):
+        invoker.invoke(call)
+    assert not errors

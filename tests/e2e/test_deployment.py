@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 
 from client import journal
 from client.cli import main as site_main
+from client.ledger import read_ledger
 from client.paths import Home
 from common.config_text import build_config, to_toml
 from common.crypto import load_key
@@ -40,6 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what Flower uses
 ]
 
+OUTAGE_S = float(os.environ.get("FEDMEDGAN_OUTAGE_S", "0"))
 WHOLE = os.environ.get("FEDMEDGAN_BAD_LINE") == "full"
 SITES = ("st-anne", "st-john", "st-mary")
 CLASSES = ("clear", "opacity")
@@ -144,11 +147,58 @@ def victims(folder: Path) -> list[psutil.Process]:
     return sites + processes_of(folder / "hub", "server.link")
 
 
+def long_outage(hub: Path) -> None:
+    """Kill the link and keep it away, to Flower for longer than the minute after which it gives a run up.
+
+    FEDMEDGAN_OUTAGE_S: for so many seconds by the clock; else for a moment, and the run's last sign of life is dated
+    back by five minutes.
+    """
+    (supervisor,) = processes_of(hub, "server.supervise")
+    (link,) = processes_of(hub, "server.link")
+    supervisor.suspend()
+    try:
+        link.kill()
+        while link.status() != psutil.STATUS_ZOMBIE:  # until its parent goes on
+            time.sleep(0.1)
+        time.sleep(max(OUTAGE_S, 1.0))
+        if not OUTAGE_S:
+            with sqlite3.connect(load_consortium(hub).database) as database:
+                query = "UPDATE task SET active_until = datetime(active_until, '-300 seconds') WHERE token IS NOT NULL"
+                assert database.execute(query).rowcount == 1
+            database.close()
+    finally:
+        supervisor.resume()
+
+
+def look_at_status_and_refusal(hub: Path, folder: Path, said: str, say: Callable[..., str]) -> None:
+    """Read what a person reads: of a run that was completed, and of one that every site refuses."""
+    assert "Successfully installed" not in said
+    assert "Traceback" not in said
+    assert "\x1b[" not in said
+    assert re.search(r"round 6/6 .* MB down \d+\.\d\d MB up a site", said)
+    tree = json.loads(say(coordinator_main, "status", hub, "--json"))
+    assert [(one["state"], one["round"], one["rounds"]) for one in tree["runs"]] == [("completed", 6, 6)]
+    assert all(0 < site["rounds_joined"] <= site["rounds"] == 7 for site in tree["sites"])
+    assert all(0 < site["epsilon_spent"] <= site["epsilon_allowed"] for site in tree["sites"])
+    shown = say(coordinator_main, "status", hub)
+    assert re.search(r"run-0001 +completed +6/6", shown)
+    other = folder / "other.toml"
+    write_atomic(other, to_toml(build_config({}, {**RUN, "image.classes": ("x", "y")})).encode())
+    line = [sys.executable, "-m", "server.cli", "run", hub, other]
+    environment = flower_environment(hub) | {"PYTHONPATH": str(ROOT)}
+    refused = subprocess.run(line, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=200, check=False)
+    assert (refused.returncode, len(refused.stdout.splitlines()), len(refused.stderr.splitlines())) == (8, 1, 1), (
+        refused
+    )
+    assert "Every site refuses this run for good (st-anne: no-data, st-john: no-data" in refused.stderr
+
+
+@pytest.mark.timeout(800 + 2 * OUTAGE_S)
 def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., str]) -> None:
     found_federation(folder, say)
     hub, run = folder / "hub", folder / "hub" / "runs" / "run-0001"
     write_atomic(folder / "run.toml", to_toml(build_config({}, RUN)).encode())
-    rng, killed = random.Random(7), 0
+    rng, killed, cut = random.Random(7), 0, False
     with ExitStack() as running:
         recorder = running.enter_context(recording_proxy())
         proxy = f"http://127.0.0.1:{recorder.port}"
@@ -157,18 +207,22 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         for name in SITES:
             running.enter_context(started(folder / name, proxy, "client.entry", "start", folder / name))
         command = running.enter_context(started(hub, proxy, "server.cli", "run", hub, folder / "run.toml"))
-        deadline, seen = time.monotonic() + 300, 0
+        deadline, seen = time.monotonic() + 540 + 2 * OUTAGE_S, 0
         while command.poll() is None and time.monotonic() < deadline:
             if rounds_of(run) > seen and killed < 4:  # one a round: an agent, a relay or the link, by chance
                 seen = rounds_of(run)
                 candidates = victims(folder)
                 rng.choice(sorted(candidates, key=lambda one: one.pid)).send_signal(signal.SIGKILL)
                 killed += 1
+            elif rounds_of(run) >= 5 and not cut:
+                cut = True
+                long_outage(hub)
             time.sleep(0.2)
         said = (hub / "out.log").read_text()
         assert command.poll() == 0, said
         status = say(site_main, "ledger", folder / "st-mary")
-    assert killed == 4
+        look_at_status_and_refusal(hub, folder, said, say)
+    assert (killed, cut) == (4, True)
     kept = json.loads((run / "handshake.json").read_text())
     assert {name: (one["verdict"], one["rounds_allowed"]) for name, one in kept["sites"].items()} == dict.fromkeys(
         SITES, ("ok", 7)
@@ -194,6 +248,9 @@ def test_from_init_to_a_generator_with_kills(folder: Path, say: Callable[..., st
         written = {entry.round: entry.sha256 for entry in entries}
         assert received[name].items() <= written.items()
         assert received[name]
+        charged = [one.request.round for one in read_ledger(home.ledger, load_key(home.key).verify_key).entries]
+        assert len(charged) == len(set(charged))  # also a round that was asked twice
+        assert set(received[name]) <= set(charged)
         say(site_main, "journal", "verify", home.folder)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from common.config_text import build_config
 from common.messages import PACKAGE_VERSION
 from server.display import Event, open_display, plain_line
 from server.handshake import Handshake
-from server.records import Progress, RoundRecord, SiteRelease
+from server.records import Failed, Progress, RoundRecord, SiteRelease, Waiting
 from tests.function_sites import greeting
 
 
@@ -57,9 +58,7 @@ def test_plain_has_few_lines_in_a_long_run_but_tells_who_left() -> None:
     events: list[Event] = [_record(number, FOUR, gone if 650 <= number < 700 else None) for number in range(2001)]
     lines = _shown(events, terminal=False, config=config).splitlines()
     assert len(lines) == 32 + 1  # the landmarks, 700 among them, and the round in which d left
-    assert "round 650/2000  sites 4 in 1 out (1 unreachable)" in "\n".join(lines).replace(
-        "(unreachable)", "(1 unreachable)"
-    )
+    assert "round 650/2000  sites 4 in 1 out (d: unreachable)" in "\n".join(lines)
 
 
 def test_plain_line_is_never_wrapped() -> None:
@@ -85,7 +84,37 @@ def test_plain_line_names_refusals_and_differing_limits() -> None:
     record = _record(8, {"a": 1.0})
     mixed = RoundRecord(8, record.sites | _record(8, {"b": 1.0}, allowed=3.5).sites, refused, None, None, 0, 61.24, 0)
     assert plain_line(_config(), [mixed]) == (
-        "round 8/8  sites 2 in 3 out (over-budget, 2 timeout)  epsilon 1.00 of 3.5-10  61.2 s"
+        "round 8/8  sites 2 in 3 out (c: over-budget, d: timeout, e: timeout)  epsilon 1.00 of 3.5-10  61.2 s"
+    )
+
+
+def test_plain_line_counts_the_codes_of_many_sites() -> None:
+    refused = {f"site-{number}": "timeout" if number else "policy" for number in range(5)}
+    assert "5 out (policy, 4 timeout)" in plain_line(_config(), [_record(8, {"a": 1.0}, refused)])
+
+
+def test_bytes_of_a_site_are_shown() -> None:
+    record = replace(
+        _record(1, FOUR, {"e": "timeout"}), upload_bytes=4 * 1_112_042, download_bytes=5 * 2_224_084, asked=5
+    )
+    assert "5.2 s  2.22 MB down 1.11 MB up a site  ETA" in plain_line(_config(), [record])
+    assert "ETA 36 s, 2.22 MB down 1.11 MB up a site" in _shown([record], terminal=True)
+
+
+def test_a_run_says_for_whom_it_waits() -> None:
+    waiting = Waiting(1, 3, 2, ("st-john", "st-mary"), 118.9)
+    line = "waiting for st-john, st-mary: 1 of 3 sites connected, at least 2 needed, for 1 min 59 s at most"
+    assert _shown([waiting], terminal=False) == line + "\n"
+    assert line in _shown([waiting], terminal=True, width=140)
+    assert _shown([Waiting(0, 1, 1, (), 5)], terminal=False).startswith("waiting: 0 of 1 site connected")
+
+
+@pytest.mark.parametrize(("attempt", "after"), [(1, "it is tried again"), (3, "the run ends")])
+def test_an_attempt_in_vain_is_a_line_with_names(attempt: int, after: str) -> None:
+    failed = Failed(_record(2, {"a": 1.0}, {"b": "timeout", "c": "malformed-reply"}), 2, attempt, 3)
+    assert _shown([failed], terminal=False) == (
+        f"round 2 failed, attempt {attempt} of 3: sites 1 in 2 out (b: timeout, c: malformed-reply), "
+        f"at least 2 needed; {after}\n"
     )
 
 

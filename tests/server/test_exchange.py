@@ -1,6 +1,7 @@
 import time
 from collections.abc import Callable, Iterable
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
@@ -9,10 +10,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
 from common.crypto import SigningKey
-from common.errors import RefusalCode
+from common.errors import FederationError, RefusalCode
 from common.messages import Kind, Reply, Request
 from common.seal import Trust, check_request, sign_reply
-from server.exchange import Link, ask
+from server.exchange import Link, ask, patiently
 
 
 class FakeGrid(Grid):
@@ -157,3 +158,112 @@ def test_a_reply_of_an_earlier_question_is_forged() -> None:
 
     assert _ask_signed({1: replay}, {1: "a"}) == {1: ""}
     assert _ask_signed({1: replay}, {1: "a"}) == {1: "forged-reply"}
+
+
+class LateGrid(FakeGrid):
+    """Loses the first answer of a node and delivers it with the answers to later questions, and each answer twice."""
+
+    def __init__(self, answers: dict) -> None:
+        super().__init__(answers)
+        self.number, self.late = 0, list[Message]()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        self.number += 1
+        ids = []
+        for message in messages:
+            ids.append(f"q{self.number}-{message.metadata.dst_node_id}")
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self.pending[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        there = [self.pending.pop(name) for name in message_ids if name in self.pending]
+        answered = [self.answers[message.metadata.dst_node_id](message) for message in there]
+        if self.number == 1:
+            self.late += answered
+            return []
+        return [*self.late, *answered, *answered]
+
+
+def test_a_late_answer_to_an_earlier_question_is_dropped() -> None:
+    """It costs its own round and no other: the next question gets its own answer, once."""
+    grid, names = LateGrid({1: _signed("a")}), {1: "a"}
+
+    def ask_once(number: int) -> list[tuple[str, int | None]]:
+        requests = {1: Request(Kind.TRAIN, "run", number, "{}")}
+        answers = ask(Link(grid, TRUST), requests, 0.3, names)
+        return [(answer.code, answer.reply and answer.reply.round) for answer in answers]
+
+    assert ask_once(1) == [("timeout", None)]
+    assert ask_once(2) == [("", 2)]
+    assert ask_once(3) == [("", 3)]
+
+
+def test_an_answer_that_is_there_counts_however_long_the_one_before_took() -> None:
+    grid = FakeGrid({1: _ok, 2: _ok})
+    requests = {node: Request(Kind.TRAIN, "run", 1, "{}") for node in (1, 2)}
+    codes = []
+    for answer in ask(Link(grid), requests, 0.1):
+        codes.append(answer.code)
+        time.sleep(0.2)  # what the coordinator does with it
+    assert codes == ["", ""]
+
+
+def test_bytes_and_seconds_of_an_answer_are_told() -> None:
+    def with_weights(message: Message) -> Message:
+        request = wire.decode_request(message)
+        arrays = {"w": np.zeros((3, 5), np.float32)}
+        return wire.encode_reply(Reply(request.kind, request.run_id, request.round, None, {}, arrays), message)
+
+    question = Request(Kind.TRAIN, "run", 1, "{}", {}, {"w": np.zeros(7, np.float32), "v": np.zeros(1, np.float32)})
+    grid = FakeGrid({1: with_weights, 2: "silent"})
+    first, second = ask(Link(grid), {1: question, 2: question}, 0.3)
+    assert (first.download_bytes, first.upload_bytes) == (32, 60)
+    assert 0 <= first.seconds < 0.3
+    assert (second.code, second.download_bytes, second.upload_bytes) == ("timeout", 32, 0)
+
+
+class BreakingGrid(FakeGrid):
+    """Raises what Flower's grid raises, so many times each."""
+
+    def __init__(self, answers: dict, error: Exception, times: int) -> None:
+        super().__init__(answers)
+        self.error, self.left = error, {"push": times, "pull": times}
+
+    def _break(self, what: str) -> None:
+        if self.left[what]:
+            self.left[what] -= 1
+            raise self.error
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        self._break("push")
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        self._break("pull")
+        return super().pull_messages(message_ids)
+
+
+def test_a_link_that_breaks_off_is_asked_again() -> None:
+    error = httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol")
+    assert _ask(BreakingGrid({1: _ok}, error, 2)) == {1: ""}
+
+
+def test_a_link_that_stays_broken_ends_the_wait() -> None:
+    def away() -> None:
+        raise httpx.ConnectError("EOF")
+
+    with pytest.raises(FederationError, match=r"not answered for 0 s.*resume"):
+        patiently(away, outage_s=0.2)
+
+
+def test_another_certificate_is_not_waited_for() -> None:
+    error = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+    with pytest.raises(httpx.ConnectError):
+        _ask(BreakingGrid({1: _ok}, error, 1))
+
+
+def test_questions_that_the_link_lost_are_not_sent() -> None:
+    response = httpx.Response(404, request=httpx.Request("POST", "https://link"))
+    error = httpx.HTTPStatusError("no such session", request=response.request, response=response)
+    assert _ask(BreakingGrid({1: _ok, 2: _ok}, error, 1)) == {1: "not-sent", 2: "not-sent"}

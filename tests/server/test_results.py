@@ -20,7 +20,13 @@ from common.weights import get_weights
 from server.checkpoint import State
 from server.records import RoundRecord, SiteRelease, write_records
 from server.report import round_sheets
-from server.results import SIMULATED_SECRETS, privacy_card, thin_out, write_class_sheets, write_results
+from server.results import (
+    SIMULATED_SECRETS,
+    privacy_card,
+    thin_out,
+    write_class_sheets,
+    write_results,
+)
 from server.rounds import averaged_pair, initial_pair
 from server.run_folder import RunFolder, open_run
 
@@ -64,7 +70,7 @@ def _finished(path: Path) -> tuple[Config, RunFolder, State]:
 
 def test_write_results_leaves_every_file(tmp_path: Path) -> None:
     config, folder, state = _finished(tmp_path)
-    write_results(config, folder, state, _records())
+    write_results(config, folder, state, _records(), SIMULATED_SECRETS)
     for name in ("generator.safetensors", "generator.json", "privacy.json", "report.html"):
         assert (tmp_path / name).stat().st_size > 0
     assert sorted(path.name for path in folder.samples.glob("class-*")) == ["class-clear.png", "class-mass.png"]
@@ -72,7 +78,7 @@ def test_write_results_leaves_every_file(tmp_path: Path) -> None:
 
 def test_write_results_keeps_the_averaged_generator(tmp_path: Path) -> None:
     config, folder, state = _finished(tmp_path)
-    write_results(config, folder, state, _records())
+    write_results(config, folder, state, _records(), SIMULATED_SECRETS)
     loaded, info = load_generator(tmp_path)
     assert (info.run_id, info.rounds) == (folder.run_id, 2)
     assert info.epsilon_by_site == {"a": 8.991, "b": 7.9}
@@ -85,9 +91,9 @@ def test_write_results_keeps_the_averaged_generator(tmp_path: Path) -> None:
 
 def test_write_results_can_be_repeated(tmp_path: Path) -> None:
     config, folder, state = _finished(tmp_path)
-    write_results(config, folder, state, _records())
+    write_results(config, folder, state, _records(), SIMULATED_SECRETS)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    write_results(config, folder, state, _records())
+    write_results(config, folder, state, _records(), SIMULATED_SECRETS)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

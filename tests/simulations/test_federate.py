@@ -14,10 +14,10 @@ from common.errors import FederationError, PolicyRefusal, RefusalCode
 from common.features import feature_dim, feature_map
 from common.messages import Kind, Request, Scalar
 from common.weights import get_weights
-from server import checkpoint
-from server.records import RoundRecord, read_records
-from server.rounds import initial_pair
-from tests.function_sites import SMALL_RUN, run_sites
+from server import app, checkpoint
+from server.records import Failed, RoundRecord, Waiting, read_records
+from server.rounds import initial_pair, round_bytes
+from tests.function_sites import SMALL_RUN, follow_sites, run_sites
 
 Behaviour = Callable[[Request], RefusalCode | dict[str, np.ndarray] | None]
 
@@ -161,6 +161,68 @@ def test_a_run_waits_for_sites_that_are_all_away_for_a_while(tmp_path: Path) -> 
     records = run_sites(tmp_path, config, [lambda request: asked.append(request.round)] * 3, _release, away)
     assert [record.round for record in records] == [0, 1, 2, 3]
     assert next(looks, None) is None  # they were looked for that often
+
+
+def test_a_run_says_for_whom_it_waits(tmp_path: Path) -> None:
+    looks = iter([True] * 3)
+    config = _config(**{"federation.rounds": 1})
+    events = list(follow_sites(tmp_path, config, [_well] * 3, _release, lambda: next(looks, False), signed=True))
+    waiting, *others = [event for event in events if isinstance(event, Waiting)]
+    assert (waiting.here, waiting.expected, waiting.needed) == (0, 3, 1)
+    assert waiting.missing == ("site-0", "site-1", "site-2")
+    assert others == []  # said once, not at each look
+
+
+def test_a_run_that_ends_for_want_of_sites_names_them(tmp_path: Path) -> None:
+    config = _config(**{"federation.connect_timeout_s": 0.3})
+    with pytest.raises(FederationError, match=r"Not heard: site-0, site-1, site-2\. Start the sites"):
+        list(follow_sites(tmp_path, config, [_well] * 3, _release, lambda: True, signed=True))
+
+
+def test_an_attempt_in_vain_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "RETRY_AFTER_S", 0.0)
+    asked: list[int] = []
+
+    def once_not_finite(request: Request) -> dict[str, np.ndarray] | None:
+        asked.append(request.round)
+        return {name: np.full_like(array, np.nan) for name, array in request.arrays.items()} if asked == [1] else None
+
+    config = _config(**{"federation.min_sites": 3, "federation.rounds": 1})
+    events = list(follow_sites(tmp_path, config, [_well, once_not_finite, _well], _release, signed=True))
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert (failed.attempt, failed.of, failed.needed) == (1, 3, 3)
+    assert failed.record.refused == {"site-1": "malformed-reply"}
+    assert [record.round for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+
+
+def test_a_resumed_run_waits_for_answers_as_the_one_before_did(tmp_path: Path) -> None:
+    longest_s = 600.0
+    config = _config(**{"federation.rounds": 5, "federation.round_timeout_s": longest_s})
+    for event in follow_sites(tmp_path, config, [_well] * 3, _release, signed=True):
+        if isinstance(event, RoundRecord) and event.round == 3:
+            break  # as a crash would
+    resumed = build_config(config.model_dump(), {"run.resume": True})
+    list(follow_sites(tmp_path, resumed, [_well] * 3, _release, signed=True))
+    waited = [record.deadline_s for record in read_records(tmp_path / "run" / "metrics.jsonl")]
+    assert waited[1:3] == [longest_s, longest_s]
+    assert all(20 <= seconds < longest_s for seconds in waited[3:])
+
+
+def test_within_one_machine_every_round_waits_as_long_as_the_run_states(tmp_path: Path) -> None:
+    records = _run(tmp_path, _config(**{"federation.rounds": 4, "federation.round_timeout_s": 600.0}), [_well] * 3)
+    assert [record.deadline_s for record in records[1:]] == [600.0] * 4
+
+
+def test_bytes_of_a_round_are_counted_both_ways(tmp_path: Path) -> None:
+    out = functools.partial(_refuse, RefusalCode.OVER_BUDGET, 1)
+    config = _config(**{"federation.rounds": 1})
+    record = _run(tmp_path, config, [_well, out, _well])[1]
+    assert record.bytes_a_site == (round_bytes(config), round_bytes(config))
+    assert (record.asked, record.download_bytes, record.upload_bytes) == (
+        3,
+        3 * round_bytes(config),
+        2 * round_bytes(config),
+    )
 
 
 def test_a_run_ends_when_nobody_comes_back(tmp_path: Path) -> None:

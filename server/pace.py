@@ -1,0 +1,46 @@
+"""How long the rest of a run will take, and times and sizes in words.
+
+Apart from the display, whose imports take seconds. Out of scope: how long a round waits (server/deadline).
+"""
+
+from collections.abc import Sequence
+
+from server.records import RoundRecord
+
+PACE_ROUNDS = 5
+"""So many rounds, the newest, tell the pace."""
+
+
+def seconds_left(records: Sequence[RoundRecord], refinements: int, rounds: int) -> float:
+    """Return how long the rounds that are left will take; 0 where nothing tells it, or none is left.
+
+    Args:
+        records: The run's rounds up to now.
+        refinements: Rounds up to this one are the warm-up, another kind of work: their time tells nothing.
+        rounds: The run's last.
+    """
+    pace = [record.seconds for record in records if record.round > refinements][-PACE_ROUNDS:]
+    left = rounds - records[-1].round if records else 0
+    return left * sum(pace) / len(pace) if pace and left > 0 else 0.0
+
+
+def duration(seconds: float) -> str:
+    """Write a time for a person.
+
+    >>> duration(5.2), duration(62), duration(5180)
+    ('5 s', '1 min 2 s', '1 h 26 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def megabytes(size: int) -> str:
+    """Write bytes for a person.
+
+    >>> megabytes(2_224_084), megabytes(640)
+    ('2.22 MB', '0.00 MB')
+    """
+    return f"{size / 1e6:.2f} MB"

@@ -1,0 +1,128 @@
+"""What `status` says of sites and runs, from what the link and the run folders hold."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from common.config_text import build_config, to_toml
+from common.files import write_atomic
+from server.control import NodeStatus, RunStatus
+from server.records import RoundRecord, SiteRelease, write_records
+from server.run_folder import RunFolder
+from server.status import SiteStanding, how_it_ended, stand, tables
+
+STARTED = "2026-11-27T07:00:00+00:00"
+BEGUN_S = 1_795_762_800.0  # the same
+NODES = [NodeStatus("st-anne", 1, True, "now"), NodeStatus("st-mary", 2, False, "2026-11-27T06:30:00.123456+00:00")]
+NEW = NodeStatus("st-new", 3, False, "")
+
+
+def run_of(folder: Path, status: str = "running", outcome: str = "", details: str = "") -> RunStatus:
+    return RunStatus(3697077156631750793, status, outcome, details, folder, STARTED)
+
+
+def make_folder(path: Path, rounds: int, of: int = 6, sites: tuple[str, ...] = ("st-anne", "st-mary")) -> RunFolder:
+    """Make a run folder after some rounds; st-mary is late in every second."""
+    folder = RunFolder(path, "")
+    config = build_config({}, {"federation.rounds": of, "image.classes": ("a",)})
+    write_atomic(path / "config.toml", to_toml(config).encode())
+    write_atomic(path / "run.json", b"{}")
+    records = []
+    for number in range(rounds):
+        late = {"st-mary": "timeout"} if number % 2 and "st-mary" in sites else {}
+        spent = {name: SiteRelease(100, 1.5, 0.1, 1, 2.0625 + number, 10.0, "ab", 4.0) for name in sites}
+        there = {name: release for name, release in spent.items() if name not in late}
+        records.append(
+            RoundRecord(number, there, late, None, None, 0.1, 30.0, len(there) * 2_000_000, 6_000_000, 2, 80)
+        )
+    write_records(folder.metrics, records)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "run-0001").mkdir()
+    return tmp_path
+
+
+def test_sites_show_rounds_joined_what_they_spent_and_their_last_answer(home: Path) -> None:
+    folder = make_folder(home / "run-0001", 4)
+    sites, _ = stand([*NODES, NEW], [run_of(folder.path)], BEGUN_S)
+    assert sites == [
+        SiteStanding("st-anne", 1, True, "now", 4, 4, 5.0625, 10.0, "in"),
+        SiteStanding("st-mary", 2, False, NODES[1].last_seen, 2, 4, 4.0625, 10.0, "timeout"),
+        SiteStanding("st-new", 3, False, "", 0, 4, None, None, ""),
+    ]
+
+
+def test_what_a_site_spent_is_known_from_an_earlier_run(home: Path) -> None:
+    make_folder(home / "run-0001", 4)
+    for name in ("run-0002", "run-0003"):
+        (home / name).mkdir()
+    make_folder(home / "run-0002", 1, sites=("st-anne",))
+    runs = [run_of(home / name) for name in ("run-0003", "run-0002", "run-0001")]  # the newest has no round yet
+    sites, _ = stand(NODES, runs, BEGUN_S)
+    assert [(site.rounds_joined, site.rounds, site.epsilon_spent) for site in sites] == [(1, 1, 2.0625), (0, 1, 4.0625)]
+
+
+def test_a_run_shows_its_round_and_the_time_left(home: Path) -> None:
+    folder = make_folder(home / "run-0001", 4)
+    now = folder.metrics.stat().st_mtime + 10
+    _, (run,) = stand(NODES, [run_of(folder.path)], now)
+    assert run.seconds_left is not None
+    assert (run.round, run.rounds, round(run.seconds_left), run.state) == (3, 6, 3 * 30 - 10, "running")
+    assert (run.download_bytes, run.upload_bytes) == (3_000_000, 2_000_000)
+    _, (late,) = stand(NODES, [run_of(folder.path)], now + 1000)  # the round takes longer than any before
+    assert late.seconds_left == 2 * 30
+    _, (over,) = stand(NODES, [run_of(folder.path, "finished", "failed", "why")], now)
+    assert (over.seconds_left, over.state) == (None, "failed")
+
+
+def test_a_run_without_rounds_or_folder_is_shown(home: Path) -> None:
+    runs = [run_of(home / "run-0001"), run_of(home / "gone", "finished", "failed")]
+    write_atomic(home / "run-0001" / "metrics.jsonl", b"not a record\n")
+    sites, (first, second) = stand(NODES, runs, BEGUN_S)
+    assert (first.round, first.rounds, second.state) == (None, None, "failed")
+    assert sites[0].rounds == 0
+
+
+def test_a_stop_that_came_after_the_results_shows_a_complete_run(home: Path) -> None:
+    folder = make_folder(home / "run-0001", 7)
+    stopped = run_of(folder.path, "finished", "stopped")
+    assert stand(NODES, [stopped], BEGUN_S)[1][0].state == "stopped"
+    write_atomic(folder.path / "report.html", b"")
+    assert stand(NODES, [stopped], BEGUN_S)[1][0].state == "completed"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit(home: Path, width: int) -> None:
+    folder = make_folder(home / "run-0001", 4, of=2000)
+    now = folder.metrics.stat().st_mtime + 10
+    sites, runs = stand([*NODES, NEW], [run_of(folder.path)], now)
+    stream = io.StringIO()
+    console = Console(file=stream, width=width)
+    for part in tables(sites, runs, now, "/srv/hub"):
+        console.print(part)
+    lines = [line.split("  ") for line in stream.getvalue().splitlines()]
+    rows = [[cell.strip() for cell in cells if cell.strip()] for cells in lines]
+    assert ["st-anne", "yes", "now", "4/4", "5.07 of 10", "in"] in rows
+    assert ["st-new", "no", "never", "0/4", "-", "-"] in rows
+    assert [row[:4] for row in rows if row[:1] == ["run-0001"]] == [["run-0001", "running", "3/2000", "16 h 38 min"]]
+    assert "3697077156631750793" in stream.getvalue()
+    assert "run-0001: each site and round 3.00 MB down, 2.00 MB up" in stream.getvalue()
+    print(stream.getvalue())
+
+
+def test_how_a_run_ended_is_said_with_what_to_do(home: Path) -> None:
+    folder = make_folder(home / "run-0001", 4).path
+    again = f"To go on: fedmedgan-coordinator resume {home} {folder}"
+    stopped = how_it_ended(run_of(folder, "finished", "stopped"), home)
+    assert stopped == f"Run 3697077156631750793 was stopped after round 3 of 6. {again}"
+    why = "ServerApp failed with exception: Every site refuses this run for good (a: policy)."
+    failed = how_it_ended(run_of(folder, "finished", "failed", why), home)
+    assert failed.startswith("Run 3697077156631750793 failed after round 3 of 6: Every site refuses this run for good")
+    assert failed.endswith(f"(a: policy). Log: {home}/logs/executor.log. {again}")
+    assert "\n" not in failed
+    assert "before its first round" in how_it_ended(run_of(home / "gone", "finished", "stopped"), home)
