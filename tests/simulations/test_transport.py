@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from flwr.app import Context
 
@@ -34,7 +35,7 @@ def _fields() -> dict[str, float | int]:
     return {"epsilon_spent": 1.0, "epsilon_allowed": 10.0, "fake_accuracy": 0.5, "d_steps_per_g_step": 1}
 
 
-def _release(index: int, request: Request, dtype: object) -> tuple[dict, dict]:
+def _release(index: int, request: Request, dtype: npt.DTypeLike) -> tuple[dict, dict]:
     moved = {name: array.astype(np.float32) + 1e-6 * (index + 1) for name, array in request.arrays.items()}
     return _fields(), {name: array.astype(dtype) for name, array in moved.items()}
 
@@ -60,7 +61,9 @@ def _federation(tmp_path: Path, transport: str) -> tuple[State, list[RoundRecord
         del context
         return lambda request: answer(site, request)
 
-    config = build_config(PROPOSAL.model_dump(), {"federation.transport": transport, "warmup.steps": 20})
+    config = build_config(
+        PROPOSAL.model_dump(), {"federation.transport": transport, "warmup.steps": 20, "simulation.sites": 1}
+    )
     job = Job(config, open_run(tmp_path / "run", config, resume=False))
     records = [event for event in federate(LocalGrid(make_app(connect), 1), job) if isinstance(event, RoundRecord)]
     return _state(tmp_path / "run"), records, home
@@ -102,6 +105,7 @@ def test_sites_get_rounded_weights_and_the_run_keeps_its_own(tmp_path: Path) -> 
     assert any((state.weights[name] != array).any() for name, array in sent.items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_asks_what_the_whole_one_asked(tmp_path: Path) -> None:
     asked: dict[str, list[str]] = {"whole": [], "parts": []}
 
@@ -123,7 +127,7 @@ def test_a_resumed_run_asks_what_the_whole_one_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, ">f2"])
-def test_a_release_in_other_numbers_is_malformed(tmp_path: Path, dtype: object) -> None:
+def test_a_release_in_other_numbers_is_malformed(tmp_path: Path, dtype: npt.DTypeLike) -> None:
     config = _config(**{"federation.rounds": 1})
     records = run_sites(tmp_path, config, [lambda _: np.float16, lambda _: dtype, lambda _: np.float16], _release)
     assert records[1].refused == {"site-1": "malformed-reply"}
@@ -145,6 +149,6 @@ def test_robust_rules_do_not_overflow(tmp_path: Path, rule: str) -> None:
         far = {name: np.full_like(array, 60_000.0 if index == 4 else 0.5) for name, array in request.arrays.items()}
         return _fields(), far
 
-    run_sites(tmp_path, _config(**changes), [lambda _: None] * 5, release)
+    run_sites(tmp_path, _config(**changes), [lambda request: None] * 5, release)
     for array in _state(tmp_path / "run").weights.values():
         np.testing.assert_allclose(array, 0.5, atol=1e-3)
