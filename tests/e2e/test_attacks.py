@@ -170,6 +170,9 @@ class Federation:
     def logged(self) -> str:
         return "".join(path.read_text(errors="replace") for path in sorted(self.hub.folder.rglob("*.log")))
 
+    def proposal(self) -> str:
+        return build_config(read_config(self.run / "config.toml")).proposal()
+
     def charges(self) -> dict[str, int]:
         homes = [self.home(name) for name in SITES]
         return {
@@ -334,9 +337,7 @@ def test_a_reply_of_an_earlier_round_is_none(federation: Federation) -> None:
     stored = max(home.replies.glob("*train*.reply"))
     earlier = unpack_reply(stored.read_bytes().partition(b"\n")[2])
     assert earlier.refusal is None
-    request = Request(
-        Kind.TRAIN, earlier.run_id, earlier.round, build_config(read_config(federation.run / "config.toml")).proposal()
-    )
+    request = Request(Kind.TRAIN, earlier.run_id, earlier.round, federation.proposal())
     coordinator, site = load_key(federation.hub.key), load_key(home.key)
     replayed = sign_reply(site, seal_request(coordinator, request, time.time() - 5), earlier)
     federation.push(read_node_key(home.folder), federation.node("st-mary"), wire.encode_reply(replayed, asked))
@@ -386,7 +387,7 @@ def test_a_coordinator_without_the_pinned_key(federation: Federation) -> None:
     """Of another consortium, at the agents' sockets. Through the relay: test_relay."""
     federation.question()
     before, foreign = federation.charges(), SigningKey.generate()
-    proposal = build_config(read_config(federation.run / "config.toml")).proposal()
+    proposal = federation.proposal()
     home = federation.home("st-anne")
     for request in (
         Request(Kind.HELLO, "theirs", 0, proposal),
@@ -458,7 +459,7 @@ def test_huge_tiny_and_left_over_at_the_agents_socket(federation: Federation) ->
 
 def test_huge_tiny_and_left_over_at_the_public_port(federation: Federation) -> None:
     """A gigabyte, declared and not, is in test_link; here it meets a run, and as a tree of a million parts."""
-    (link,) = [p for p in processes_of(federation.hub.folder, "server.link")]
+    (link,) = processes_of(federation.hub.folder, "server.link")
     memory, node = link.memory_info().rss, Node(node_id=federation.node("st-john"))
     asked = federation.question()
     envelope = message_to_proto(remove_content_from_message(wire.encode_reply(Reply(Kind.TRAIN, "run", 1), asked)))
@@ -519,8 +520,8 @@ def test_a_site_that_is_revoked_in_mid_run_is_out(federation: Federation) -> Non
     key = read_node_key(federation.home("st-anne").folder)
     call(coordinator_main, "revoke", federation.hub.folder, "st-anne")
     wait_for(lambda: "st-anne" not in federation.known(), "the link to put st-anne out")
+    public = node_public_pem(federation.home("st-anne").node_pub.read_bytes())
     with federation.fleet(key) as fleet, pytest.raises(httpx.HTTPStatusError) as refused:
-        public = node_public_pem(federation.home("st-anne").node_pub.read_bytes())
         fleet.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30))
     assert refused.value.response.status_code == 401
     federation.says_nothing(refused.value.response)
