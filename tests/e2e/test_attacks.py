@@ -69,7 +69,7 @@ from tests.e2e.test_deployment import RUN, found_federation, processes_of, start
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow,
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(400),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what Flower uses
     pytest.mark.xdist_group("attacks"),
 ]
@@ -243,7 +243,11 @@ def federation() -> Iterator[Federation]:
             running.enter_context(started(folder / name, "", "client.entry", "start", folder / name))
         command = running.enter_context(started(hub.folder, "", "server.cli", "run", hub.folder, folder / "run.toml"))
         made = Federation(folder, hub, hub.runs / "run-0001", command, ec.generate_private_key(ec.SECP384R1()))
-        wait_for(lambda: len(made.rounds()) >= 2, "the first rounds", 150)
+        try:
+            wait_for(lambda: len(made.rounds()) >= 2, "the first rounds", 240)
+        except AssertionError:
+            print(made.logged(), *(path.read_text() for path in sorted(folder.rglob("st-*/**/*.log"))), sep="\n")
+            raise
         made.hold(signal.SIGSTOP)
         running.callback(lambda: made.hold(signal.SIGCONT))
         enrol(hub, "st-john", key=made.other)

@@ -86,7 +86,7 @@ def _state(home: Home) -> dict:
 
 def test_a_site_answers_and_the_bundle_is_never_imported(link: Link, home: Home, tmp_path: Path) -> None:
     """Known requests get the agent's answer, others a code; a message costs less than 2 s beyond its work."""
-    plan = ["hello"] * 5 + ["unknown", "garbage", "large", "hello"]
+    plan = ["hello"] * 5 + ["unknown", "garbage", "large", "unsigned", "foreign", "hello"]
     with started(home) as process:
         relay = psutil.Process(child(home, "relay"))
         wait_for(lambda: site("status", home.folder).returncode == ExitCode.OK, 30, "the link")
@@ -105,6 +105,9 @@ def test_a_site_answers_and_the_bundle_is_never_imported(link: Link, home: Home,
     assert (by_name["unknown"]["error"], by_name["unknown"]["reason"]) == (1, "unknown-request")
     assert by_name["garbage"]["reply"]["refusal"] == "bad-request"
     assert by_name["large"]["reply"]["refusal"] is not None
+    for what in ("unsigned", "foreign"):  # of a coordinator without the pinned key
+        assert by_name[what]["reply"] == {"refusal": "bad-request", "fields": {}}
+    assert home.log.read_text().count("hello round 0 refused (bad-request)") == 2
     assert not (link.folder / "canary").exists()
     assert process.returncode == ExitCode.OK
 
