@@ -92,7 +92,7 @@ def test_a_site_answers_and_the_bundle_is_never_imported(link: Link, home: Home,
         wait_for(lambda: site("status", home.folder).returncode == ExitCode.OK, 30, "the link")
         idle = [psutil.Process(pid).memory_info().rss / 1e6 for pid in (relay.pid, process.pid)]
         link.submit(plan, tmp_path / "out.json")
-        found = answers(tmp_path / "out.json", len(plan), 60)
+        found = answers(tmp_path / "out.json", len(plan), 120)
         after = relay.memory_info().rss / 1e6
         print(f"\nmemory: relay idle {idle[0]:.0f} MB, after 20 MB of arrays {after:.0f} MB; start {idle[1]:.0f} MB")
         for answer in found:
