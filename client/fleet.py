@@ -31,6 +31,7 @@ from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
 from httpx import HTTPError, HTTPStatusError, Request, Response, SyncByteStream
 
 from common.certificates import NodeKey
@@ -138,7 +139,7 @@ class Fleet:
             raise WireError(f"The message took longer to come than its {envelope.metadata.ttl:.0f} s to live.")
         try:
             message = inflate_object_from_contents(tree.object_id, parts)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DecodeError) as error:
             raise WireError(f"Expected a message, its parts do not decode: {type(error).__name__}.") from error
         if not isinstance(message, Message) or not message.has_content():
             raise WireError("Expected a message with content.")

@@ -7,6 +7,7 @@ run stand in test_link, hostile requests of the coordinator in test_hostile_coor
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import random
@@ -215,6 +216,30 @@ class Federation:
                     )
                 )
 
+    def push_parts(self, key: ec.EllipticCurvePrivateKey, node_id: int, reply: Message, content: bytes) -> None:
+        """Send the envelope of a reply, and as its only part what it likes."""
+        made_up, node = hashlib.sha256(content).hexdigest(), Node(node_id=node_id)
+        reply.metadata.__dict__["_message_id"] = made_up
+        with self.fleet(key) as fleet:
+            envelope = message_to_proto(remove_content_from_message(reply))
+            tree = ObjectTree(object_id=made_up)
+            taken = fleet.PushMessages(
+                PushMessagesRequest(
+                    node=node, messages_list=[envelope], message_object_trees=[tree], clientapp_runtime_list=[0.0]
+                )
+            )
+            assert list(taken.objects_to_push) == [made_up]
+            stored = fleet.PushObject(
+                PushObjectRequest(
+                    node=node,
+                    run_id=reply.metadata.run_id,
+                    object_id=made_up,
+                    object_content=content,
+                    session_id=taken.session_id,
+                )
+            )
+            assert stored.stored
+
     def round_refuses(self, code: str, seen: int) -> None:
         """The question that st-mary did not answer itself costs it this round, by a code."""
         wait_for(lambda: any(line["refused"].get("st-mary") == code for line in self.rounds()[seen:]), code)
@@ -359,6 +384,18 @@ def test_a_reply_with_bytes_left_over_costs_the_site_a_round(federation: Federat
     federation.push(key, federation.node("st-mary"), reply)
     federation.round_refuses("malformed-reply", seen)
     federation.go_on()
+
+
+def test_parts_that_are_no_message_cost_the_site_a_round(federation: Federation) -> None:
+    """Flower's head is right, its body is not: what puts the parts together must not end the run."""
+    asked, seen, home = federation.question(), len(federation.rounds()), federation.home("st-mary")
+    reply = wire.encode_reply(Reply(Kind.TRAIN, "run", 1), asked)
+    for content in (b"Message  4\x00\xff\xff\xff\xff", b"ArrayRecord  4\x00{{{{"):
+        federation.push_parts(read_node_key(home.folder), federation.node("st-mary"), reply, content)
+        federation.round_refuses("malformed-reply", seen)
+        federation.go_on()
+        asked, seen = federation.question(), len(federation.rounds())
+        reply = wire.encode_reply(Reply(Kind.TRAIN, "run", 1), asked)
 
 
 def test_a_node_that_is_not_registered_and_a_wrong_authority(federation: Federation, tmp_path: Path) -> None:

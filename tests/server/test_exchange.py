@@ -6,12 +6,14 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 from common import wire
 from common.crypto import SigningKey
 from common.errors import RefusalCode
 from common.messages import Kind, Reply, Request
 from common.seal import Trust, check_request, sign_reply
+from server import exchange
 from server.exchange import Link, ask
 
 
@@ -157,3 +159,18 @@ def test_a_reply_of_an_earlier_question_is_forged() -> None:
 
     assert _ask_signed({1: replay}, {1: "a"}) == {1: ""}
     assert _ask_signed({1: replay}, {1: "a"}) == {1: "forged-reply"}
+
+
+def test_made_up_parts_cost_one_site() -> None:
+    """Of what lies at the link for several sites, one that Flower cannot put together."""
+
+    class Bad:
+        def pull_messages(self, ids):
+            if "made up" in ids:
+                raise DecodeError("patient 17")
+            return [message] if "good" in ids else []
+
+    message = Message(RecordDict(), dst_node_id=5, message_type="train.round")
+    message.metadata.__dict__["_reply_to_message_id"] = "good"
+    found = list(exchange._one_by_one(Bad(), ["made up", "good", "late"]))
+    assert found == [("made up", None), ("good", message)]
