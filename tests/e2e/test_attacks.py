@@ -561,7 +561,7 @@ def test_a_site_that_is_revoked_in_mid_run_is_out(federation: Federation) -> Non
     key = read_node_key(federation.home("st-anne").folder)
     call(coordinator_main, "revoke", federation.hub.folder, "st-anne")
     wait_for(lambda: "st-anne" not in federation.known(), "the link to put st-anne out")
-    public = node_public_pem(federation.home("st-anne").node_pub.read_bytes())
+    public = node_public_pem(openssh(key))
     with federation.fleet(key) as fleet, pytest.raises(httpx.HTTPStatusError) as refused:
         fleet.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30))
     assert refused.value.response.status_code == 401
