@@ -13,11 +13,11 @@ simulate: $(READY)
 	$(BIN)/fedmedgan-simulate $(ARGS)
 
 test: $(READY)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 # The audits and other long tests alone, with what they print.
 test-slow: $(READY)
-	$(BIN)/pytest -n 2 -m slow -rP
+	$(BIN)/pytest -n 2 --dist loadgroup -m slow -rP
 
 # What needs no test to run: form, types, layers, docstrings and their examples.
 lint: $(READY)
@@ -29,7 +29,7 @@ lint: $(READY)
 	$(BIN)/pytest --doctest-modules common client server simulations -p no:warnings
 
 check: lint
-	$(BIN)/pytest -n 2 -m "not slow and not e2e"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not e2e"
 
 setup: $(READY)
 

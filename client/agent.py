@@ -40,7 +40,7 @@ from common.plan import Plan, plan
 from common.privacy import Charge
 from common.seal import check_request, request_digest, sign_reply
 from common.secure_sum import COHORT_SETTINGS, WARMUP_GRID, Cohort, parse_cohort, to_integers
-from common.weights import BOTH, get_weights, set_weights
+from common.weights import BOTH, for_transport, get_weights, release_dtype, set_weights
 
 LOG = logging.getLogger("fedmedgan.agent")
 MAX_D_STEPS = 5000
@@ -143,7 +143,7 @@ def _private(site: Site, request: Request) -> Reply:
         asked, rng = _asked(site, request, proposal)  # what does not decode is refused before it costs anything
         warmup = isinstance(asked, Look)
         shapes = journal.reply_shapes(proposal, asked.dim if warmup else asked)
-        allowed = journal.release_schema(request.kind, shapes, proposal.train.algorithm)
+        allowed = journal.release_schema(request.kind, shapes, release_dtype(proposal, request.kind))
         policy.check_reply(site.policy, allowed.size_bytes)
         cost = agreed.charge_of_warmup() if warmup else agreed.charge_of_round(proposal.train.steps_per_round)
         _require_one_price(site, request, cost)
@@ -185,7 +185,7 @@ def _release(
     else:
         d_steps = int(request.settings["d_steps_per_g_step"])
         trained = train_round(dataset, asked, proposal, agreed, d_steps, secret, rng, site.gradients)
-        arrays = get_weights(trained.pair)
+        arrays = dict(for_transport(get_weights(trained.pair), proposal.federation.transport))  # after the noise: free
         fields |= {"fake_accuracy": trained.fake_accuracy, "d_steps_per_g_step": d_steps}
     return Reply(request.kind, request.run_id, request.round, None, fields, arrays)
 
@@ -257,7 +257,8 @@ def _asked(site: Site, request: Request, proposal: Proposal) -> tuple[Look | Pai
     if request.kind is Kind.WARMUP:
         return read_look(proposal.image, request.settings.get("look"), request.arrays), rng
     pair = build(proposal.model, proposal.image, len(proposal.image.classes), rng)
-    set_weights(pair, request.arrays, BOTH if request.kind is Kind.TRAIN else ("discriminator",))
+    networks = BOTH if request.kind is Kind.TRAIN else ("discriminator",)
+    set_weights(pair, request.arrays, networks, proposal.federation.transport)
     return pair, rng
 
 

@@ -19,6 +19,7 @@ from common.models import Pair, outline
 from common.plan import Plan, plan
 from common.privacy import Charge, affordable_rounds, epsilon
 from common.secure_sum import Cohort
+from common.weights import release_dtype
 
 VERSION = 1
 
@@ -184,7 +185,7 @@ def _refusal(rules: Policy, proposal: Proposal, agreed: Plan) -> str | None:
         policy.check_proposal(rules, proposal)
         policy.check_plan(rules, agreed)
         for kind, asked in planned:
-            allowed = journal.release_schema(kind, journal.reply_shapes(proposal, asked), proposal.train.algorithm)
+            allowed = journal.release_schema(kind, journal.reply_shapes(proposal, asked), release_dtype(proposal, kind))
             policy.check_reply(rules, allowed.size_bytes)
     except PolicyRefusal as error:
         return str(error)

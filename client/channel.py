@@ -21,7 +21,10 @@ from common.messages import Kind, Reply, Request, Seal
 
 MAGIC = b"FMGC\x02\x00\x00\x00"
 MAX_HEADER_BYTES = 1 << 20
-MAX_BODY_BYTES = 1 << 30
+MAX_BODY_BYTES = (1 << 29) + (1 << 20)
+"""The weights of the largest model that there may be (common/models) and their listing."""
+MAX_LISTING_BYTES = 1 << 18
+"""Names and shapes of the arrays of a body: a million tiny ones cost nothing but this look."""
 _PREFIX = struct.Struct("<8sIQ")
 
 Transport = Callable[[Request], Reply]
@@ -112,6 +115,8 @@ def _unpack(frame: bytes, keys: set[str]) -> tuple[dict[str, Any], dict[str, npt
     if len(frame) != _PREFIX.size + header_bytes + body_bytes:
         raise WireError(f"Expected a frame of {_PREFIX.size + header_bytes + body_bytes} bytes, got {len(frame)}.")
     text, body = frame[_PREFIX.size : _PREFIX.size + header_bytes], frame[_PREFIX.size + header_bytes :]
+    if int.from_bytes(body[:8], "little") > MAX_LISTING_BYTES:
+        raise WireError(f"Expected a listing of arrays of at most {MAX_LISTING_BYTES} bytes.")
     try:
         header = json.loads(text)
         arrays = load_tensors(body)

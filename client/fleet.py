@@ -9,11 +9,11 @@ Out of scope: what is done with a message (client/relay).
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
-from typing import final
+from typing import Any, cast, final
 
 from flwr.app import Error, Message
 from flwr.app.message import make_message
@@ -27,10 +27,12 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-from httpx import HTTPError, HTTPStatusError
+from google.protobuf.message import DecodeError
+from httpx import HTTPError, HTTPStatusError, Request, Response, SyncByteStream
 
 from common.certificates import NodeKey
 from common.errors import FederationError, WireError
@@ -47,6 +49,62 @@ _CHUNK_BYTES = 1 << 20  # Flower cuts arrays into chunks of 5 MB; five times as 
 _FIRST_RETRY_S = 0.05  # the link announces a message while its parts still arrive; Flower would wait for 1 s
 MAX_OBJECTS = 2 * MAX_ARRAYS + MAX_TOTAL_BYTES // _CHUNK_BYTES
 MAX_MESSAGE_BYTES = MAX_TOTAL_BYTES + MAX_OBJECTS * (MAX_NAME_CHARACTERS + 1024)
+MAX_BODY_BYTES = 16 << 20
+"""Of one answer of the link: a chunk of 5 MB, or a bundle of at most 10 MiB."""
+
+
+@final
+class BoundedClient(FleetHttpClient):
+    """Flower's client for the Fleet API, which reads of an answer what is asked for and no more.
+
+    Guarantees:
+        - bounded_body: An answer over MAX_BODY_BYTES, declared or not, is given up at that byte; a packed one, which
+          may be of any size once unpacked, before its first.
+        - goes_nowhere_else: An answer that points to another address is not followed.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """Connect as Flower's client does."""
+        super().__init__(*arguments, **named)
+        self._client.follow_redirects = False
+        self._client.event_hooks = {"request": [_ask_plainly], "response": [_bound_body]}
+
+
+fleet_http_connection.FleetHttpClient = BoundedClient
+"""The line of `join` is made by Flower, by this name."""
+
+
+@final
+class _BoundedBody(SyncByteStream):
+    def __init__(self, stream: SyncByteStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        size_bytes = 0
+        for part in self._stream:
+            size_bytes += len(part)
+            _check_body(size_bytes)
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _ask_plainly(request: Request) -> None:
+    request.headers["accept-encoding"] = "identity"
+
+
+def _bound_body(response: Response) -> None:
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise WireError("Expected an answer of the link that is not packed.")
+    declared = response.headers.get("content-length", "0")
+    _check_body(int(declared) if declared.isdecimal() else 0)
+    response.stream = _BoundedBody(cast("SyncByteStream", response.stream))
+
+
+def _check_body(size_bytes: int) -> None:
+    if size_bytes > MAX_BODY_BYTES:
+        raise WireError(f"Expected an answer of the link of at most {MAX_BODY_BYTES} bytes.")
 
 
 @final
@@ -81,7 +139,7 @@ class Fleet:
             raise WireError(f"The message took longer to come than its {envelope.metadata.ttl:.0f} s to live.")
         try:
             message = inflate_object_from_contents(tree.object_id, parts)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DecodeError) as error:
             raise WireError(f"Expected a message, its parts do not decode: {type(error).__name__}.") from error
         if not isinstance(message, Message) or not message.has_content():
             raise WireError("Expected a message with content.")
@@ -148,9 +206,9 @@ def sign_off(address: str, ca_pem: bytes, key: NodeKey, node_id: int) -> bool:
     """
     interceptors = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())]
     try:
-        with FleetHttpClient.from_server_address(address, False, ca_pem, interceptors) as client:
+        with BoundedClient.from_server_address(address, False, ca_pem, interceptors) as client:
             client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
-    except HTTPError:
+    except (HTTPError, WireError):
         return False
     return True
 

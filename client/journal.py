@@ -17,7 +17,7 @@ import numpy as np
 
 from client.chain import Body, Chain
 from client.policy import MAX_REPLY_BYTES
-from common.config import Algorithm, Proposal
+from common.config import Proposal
 from common.crypto import SigningKey, VerifyKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
 from common.greeting import CAPABILITIES, FORMS
@@ -101,15 +101,14 @@ def reply_shapes(proposal: Proposal, asked: Pair | int) -> dict[str, tuple[int, 
     return weight_shapes(asked)
 
 
-def release_schema(kind: Kind, shapes: Mapping[str, tuple[int, ...]], algorithm: Algorithm = "local") -> Release:
+def release_schema(kind: Kind, shapes: Mapping[str, tuple[int, ...]], dtype: str = "float32") -> Release:
     """Return what a reply of one kind may carry.
 
     Args:
         kind: The request's kind.
         shapes: Of the arrays by name: none for hello, else `reply_shapes`.
-        algorithm: The proposal's: all arrays are int32 with secure-sum, else float32.
+        dtype: Of all arrays (`common.weights.release_dtype`).
     """
-    dtype = "int32" if algorithm == "secure-sum" else "float32"
     return Release({name: (tuple(shape), dtype) for name, shape in shapes.items()}, _FIELDS[kind])
 
 

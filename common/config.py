@@ -35,6 +35,7 @@ ROBUST_MINIMUM = {"median": 3, "trimmed-mean": 5, "krum": 5}
 
 ModelName = Literal["mlp", "dcgan", "resnet", "unet", "vae"]
 Algorithm = Literal["local", "secure-sum"]
+Transport = Literal["float32", "float16"]
 GradientEngine = Literal["fast", "opacus"]
 LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -164,6 +165,9 @@ class FederationConfig(Section):
     """A round with fewer replies changes nothing and ends the run."""
     round_timeout_s: Positive = 3600.0
     connect_timeout_s: Positive = 120.0
+    transport: Transport = "float32"
+    """Numbers of the weights of a local round on the line, both ways. `float16` halves the bytes; sites round what they
+    release after the noise, which costs no budget. Sums of the warm-up stay float32; secure-sum adds whole numbers."""
 
 
 class Proposal(Section):
@@ -191,6 +195,11 @@ class Proposal(Section):
             raise ValueError(
                 "train.algorithm = secure-sum takes one private step a round and a fixed ratio; set "
                 "train.steps_per_round = 1 and train.d_steps_per_g_step to a number"
+            )
+        if self.federation.transport != "float32":
+            raise ValueError(
+                "train.algorithm = secure-sum sends whole numbers that must add up exactly, not weights; remove "
+                f"federation.transport = {self.federation.transport}"
             )
         if self.server != ServerConfig():
             raise ValueError(

@@ -43,7 +43,7 @@ MESSAGE_TYPES = {
     Kind.TRAIN: "train.round",
     Kind.GRADIENT: "train.gradient",
 }
-_DTYPES = ("<f4", "<i4")
+_DTYPES = ("<f4", "<i4", "<f2")
 
 _REQUEST_KEYS = {"protocol", "kind", "run", "round", "proposal", "nonce", "deadline", "signature"}
 _REPLY_KEYS = {"protocol", "package", "kind", "run", "round", "refusal", "signature"}
@@ -195,10 +195,12 @@ def _array(array: Array) -> npt.NDArray[Any]:
     for dtype, header in headers.items():
         if array.data.startswith(header):  # compared, not parsed: nothing of a message is evaluated
             body = array.data[len(header) :]
-            if len(body) != math.prod(shape) * 4:
+            if len(body) != math.prod(shape) * np.dtype(dtype).itemsize:
                 raise WireError(f"Expected the bytes of shape {shape} and none left over, got {len(body)} bytes.")
             return np.frombuffer(body, dtype=dtype).reshape(shape)
-    raise WireError("Expected float32 or int32 arrays in C order with the declared shape, in npy format version 1.0.")
+    raise WireError(
+        "Expected float32, float16 or int32 arrays in C order with the declared shape, in npy format version 1.0."
+    )
 
 
 def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:

@@ -75,14 +75,14 @@ def print_plan(
 def print_models() -> None:
     """Print the weights of every model and the bytes of a round: default widths, grey images of two classes.
 
-    Bytes go to a site, and as many come back: both networks with train.algorithm = local, the discriminator alone, and
-    whole numbers of its length back, with secure-sum.
+    Bytes go to a site, and as many come back: both networks with train.algorithm = local, half of it with
+    federation.transport = float16; the discriminator alone, and whole numbers of its length back, with secure-sum.
     """
     from common.models import outline
     from common.weights import weight_shapes
 
-    table = Table()
-    for column in ("model", "pixels", "G weights", "D weights", "local, bytes", "secure-sum, bytes"):
+    table = Table(title="Weights, and bytes of a round", pad_edge=False)
+    for column in ("model", "pixels", "G weights", "D weights", "local", "float16", "secure-sum"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in get_args(ModelName):
         for size in IMAGE_SIZES:
@@ -91,7 +91,7 @@ def print_models() -> None:
                 sum(math.prod(shape) for shape in weight_shapes(pair, (network,)).values())
                 for network in ("generator", "discriminator")
             )
-            table.add_row(name, str(size), f"{g:,}", f"{d:,}", f"{4 * (g + d):,}", f"{4 * d:,}")
+            table.add_row(name, str(size), f"{g:,}", f"{d:,}", f"{4 * (g + d):,}", f"{2 * (g + d):,}", f"{4 * d:,}")
     Console().print(table)
 
 

@@ -3,6 +3,7 @@
 With keys, each question is signed for one site, and what a site did not sign for this very question is no answer.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TypeVar, final
 
 import httpx
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from common import wire
 from common.crypto import VerifyKey
@@ -24,6 +26,8 @@ POLL_S = 0.1
 OUTAGE_S = 600.0
 """A link that fails otherwise than by being away, for which Flower's grid waits by itself, is waited for this long."""
 LONGEST_PAUSE_S = 10.0
+_NO_MESSAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, DecodeError)
+"""What Flower raises over parts that a site made up."""
 
 Result = TypeVar("Result")
 
@@ -122,6 +126,7 @@ def ask(
     Guarantees:
         - answers_are_the_sites_own: With keys, a reply that is not signed by the enrolled site of its node for this
           very question is no answer but a code.
+        - made_up_parts_cost_one_site: Parts that are no message cost their site its answer, and nobody else's.
     """
     grid, trust = link.grid, link.trust
     if trust is not None:
@@ -166,10 +171,13 @@ def _pull(
 ) -> bool:
     """Take what has come; error replies are mapped by the message they answer, since their sender may be the link."""
     waiting: Sequence[str] = [message_id for message_id, node_id in node_of.items() if node_id not in arrived]
-    pulled = list(patiently(lambda: link.grid.pull_messages(waiting)))
-    for message in pulled:
-        node_id = node_of.pop(message.metadata.reply_to_message_id, None)
+    pulled = list(_one_by_one(link.grid, waiting))
+    for message_id, message in pulled:
+        node_id = node_of.pop(message_id, None)
         if node_id is None:  # to an earlier question, or a second one to this
+            continue
+        if message is None:
+            arrived[node_id] = Answer(node_id, None, "malformed-reply")
             continue
         if message.has_error():
             arrived[node_id] = Answer(node_id, None, f"flower-{message.error.code}")
@@ -179,6 +187,24 @@ def _pull(
         seconds, size = round(time.monotonic() - asked, 3), wire.array_bytes(message)
         arrived[node_id] = replace(answer, seconds=seconds, upload_bytes=size)
     return bool(pulled)
+
+
+def _one_by_one(grid: Grid, waiting: Sequence[str]) -> Iterator[tuple[str, wire.Message | None]]:
+    """Yield each answer that has come with the id of its question, None where its parts are no message.
+
+    Flower puts parts together as they came. If those of one answer are no message, the call fails, and with it go the
+    others that were asked for in the same call: so each is asked for alone.
+    """
+    for message_id in waiting:
+        try:
+            for message in patiently(functools.partial(_pull_one, grid, message_id)):
+                yield message.metadata.reply_to_message_id, message
+        except _NO_MESSAGE:
+            yield message_id, None
+
+
+def _pull_one(grid: Grid, message_id: str) -> list[wire.Message]:
+    return list(grid.pull_messages([message_id]))
 
 
 def _decoded(node_id: int, request: Request, message: wire.Message, trust: Trust | None, name: str | None) -> Answer:

@@ -62,6 +62,7 @@ class Gate:
         - body_bounded: A body that grows over its bound, declared or not, is refused at that byte.
         - bodies_bounded: At most `bodies` are held at a time.
         - slow_body_ends: A body that does not arrive in time is refused, and its place is free again.
+        - refusals_are_logged: One line for each refusal, the gate's own and those of the application behind it.
     """
 
     def __init__(self, app: Application, admit: Admit, limits: Limits) -> None:
@@ -77,7 +78,7 @@ class Gate:
             try:
                 await self._pass(scope, receive, send)
             except Refused as refusal:
-                _log(scope, refusal.status)
+                _log(scope, refusal.status.value)
                 await _refuse(send, refusal.status)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,6 +110,8 @@ class Gate:
 
         async def answer(message: Message) -> None:
             leave()  # the body was read and handled once an answer begins; a long answer must not hold the place
+            if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
+                _log(scope, message["status"])
             await send(message)
 
         try:
@@ -158,7 +161,7 @@ async def _refuse(send: Send, status: HTTPStatus) -> None:
     await send({"type": "http.response.body", "body": status.phrase.encode()})
 
 
-def _log(scope: Scope, status: HTTPStatus) -> None:
+def _log(scope: Scope, status: int) -> None:
     client = scope.get("client") or ("unknown",)
     path = repr(scope["path"])[:_SHOWN_CHARACTERS]  # a stranger chose it
-    LOG.warning("refused %d %s from %s", status.value, path, client[0])
+    LOG.warning("refused %d %s from %s", status, path, client[0])

@@ -18,7 +18,7 @@ from common.messages import Arrays, Kind, Reply, Request, size_bytes
 from common.models import Pair, build
 from common.privacy import Charge
 from common.seal import content_digest
-from common.weights import check_arrays, get_weights, only, set_weights
+from common.weights import check_arrays, for_transport, get_weights, only, release_dtype, set_weights
 from server import aggregation, robust
 from server.aggregation import MeanState
 from server.checkpoint import State
@@ -76,7 +76,7 @@ def releases(
             heard.refused[member.name] = answer.code
             continue
         try:
-            check_arrays(reply.arrays, shapes, np.float32 if config.train.algorithm == "local" else np.int32)
+            check_arrays(reply.arrays, shapes, release_dtype(config, request.kind))
             heard.sites[member.name] = replace(_release(member, reply, config, request.kind), seconds=answer.seconds)
         except WireError:
             heard.refused[member.name] = "malformed-reply"
@@ -92,7 +92,8 @@ def train(link: Link, config: Config, members: Members, state: State) -> Iterato
     started = time.monotonic()
     number, heard = state.round + 1, Heard()
     settings = {"d_steps_per_g_step": state.d_steps_per_g_step}
-    request = Request(Kind.TRAIN, state.run_id, number, config.proposal(), settings, state.weights)
+    sent = for_transport(state.weights, config.federation.transport)
+    request = Request(Kind.TRAIN, state.run_id, number, config.proposal(), settings, sent)
     shapes = {name: tuple(array.shape) for name, array in state.weights.items()}
     mean, updates = MeanState(), list[Arrays]()
     for member, arrays in releases(link, config, members, request, shapes, heard):
@@ -100,12 +101,14 @@ def train(link: Link, config: Config, members: Members, state: State) -> Iterato
             weight = member.declared_patients if config.server.weights == "declared" else 1
             mean = aggregation.add_to_mean(mean, arrays, float(weight))
         else:
-            updates.append(arrays)
+            updates.append({name: np.asarray(array, np.float32) for name, array in arrays.items()})
         yield Progress(number, len(heard.sites), len(members), "sites", dict(heard.sites))
     if len(heard.sites) < config.federation.min_sites:
         yield None, make_record(number, heard, state.d_steps_per_g_step, 0.0, started)
         return
     combined = mean.mean if not updates else robust.combine(config.server.aggregation, updates)
+    # seen from the weights as they are, not as they were sent: else rounding would swallow small steps of the server
+    combined = {name: array + (state.weights[name] - sent[name]) for name, array in combined.items()}
     moved, optimizer = aggregation.step(config.server, state.weights, combined, state.optimizer)
     averaged = aggregation.average(state.averaged, moved, config.server.ema_decay)
     change = aggregation.norm(moved[name] - state.weights[name] for name in moved)
@@ -119,7 +122,7 @@ def round_bytes(config: Config) -> int:
     arrays = get_weights(initial_pair(config))
     if config.train.algorithm == "secure-sum":
         arrays = only(arrays, "discriminator")
-    return size_bytes(arrays)
+    return size_bytes(for_transport(arrays, config.federation.transport))
 
 
 def averaged_pair(config: Config, state: State) -> Pair:

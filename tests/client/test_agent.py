@@ -20,12 +20,12 @@ from common.errors import IntakeError, RefusalCode, StorageError, WireError
 from common.features import feature_dim, feature_map
 from common.greeting import hello_settings
 from common.look import look_dims
-from common.messages import Kind, Reply, Request
+from common.messages import Kind, Reply, Request, size_bytes
 from common.models import build
 from common.plan import plan
 from common.privacy import Charge, epsilon, noise_for
 from common.seal import check_reply, content_digest, seal_request
-from common.weights import get_weights
+from common.weights import for_transport, get_weights
 from tests.hostile_requests import BAD_LENSES, HOSTILE_LENSES, bad_lens, changed, make_lens
 from tests.tiny_site import REFINED, train_request
 
@@ -575,3 +575,30 @@ def test_a_sealed_request_gets_a_signed_answer_and_another_nonce_the_same_one_fo
 
 def test_an_answer_within_one_machine_is_not_signed(site, warmup):
     assert answer(site, warmup).signature == ""
+
+
+@pytest.fixture
+def halved(tiny_proposal, weights):
+    federation = tiny_proposal.federation.model_copy(update={"transport": "float16"})
+    proposal = tiny_proposal.model_copy(update={"federation": federation}).proposal()
+    return Request(Kind.TRAIN, "run-1", 1, proposal, {"d_steps_per_g_step": 1}, for_transport(weights, "float16"))
+
+
+def test_weights_in_16_bits_are_rounded_before_they_are_stored_journaled_and_sent(site, halved, weights):
+    reply = answer(site, halved)
+    assert {array.dtype for array in reply.arrays.values()} == {np.dtype(np.float16)}
+    assert 2 * size_bytes(reply.arrays) == size_bytes(weights)
+    assert any((reply.arrays[name] != halved.arrays[name]).any() for name in weights)
+    (line,) = released(site)
+    assert (line.sha256, line.size_bytes) == (content_digest(reply), size_bytes(reply.arrays))
+    again = answer(site, halved)
+    assert content_digest(again) == content_digest(reply)
+    assert (charged(site), len(released(site))) == (1, 1)
+
+
+@pytest.mark.parametrize("transport", ["float32", "float16"])
+def test_weights_of_the_other_transport_are_refused_before_they_cost(site, halved, train, weights, transport):
+    request, other = (train, for_transport(weights, "float16")) if transport == "float32" else (halved, weights)
+    reply = answer(site, dataclasses.replace(request, arrays=other))
+    assert reply.refusal is RefusalCode.BAD_REQUEST
+    assert (charged(site), len(released(site))) == (0, 0)

@@ -1,6 +1,7 @@
 import json
 import socket
 import threading
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from client.channel import (
     MAGIC,
     MAX_BODY_BYTES,
+    MAX_LISTING_BYTES,
     connect,
     pack_reply,
     pack_request,
@@ -17,8 +19,11 @@ from client.channel import (
     unpack_reply,
     unpack_request,
 )
+from common.config import MAX_CLASSES, ImageConfig, ModelConfig, ModelName
 from common.errors import RefusalCode, WireError
 from common.messages import Kind, Reply, Request
+from common.models import MAX_PARAMETERS, outline
+from common.weights import weight_shapes
 
 _REQUEST = Request(Kind.TRAIN, "run", 3, '{"x":1}', {"d_steps_per_g_step": 2}, {"w": np.arange(6, dtype=np.float32)})
 
@@ -129,3 +134,24 @@ def test_connect_asks_over_a_socket(tmp_path) -> None:
 def test_no_agent_is_an_os_error(tmp_path) -> None:
     with pytest.raises(OSError):
         connect(tmp_path / "none.sock", 1.0)(_REQUEST)
+
+
+def test_a_million_arrays_are_refused_by_the_size_of_their_listing() -> None:
+    one = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    listing = b"{" + b",".join(one % number for number in range(10**6)) + b"}"
+    body = len(listing).to_bytes(8, "little") + listing
+    text = json.dumps({"kind": "train", "run": "r", "round": 1, "proposal": "", "settings": {}, "seal": None}).encode()
+    frame = MAGIC + len(text).to_bytes(4, "little") + len(body).to_bytes(8, "little") + text + body
+    with pytest.raises(WireError, match="listing"):
+        unpack_request(frame)
+
+
+def test_a_frame_holds_the_largest_model_and_its_listing() -> None:
+    assert MAX_BODY_BYTES >= 4 * MAX_PARAMETERS + MAX_LISTING_BYTES
+    assert MAX_BODY_BYTES < 10**9
+    for name in get_args(ModelName):
+        pair = outline(ModelConfig(name=name), ImageConfig(size=128, channels=3), MAX_CLASSES)
+        arrays = {name: np.zeros(shape, np.float16) for name, shape in weight_shapes(pair).items()}
+        frame = pack_reply(Reply(Kind.TRAIN, "run", 1, None, {}, arrays))
+        assert frame.count(b"data_offsets") == len(arrays)
+        unpack_reply(frame)

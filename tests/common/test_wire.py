@@ -140,5 +140,5 @@ def test_whole_numbers_travel_as_they_are() -> None:
 def test_no_other_numbers_travel(dtype: object) -> None:
     request = wire.encode_request(Request(Kind.GRADIENT, "run", 1, "{}"), 7, 60.0)
     reply = Reply(Kind.GRADIENT, "run", 1, None, {}, {"gradient": np.ones(4, dtype)})
-    with pytest.raises(WireError, match="float32 or int32"):
+    with pytest.raises(WireError, match="float32, float16 or int32"):
         wire.decode_reply(wire.encode_reply(reply, request))

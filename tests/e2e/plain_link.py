@@ -83,6 +83,9 @@ def question(what, node, ttl):
     if what == "large":
         arrays = {"discriminator.w": np.random.default_rng(0).normal(size=(5, 1 << 20)).astype(np.float32)}
         return sealed(Request(Kind.TRAIN, "run-1", 1, "{}", {}, arrays), node, ttl)
+    if what == "foreign":
+        request = Request(Kind.HELLO, "run-1", 0, "")
+        return wire.encode_request(seal_request(SigningKey.generate(), request, time.time() + ttl), node, ttl)
     if what == "unsigned":
         return wire.encode_request(Request(Kind.HELLO, "run-1", 0, "", hello_settings()), node, ttl)
     return sealed(Request(Kind.HELLO, "run-1", 0, "", hello_settings()), node, ttl)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -101,12 +101,12 @@ def make_images(path: Path, seed: int) -> None:
     np.savez(path, images=images, patient_id=names, labels=np.array(CLASSES)[patients % 2])
 
 
-def found_federation(folder: Path, say: Callable[..., str], size: int = 28) -> None:
-    """Make the coordinator's home and three joined sites, by the commands that people type."""
+def found_federation(folder: Path, say: Callable[..., str], size: int = 28, sites: Sequence[str] = SITES) -> None:
+    """Make the coordinator's home and joined sites, by the commands that people type."""
     hub = folder / "hub"
     ports = ("--port", free_port(), "--control-port", free_port())
     say(coordinator_main, "init", hub, "--host", "127.0.0.1", "--name", "lungs", *ports)
-    for number, name in enumerate(SITES):
+    for number, name in enumerate(sites):
         home, data = folder / name, folder / f"{name}.npz"
         make_images(data, number)
         say(site_main, "init", home, "--name", name, "--data", data, "--patients", 40)

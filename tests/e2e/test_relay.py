@@ -86,13 +86,13 @@ def _state(home: Home) -> dict:
 
 def test_a_site_answers_and_the_bundle_is_never_imported(link: Link, home: Home, tmp_path: Path) -> None:
     """Known requests get the agent's answer, others a code; a message costs less than 2 s beyond its work."""
-    plan = ["hello"] * 5 + ["unknown", "garbage", "large", "hello"]
+    plan = ["hello"] * 5 + ["unknown", "garbage", "large", "unsigned", "foreign", "hello"]
     with started(home) as process:
         relay = psutil.Process(child(home, "relay"))
         wait_for(lambda: site("status", home.folder).returncode == ExitCode.OK, 30, "the link")
         idle = [psutil.Process(pid).memory_info().rss / 1e6 for pid in (relay.pid, process.pid)]
         link.submit(plan, tmp_path / "out.json")
-        found = answers(tmp_path / "out.json", len(plan), 60)
+        found = answers(tmp_path / "out.json", len(plan), 120)
         after = relay.memory_info().rss / 1e6
         print(f"\nmemory: relay idle {idle[0]:.0f} MB, after 20 MB of arrays {after:.0f} MB; start {idle[1]:.0f} MB")
         for answer in found:
@@ -105,6 +105,9 @@ def test_a_site_answers_and_the_bundle_is_never_imported(link: Link, home: Home,
     assert (by_name["unknown"]["error"], by_name["unknown"]["reason"]) == (1, "unknown-request")
     assert by_name["garbage"]["reply"]["refusal"] == "bad-request"
     assert by_name["large"]["reply"]["refusal"] is not None
+    for what in ("unsigned", "foreign"):  # of a coordinator without the pinned key
+        assert by_name[what]["reply"] == {"refusal": "bad-request", "fields": {}}
+    assert home.log.read_text().count("hello round 0 refused (bad-request)") == 2
     assert not (link.folder / "canary").exists()
     assert process.returncode == ExitCode.OK
 

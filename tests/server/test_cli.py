@@ -20,7 +20,9 @@ def test_models_lists_what_a_round_sends(capsys: pytest.CaptureFixture[str]) -> 
         (name, size) for name in get_args(ModelName) for size in IMAGE_SIZES
     ]
     together = {"train.algorithm": "secure-sum", "train.steps_per_round": 1}
-    for name, size, *_, local, sum_of_all in rows:
+    for name, size, *_, local, halved, sum_of_all in rows:
         changes = {"model.name": name, "image.size": int(size), "image.classes": ("a", "b")}
         assert int(local.replace(",", "")) == round_bytes(build_config({}, changes))
+        half = build_config({}, changes | {"federation.transport": "float16"})
+        assert int(halved.replace(",", "")) == round_bytes(half) == int(local.replace(",", "")) / 2
         assert int(sum_of_all.replace(",", "")) == round_bytes(build_config({}, changes | together))

@@ -7,12 +7,14 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 from common import wire
 from common.crypto import SigningKey
 from common.errors import FederationError, RefusalCode
 from common.messages import Kind, Reply, Request
 from common.seal import Trust, check_request, sign_reply
+from server import exchange
 from server.exchange import Link, ask, patiently
 
 
@@ -267,3 +269,18 @@ def test_questions_that_the_link_lost_are_not_sent() -> None:
     response = httpx.Response(404, request=httpx.Request("POST", "https://link"))
     error = httpx.HTTPStatusError("no such session", request=response.request, response=response)
     assert _ask(BreakingGrid({1: _ok, 2: _ok}, error, 1)) == {1: "not-sent", 2: "not-sent"}
+
+
+def test_made_up_parts_cost_one_site() -> None:
+    """Of what lies at the link for several sites, one that Flower cannot put together."""
+
+    class Bad:
+        def pull_messages(self, ids):
+            if "made up" in ids:
+                raise DecodeError("patient 17")
+            return [message] if "good" in ids else []
+
+    message = Message(RecordDict(), dst_node_id=5, message_type="train.round")
+    message.metadata.__dict__["_reply_to_message_id"] = "good"
+    found = list(exchange._one_by_one(Bad(), ["made up", "good", "late"]))
+    assert found == [("made up", None), ("good", message)]

@@ -5,6 +5,8 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
+import pytest
+
 from server.gate import Gate, Limits
 
 LIMITS = Limits(body_bytes=10, bodies=1, body_s=0.2, wait_s=0.2)
@@ -145,3 +147,18 @@ def test_a_caller_that_goes_away_reaches_nobody() -> None:
         assert gone.status == 0
 
     run(test)
+
+
+def test_refusals_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async def test(gate: Gate) -> None:
+        for path in ("/in", "/out"):
+            caller = Caller([b"abc"], path=path)
+            await gate(caller.scope, caller.receive, caller.send)
+
+    run(test, refuse)
+    assert caplog.messages == ["refused 401 '/in' from 10.0.0.1", "refused 404 '/out' from 10.0.0.1"]
