@@ -54,6 +54,7 @@ class Forecast:
         rounds_planned: How many there are.
         epsilon_after: Of everything charged, with all of the run that can be paid for.
         warmup_releases: Of the planned run, if it has a warm-up.
+        releases: How many releases can be paid for, those of the warm-up and of the rounds together.
     """
 
     plan: Plan
@@ -63,11 +64,17 @@ class Forecast:
     rounds_planned: int
     epsilon_after: float
     warmup_releases: int = 1
+    releases: int = 0
 
     @property
     def whole(self) -> bool:
         """Whether the site can join all of the run."""
         return self.refusal is None and self.warmup is not False and self.rounds == self.rounds_planned
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the site can join nothing of the run, by the policy or by what is left of the budget."""
+        return self.releases == 0
 
 
 @final
@@ -149,7 +156,8 @@ def _forecast(rules: Policy, charges: list[Charge], proposal: Proposal, cohort: 
         charge = agreed.charge_of_round(proposal.train.steps_per_round)
         trained = affordable_rounds(taken, charge, proposal.training_rounds, rules.max_epsilon, rules.delta)
         joined, taken = joined + trained, taken + [charge] * trained
-    return Forecast(agreed, refusal, warmup, joined, rounds, epsilon(taken, rules.delta), releases)
+    paid_for = len(taken) - len(charges)
+    return Forecast(agreed, refusal, warmup, joined, rounds, epsilon(taken, rules.delta), releases, paid_for)
 
 
 def _refusal(rules: Policy, proposal: Proposal, agreed: Plan) -> str | None:

@@ -153,7 +153,7 @@ def show_budget(
 ) -> None:
     """Show what is spent, left and by run; with --config, what a planned run would cost and how far the budget goes.
 
-    Exits 5 where the policy refuses the planned run.
+    Exits 5 where this site can join nothing of the planned run, by its policy or its budget.
     """
     proposal, rules = _planned(config) if config is not None else None, policy.load(Home(home).policy)
     cohort = None
@@ -173,7 +173,7 @@ def show_budget(
     if json_file is not None:
         require_outside(home, json_file)
         write_atomic(json_file, (json.dumps(found.as_json(), indent=1) + "\n").encode())
-    if found.forecast is not None and found.forecast.refusal is not None:
+    if found.forecast is not None and found.forecast.nothing:
         raise typer.Exit(ExitCode.PRIVACY)
 
 
@@ -248,7 +248,7 @@ def _print_forecast(planned: budget.Forecast, left: float) -> None:
     noise = ", ".join(f"noise of the {name} {sigma:.3f}" for name, sigma in noises if sigma is not None)
     print(f"planned run: sample rate {agreed.sample_rate:.4f}, {noise}, {agreed.steps} steps")
     print(f"planned run alone: epsilon {agreed.epsilon:.3f}")
-    print(f"policy: {'allows it' if planned.refusal is None else 'refuses it: ' + planned.refusal}")
+    print(f"policy: {_verdict(planned)}")
     print(f"this site can join: {_extent(planned)}; then spent: epsilon {planned.epsilon_after:.3f}")
     if planned.warmup is False and planned.refusal is None:
         alone = epsilon([agreed.charge_of_warmup()] * planned.warmup_releases, agreed.delta)
@@ -264,14 +264,24 @@ def _print_images(home: Home, proposal: Proposal) -> None:
         print(f"images: {error if image.classes != _UNNAMED else 'not looked for, since the run names no classes'}")
 
 
+def _verdict(planned: budget.Forecast) -> str:
+    if planned.refusal is not None:
+        return f"refuses it: {planned.refusal}"
+    if planned.whole:
+        return "allows it"
+    return f"allows it; the budget allows {'nothing' if planned.nothing else 'a part'} of it"
+
+
 def _extent(planned: budget.Forecast) -> str:
     if planned.whole:
         return "the whole run"
+    if planned.nothing:
+        return "nothing of it"
     rounds = f"{planned.rounds} of {planned.rounds_planned} rounds"
     if planned.warmup:
         return f"the warm-up and {rounds}"
     if planned.rounds == 0:
-        return "nothing of it"
+        return "the first release of the warm-up"
     return rounds if planned.warmup is None else f"{rounds}, not the warm-up"
 
 
