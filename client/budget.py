@@ -137,6 +137,29 @@ def look_up(
     return Budget(rules.site, rules.max_epsilon, rules.delta, epsilon(everything, rules.delta), runs, forecast)
 
 
+def verdict(planned: Forecast) -> str:
+    """Return in words whether policy and budget allow a planned run."""
+    if planned.refusal is not None:
+        return f"refuses it: {planned.refusal}"
+    if planned.whole:
+        return "allows it"
+    return f"allows it; the budget allows {'nothing' if planned.nothing else 'a part'} of it"
+
+
+def extent(planned: Forecast) -> str:
+    """Return in words what of a planned run the site can join."""
+    if planned.whole:
+        return "the whole run"
+    if planned.nothing:
+        return "nothing of it"
+    rounds = f"{planned.rounds} of {planned.rounds_planned} rounds"
+    if planned.warmup:
+        return f"the warm-up and {rounds}"
+    if planned.rounds == 0:
+        return "the first release of the warm-up"
+    return rounds if planned.warmup is None else f"{rounds}, not the warm-up"
+
+
 def _forecast(rules: Policy, charges: list[Charge], proposal: Proposal, cohort: Cohort | None) -> Forecast:
     if proposal.train.algorithm == "secure-sum" and cohort is None:
         raise ConfigError(
