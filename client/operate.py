@@ -65,8 +65,9 @@ def start(home: HomeArgument, socket: SocketOption = None) -> None:
 def relay(home: HomeArgument, socket: SocketOption = None) -> None:
     """Run the relay alone, for service managers and containers, until SIGTERM or Ctrl-C.
 
-    Of HOME it needs federation.json and keys/node.key, may have bundles.txt, and writes logs/; the agent's home may be
-    elsewhere, under another user.
+    Of HOME it needs federation.json and keys/node.key, unless the service manager hands it both as the credentials
+    `federation.json` and `node.key`; it may have bundles.txt, and writes logs/. The agent's home may be elsewhere,
+    under another user.
     """
     os.environ.update(flower_environment(home.absolute(), local=False))
     from client.relay import run  # imports flwr, which reads the environment as it is imported
