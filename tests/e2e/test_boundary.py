@@ -37,7 +37,7 @@ def _may_separate() -> bool:
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow,
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(not _may_separate(), reason="needs root, unshare and setpriv"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what Flower uses
 ]
@@ -55,8 +55,8 @@ WORDS = "correct horse battery staple"
 def as_relay(environment: dict[str, str]) -> tuple[list[str], str]:
     """Return how the relay's user is become, and its number.
 
-    Where the interpreter can be read by root alone, it is root's number without any of root's powers: that may read what
-    is its own, like every user, and nothing of the agent's.
+    Where the interpreter can be read by root alone, it is root's number without any of root's powers: that may read
+    what is its own, like every user, and nothing of the agent's.
     """
     tried = subprocess.run([*_RELAY, sys.executable, "-c", "import cryptography, client"], env=environment, cwd=ROOT)
     if tried.returncode == 0:
@@ -77,6 +77,23 @@ for path in sys.argv[1:]:
     except OSError as error:
         print(path, error, file=sys.stderr)
 print(json.dumps(refused))
+"""
+
+
+FLOOD = """
+import dataclasses, json, socket, sys, time
+from pathlib import Path
+from client.channel import connect, pack_request
+from common.messages import Kind, Request
+path, proposal = Path(sys.argv[1]), Path(sys.argv[2]).read_text()
+ask, codes, started, held = connect(path, 60.0), set(), time.monotonic(), []
+for number in range(100):
+    question = Request(Kind.WARMUP, f"own-{number}", 0, proposal, {"look": "public"})
+    codes.add(ask(question).refusal)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as half:
+        half.connect(str(path))
+        half.sendall(pack_request(question)[:-3])
+print(json.dumps([sorted(map(str, codes)), time.monotonic() - started]))
 """
 
 
@@ -157,6 +174,13 @@ def refused(user: Sequence[str], paths: Sequence[Path]) -> list[str]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=ROOT, check=True).stdout)
 
 
+def flood(user: Sequence[str], socket: Path, proposal: Path) -> tuple[list[str], float]:
+    """Ask in the relay's name what no coordinator signed; return the codes and how long it took."""
+    proposal.write_text(PROPOSAL.proposal())
+    command = [*user, sys.executable, "-c", FLOOD, str(socket), str(proposal)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=ROOT, check=True).stdout)
+
+
 def private_files(home: Home, data: Path, credentials: Path, pid: int) -> list[Path]:
     """Return what the relay's user must not read: data, keys, policy, ledger, journal, replies, log, memory."""
     books = [*home.ledger.iterdir(), *home.journal.iterdir(), *home.replies.iterdir()]
@@ -196,13 +220,16 @@ def test_a_federation_completes_across_the_boundary(folder: Path, say: Callable[
         running.enter_context(process(relay, folder / "relay.txt", own))
         command = [*PYTHON, "server.cli", "run", hub, folder / "run.toml"]
         with process(command, folder / "run.txt") as asked:
-            assert asked.wait(100) == 0
+            assert asked.wait(200) == 0
         interfaces = Path(f"/proc/{agent.pid}/net/dev").read_text().splitlines()[2:]
         assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
         secret = private_files(home, data, folder / "of-agent", agent.pid)
         assert refused(relay_user, secret) == [str(path) for path in secret]
         assert refused(_AGENT, secret) == []
         assert refused(relay_user, [folder / "of-relay" / "node.key"]) == []
+        codes, seconds = flood(relay_user, socket, folder / "proposal.json")
+        print(f"\n200 connections of a broken-in relay took {seconds:.1f} s")
+        assert codes == ["bad-request"]
     rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [list(line["sites"]) for line in rounds] == [["st-mary"]] * 3
     assert (run / "generator.safetensors").exists()

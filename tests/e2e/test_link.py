@@ -262,3 +262,43 @@ def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path) -> None:
             assert http.get("/health").status_code == 200
     finally:
         end(process)
+
+
+@pytest.mark.timeout(180)
+def test_a_running_site_reconnects_after_the_authority_was_renewed(tmp_path) -> None:
+    """Its relay runs through it all: nothing of its home is replaced, and nobody starts it anew."""
+    consortium, home = make_home(tmp_path / "home"), Home(tmp_path / "site")
+    home.node_key.parent.mkdir(parents=True)
+    write_atomic(home.node_key, new_node_key(), 0o600)
+    public = node_public_key(home.node_key.read_bytes())
+    write_site(consortium, "st-mary", public.decode())
+    pin(home, read_settings(consortium).port, consortium.ca_pem.read_bytes())
+    kept = {path: path.read_bytes() for path in (home.node_key, home.federation)}
+    address = ("127.0.0.1", read_settings(consortium).port)
+
+    def contact() -> str:
+        return json.loads(home.relay_state.read_text())["contact"] if home.relay_state.exists() else ""
+
+    link, before = start(consortium, "server.link"), ssl.get_server_certificate
+    relay = None
+    try:
+        wait_until_up(consortium)
+        wait_for(lambda: known(consortium) == {"st-mary"})
+        command = [sys.executable, "-m", "client.entry", "relay", str(home.folder)]
+        relay = subprocess.Popen(command, env=environment(consortium), cwd=ROOT)
+        wait_for(contact, 60)
+        shown = before(address)
+        renew(consortium, datetime.now(UTC), authority=True)
+        wait_for(lambda: before(address) != shown)
+        link.kill()  # every connection is cut
+        link.wait()
+        link = start(consortium, "server.link")
+        wait_until_up(consortium)
+        again = datetime.now(UTC).isoformat(timespec="seconds")
+        wait_for(lambda: contact() > again, 90)
+        assert relay.poll() is None
+        assert before(address) != shown
+    finally:
+        for process in filter(None, (relay, link)):
+            end(process)
+    assert {path: path.read_bytes() for path in kept} == kept
