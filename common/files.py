@@ -69,7 +69,10 @@ def read_secret(path: Path, limit: int) -> bytes:
         StorageError: It cannot be read, or others than its owner may read or write it.
         WireError: It is longer.
     """
-    content, status = _read_with_status(path, limit)
+    try:
+        content, status = _read_with_status(path, limit)
+    except OSError as error:
+        raise StorageError(f"Could not read the secret {path}: {error.strerror}. Restore it from a backup.") from error
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         raise StorageError(
@@ -91,9 +94,15 @@ def read_credential(name: str, limit: int) -> bytes | None:
         WireError: It is longer than `limit` bytes.
     """
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    if not folder or not (path := Path(folder) / name).exists():
+    if not folder:
         return None
-    content, status = _read_with_status(path, limit)
+    path = Path(folder) / name
+    try:
+        content, status = _read_with_status(path, limit)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"Could not read {path}: {error.strerror}. See the unit's credentials.") from error
     # systemd keeps root as the owner and lets the service read by an access list, whose mask shows as the group's bits
     of_root = (status.st_uid, status.st_gid) == (0, 0)
     mode = stat.S_IMODE(status.st_mode)
@@ -105,11 +114,8 @@ def read_credential(name: str, limit: int) -> bytes | None:
 
 
 def _read_with_status(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
-    try:
-        with path.open("rb") as handle:
-            return handle.read(limit + 1), os.fstat(handle.fileno())
-    except OSError as error:
-        raise StorageError(f"Could not read the secret {path}: {error.strerror}. Restore it from a backup.") from error
+    with path.open("rb") as handle:
+        return handle.read(limit + 1), os.fstat(handle.fileno())
 
 
 def require_outside(folder: Path, file: Path) -> None:

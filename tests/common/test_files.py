@@ -126,6 +126,10 @@ def test_a_credential_is_read_from_the_folder_that_the_service_manager_names(tmp
         path.chmod(mode)
         with pytest.raises(StorageError, match="chmod 600"):
             read_credential("passphrase", 10)
+    path.unlink()
+    path.mkdir()  # what cannot be read is not the same as what was never handed over
+    with pytest.raises(StorageError, match="credentials"):
+        read_credential("passphrase", 10)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to own a file as root and as another")
