@@ -34,6 +34,8 @@ def test_old_or_new_after_kill(tmp_path) -> None:
     path = tmp_path / "file"
     for attempt in range(12):
         process = subprocess.Popen([sys.executable, "-c", _WRITER, str(path)])
+        while attempt == 0 and not path.exists():
+            time.sleep(0.01)
         time.sleep(0.25 + 0.013 * attempt)
         process.send_signal(signal.SIGKILL)
         process.wait()
