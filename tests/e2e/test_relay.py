@@ -86,7 +86,7 @@ def _state(home: Home) -> dict:
 
 def test_a_site_answers_and_the_bundle_is_never_imported(link: Link, home: Home, tmp_path: Path) -> None:
     """Known requests get the agent's answer, others a code; a message costs less than 2 s beyond its work."""
-    plan = ["hello"] * 5 + ["unknown", "garbage", "large", "hello"]
+    plan = ["hello"] * 5 + ["unknown", "garbage", "unsigned", "large", "hello"]
     with started(home) as process:
         relay = psutil.Process(child(home, "relay"))
         wait_for(lambda: site("status", home.folder).returncode == ExitCode.OK, 30, "the link")
@@ -103,7 +103,7 @@ def test_a_site_answers_and_the_bundle_is_never_imported(link: Link, home: Home,
     assert [a["reply"]["fields"]["site"] for a in found if a["what"] == "hello"] == ["st-mary"] * 6
     by_name = {answer["what"]: answer for answer in found}
     assert (by_name["unknown"]["error"], by_name["unknown"]["reason"]) == (1, "unknown-request")
-    assert by_name["garbage"]["reply"]["refusal"] == "bad-request"
+    assert by_name["garbage"]["reply"]["refusal"] == by_name["unsigned"]["reply"]["refusal"] == "bad-request"
     assert by_name["large"]["reply"]["refusal"] is not None
     assert not (link.folder / "canary").exists()
     assert process.returncode == ExitCode.OK
