@@ -36,6 +36,7 @@ from common.look import Look, read_look
 from common.messages import Kind, Reply, Request, Scalar
 from common.models import Pair, build
 from common.noise import gaussian, to_public_grid
+from common.passphrase import Passphrase
 from common.plan import Plan, plan
 from common.privacy import Charge
 from common.seal import check_request, request_digest, sign_reply
@@ -71,19 +72,26 @@ class Site:
     clock: Callable[[], float] = time.time
 
 
-def open_site(home: Home, secrets: Secrets = os_secrets, coordinator: VerifyKey | None = None) -> Site:
+def open_site(
+    home: Home,
+    secrets: Secrets = os_secrets,
+    coordinator: VerifyKey | None = None,
+    ask: Callable[[], Passphrase] | None = None,
+) -> Site:
     """Open a site's home and verify its ledger.
 
     Args:
         home: The site's folder.
         secrets: Where secret randomness comes from. Only the simulator passes anything but the operating system's.
         coordinator: Whose requests are answered; None for everybody's, within one machine.
+        ask: Gives the passphrase of the identity key, where it has one.
 
     Raises:
         ConfigError: The policy or site.toml does not read.
         StorageError: The key or the ledger is damaged.
+        PassphraseError: The key is kept under a passphrase, and `ask` does not give it.
     """
-    key = load_key(home.key)
+    key = load_key(home.key, ask)
     require_books(home)
     ledger = open_ledger(home.ledger, key, head_copy(home))
     gradients = read_site_config(home).gradients

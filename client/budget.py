@@ -54,6 +54,7 @@ class Forecast:
         epsilon_after: Of everything charged, with all of the run that can be paid for.
         warmup_releases: Of the planned run, if it has a warm-up.
         in_order: How many releases can be paid for one after the other, from round 0 of the warm-up or round 1 on.
+        releases: How many releases can be paid for, those of the warm-up and of the rounds together.
     """
 
     plan: Plan
@@ -64,11 +65,17 @@ class Forecast:
     epsilon_after: float
     warmup_releases: int = 1
     in_order: int = 0
+    releases: int = 0
 
     @property
     def whole(self) -> bool:
         """Whether the site can join all of the run."""
         return self.refusal is None and self.warmup is not False and self.rounds == self.rounds_planned
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the site can join nothing of the run, by the policy or by what is left of the budget."""
+        return self.releases == 0
 
 
 @final
@@ -131,6 +138,29 @@ def look_up(
     return Budget(rules.site, rules.max_epsilon, rules.delta, spent, runs, planned)
 
 
+def verdict(planned: Forecast) -> str:
+    """Return in words whether policy and budget allow a planned run."""
+    if planned.refusal is not None:
+        return f"refuses it: {planned.refusal}"
+    if planned.whole:
+        return "allows it"
+    return f"allows it; the budget allows {'nothing' if planned.nothing else 'a part'} of it"
+
+
+def extent(planned: Forecast) -> str:
+    """Return in words what of a planned run the site can join."""
+    if planned.whole:
+        return "the whole run"
+    if planned.nothing:
+        return "nothing of it"
+    rounds = f"{planned.rounds} of {planned.rounds_planned} rounds"
+    if planned.warmup:
+        return f"the warm-up and {rounds}"
+    if planned.rounds == 0:
+        return "the first release of the warm-up"
+    return rounds if planned.warmup is None else f"{rounds}, not the warm-up"
+
+
 def forecast(
     rules: Policy, entries: Sequence[Entry], proposal: Proposal, cohort: Cohort | None = None, run_id: str = ""
 ) -> Forecast:
@@ -171,7 +201,8 @@ def forecast(
         charge = agreed.charge_of_round(proposal.train.steps_per_round)
         trained = pay(charge, proposal.training_rounds, len(kinds) - looks)
         joined, in_order = joined + trained, in_order + (0 if warmup is False else trained)
-    return Forecast(agreed, refusal, warmup, joined, rounds, epsilon(taken, rules.delta), releases, in_order)
+    paid_for = len(taken) - len(entries)
+    return Forecast(agreed, refusal, warmup, joined, rounds, epsilon(taken, rules.delta), releases, in_order, paid_for)
 
 
 def _refusal(rules: Policy, proposal: Proposal, agreed: Plan) -> str | None:

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -31,13 +32,14 @@ from client.joining import has_joined, load_pinned
 from client.ledger import Ledger, read_ledger
 from client.logs import log_to
 from client.membership import add_commands
+from client.passphrase import ask_new, obtain
 from client.policy import Policy
 from client.serve import serve
 from client.verify import export_journal, read_export, verify_home
 from common.command import run_command
 from common.config import Proposal
 from common.config_text import build_config, read_config
-from common.crypto import load_key
+from common.crypto import load_verify_key
 from common.errors import ConfigError, ExitCode, IntakeError, StorageError
 from common.files import require_outside, write_atomic
 from common.plan import delta_warning
@@ -72,6 +74,9 @@ def init(
     head_copy: Annotated[
         Path | None, typer.Option(help="File outside the home for a copy of the ledger's head: shows a roll-back.")
     ] = None,
+    passphrase: Annotated[
+        bool, typer.Option("--passphrase", help="Keep the identity key under one; asked twice.")
+    ] = False,
 ) -> None:
     """Make a site's home: keys, policy, an empty ledger and journal."""
     try:
@@ -85,7 +90,8 @@ def init(
     if not data.exists():
         raise IntakeError(f"Found nothing at --data {data}. Name the folder of the site's images, or an NPZ.")
     copy = str(head_copy.absolute()) if head_copy is not None else None
-    made = create_home(home, SiteConfig(data=str(data.absolute()), label=label, head_copy=copy), rules)
+    site = SiteConfig(data=str(data.absolute()), label=label, head_copy=copy)
+    made = create_home(home, site, rules, ask_new() if passphrase else None)
     print(f"home: {made.folder}; read and mend {made.policy} before the first run")
     print(f"next: fedmedgan-site enrol {made.folder}, and send the coordinator the file that it writes")
 
@@ -115,13 +121,15 @@ def import_(
 def serve_(
     home: HomeArgument,
     socket: Annotated[Path, typer.Option(help="The Unix socket to answer on.")],
+    passphrase_fd: Annotated[int | None, typer.Option(hidden=True, min=3)] = None,  # a pipe of `start`
 ) -> None:
     """Answer the relay's requests on a Unix socket until SIGTERM or Ctrl-C.
 
     A site that has joined a federation answers what its coordinator signed and nothing else.
     """
     opened = Home(home)
-    site = open_site(opened, coordinator=load_pinned(home).coordinator if has_joined(home) else None)
+    coordinator = load_pinned(home).coordinator if has_joined(home) else None
+    site = open_site(opened, coordinator=coordinator, ask=partial(obtain, passphrase_fd))
     log_to(opened.log)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -153,7 +161,7 @@ def show_budget(
 ) -> None:
     """Show what is spent, left and by run; with --config, what a planned run would cost and how far the budget goes.
 
-    Exits 5 where the policy refuses the planned run.
+    Exits 5 where this site can join nothing of the planned run, by its policy or its budget.
     """
     proposal, rules = _planned(config) if config is not None else None, policy.load(Home(home).policy)
     cohort = None
@@ -173,7 +181,7 @@ def show_budget(
     if json_file is not None:
         require_outside(home, json_file)
         write_atomic(json_file, (json.dumps(found.as_json(), indent=1) + "\n").encode())
-    if found.forecast is not None and found.forecast.refusal is not None:
+    if found.forecast is not None and found.forecast.nothing:
         raise typer.Exit(ExitCode.PRIVACY)
 
 
@@ -181,7 +189,7 @@ def show_budget(
 def show_journal(home: HomeArgument) -> None:
     """Verify the journal and show every release."""
     require_books(Home(home))
-    entries = journal.entries(Home(home).journal, load_key(Home(home).key).verify_key)
+    entries = journal.entries(Home(home).journal, load_verify_key(Home(home).key))
     table = Table("time", "run", "round", "kind", "bytes", "sha256", "epsilon after", title="releases")
     for entry in entries:
         digest, after = entry.sha256[:16], f"{entry.epsilon_after:.3f}"
@@ -204,7 +212,7 @@ def verify_journal(
             raise StorageError(f"The journal in {path} is signed by {signer.to_bytes().hex()}, not by --key {key}.")
         print(f"verified; {len(entries)} releases, signed by {signer.to_bytes().hex()}")
         return
-    signer = load_key(Home(path).key).verify_key
+    signer = load_verify_key(Home(path).key)
     if key is not None and key.lower() != signer.to_bytes().hex():
         raise StorageError(f"The home {path} signs as {signer.to_bytes().hex()}, not as --key {key}.")
     require_books(Home(path))
@@ -219,7 +227,7 @@ def verify_journal(
 @records.command("export")
 def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The file to write.")]) -> None:
     """Write the signed journal and the public key to a file that `journal verify FILE` checks anywhere."""
-    verify_key = load_key(Home(home).key).verify_key
+    verify_key = load_verify_key(Home(home).key)
     require_outside(home, file)
     write_atomic(file, export_journal(Home(home).journal, verify_key))
     print(f"{file}; tell the auditor the public key by another way: {verify_key.to_bytes().hex()}")
@@ -232,7 +240,7 @@ def _print(table: Table) -> None:
 
 def _ledger(home: Path) -> Ledger:
     opened = Home(home)
-    return read_ledger(opened.ledger, load_key(opened.key).verify_key, head_copy(opened))
+    return read_ledger(opened.ledger, load_verify_key(opened.key), head_copy(opened))
 
 
 def _planned(path: Path) -> Proposal:
@@ -248,8 +256,8 @@ def _print_forecast(planned: budget.Forecast, left: float) -> None:
     noise = ", ".join(f"noise of the {name} {sigma:.3f}" for name, sigma in noises if sigma is not None)
     print(f"planned run: sample rate {agreed.sample_rate:.4f}, {noise}, {agreed.steps} steps")
     print(f"planned run alone: epsilon {agreed.epsilon:.3f}")
-    print(f"policy: {'allows it' if planned.refusal is None else 'refuses it: ' + planned.refusal}")
-    print(f"this site can join: {_extent(planned)}; then spent: epsilon {planned.epsilon_after:.3f}")
+    print(f"policy: {budget.verdict(planned)}")
+    print(f"this site can join: {budget.extent(planned)}; then spent: epsilon {planned.epsilon_after:.3f}")
     if planned.warmup is False and planned.refusal is None:
         alone = epsilon([agreed.charge_of_warmup()] * planned.warmup_releases, agreed.delta)
         print(f"over budget: the warm-up alone asks for epsilon {alone:.3f}, {left:.3f} is left")
@@ -262,17 +270,6 @@ def _print_images(home: Home, proposal: Proposal) -> None:
         print("images: imported")
     except IntakeError as error:
         print(f"images: {error if image.classes != _UNNAMED else 'not looked for, since the run names no classes'}")
-
-
-def _extent(planned: budget.Forecast) -> str:
-    if planned.whole:
-        return "the whole run"
-    rounds = f"{planned.rounds} of {planned.rounds_planned} rounds"
-    if planned.warmup:
-        return f"the warm-up and {rounds}"
-    if planned.rounds == 0:
-        return "nothing of it"
-    return rounds if planned.warmup is None else f"{rounds}, not the warm-up"
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -3,7 +3,7 @@
 import sys
 from typing import NoReturn
 
-LIGHT = frozenset({"start", "relay", "status"})
+LIGHT = frozenset({"start", "relay", "status", "passphrase"})
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

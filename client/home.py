@@ -2,7 +2,7 @@
 
     site.toml      where the images are and how they are labelled (the data engineer's file)
     policy.toml    what the site allows (the privacy officer's file)
-    keys/site.json the site's identity key, mode 0600
+    keys/site.json the site's identity key, mode 0600, under a passphrase if the site wants one (client/passphrase)
     keys/node.*    the relay's key, federation.json what it trusts (client/joining)
     ledger/        every charge, signed and chained
     journal/       every release, signed and chained
@@ -31,9 +31,10 @@ from client.ledger import open_ledger
 from client.paths import Home as Home
 from client.policy import Policy
 from common.config import GradientEngine
-from common.crypto import SigningKey, load_key, save_key
+from common.crypto import SigningKey, is_sealed, load_key, save_key
 from common.errors import ConfigError, IntakeError, StorageError
 from common.files import make_folder, write_atomic
+from common.passphrase import Passphrase
 
 _MAX_FORMS = 8
 """Imported data sets that a refusal names."""
@@ -65,8 +66,8 @@ class SiteConfig(BaseModel):
         return value
 
 
-def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
-    """Make a site's home: folders, configuration, policy and a new identity key.
+def create_home(folder: Path, site: SiteConfig, policy: Policy, passphrase: Passphrase | None = None) -> Home:
+    """Make a site's home: folders, configuration, policy and a new identity key, under a passphrase if one is given.
 
     The policy is written last: a home without one was never used, and is taken up where it was left.
 
@@ -84,9 +85,11 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     write_atomic(folder / "site.toml", ("\n".join(lines) + "\n").encode(), 0o600)
     if not home.key.exists():
-        save_key(home.key, SigningKey.generate())
+        save_key(home.key, SigningKey.generate(), passphrase)
     make_node_key(folder)
-    key = load_key(home.key)
+    key = load_key(home.key, None if passphrase is None else lambda: passphrase)
+    if passphrase is not None and not is_sealed(home.key):
+        save_key(home.key, key, passphrase)
     open_ledger(home.ledger, key, head_copy(home))
     journal.start(home.journal, key)
     policies.save(home.policy, policy)

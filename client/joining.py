@@ -25,7 +25,7 @@ from common.enrolment import (
     write_enrolment,
 )
 from common.errors import EnrolmentError, StorageError, WireError
-from common.files import make_folder, read_bounded, read_secret, sync_folder, write_atomic
+from common.files import make_folder, read_bounded, read_credential, read_secret, sync_folder, write_atomic
 
 MAX_NODE_KEY_FILE_BYTES = 4096
 
@@ -174,12 +174,13 @@ def leave(home: Path) -> Pinned:
 
 
 def read_node_key(home: Path) -> NodeKey:
-    """Return the key by which Flower's link knows this site.
+    """Return the key by which Flower's link knows this site: the credential `node.key`, or the home's.
 
     Raises:
         StorageError: It cannot be read, is none, or others than its owner may read it.
     """
-    return load_node_key(read_secret(Home(home).node_key, MAX_NODE_KEY_FILE_BYTES))
+    handed = read_credential(Home(home).node_key.name, MAX_NODE_KEY_FILE_BYTES)
+    return load_node_key(handed or read_secret(Home(home).node_key, MAX_NODE_KEY_FILE_BYTES))
 
 
 def public_node_key(home: Path) -> str:
@@ -196,13 +197,14 @@ def load_pinned(home: Path) -> Pinned:
     """Return what the site pinned when it joined; an invitation's expiry no longer matters then.
 
     Args:
-        home: The site's home folder.
+        home: The site's home folder. A service may have been handed federation.json as a credential instead.
 
     Raises:
         EnrolmentError: The site has not joined.
         StorageError: federation.json cannot be read or was changed.
     """
-    invitation = _read_pinned(home)
+    handed = read_credential(Home(home).federation.name, MAX_DOCUMENT_BYTES)
+    invitation = _read_pinned(home) if handed is None else read_invitation(handed)
     return Pinned(
         host=invitation.host,
         port=invitation.port,

@@ -15,7 +15,8 @@ from client.home import Home
 from client.joining import enrolment_file, has_joined, load_pinned, make_next_key, read_for
 from client.joining import join as pin
 from client.joining import leave as forget
-from common.crypto import load_key
+from client.passphrase import load_identity
+from common.crypto import load_verify_key
 from common.enrolment import MAX_DOCUMENT_BYTES, Invitation
 from common.files import read_bounded, require_outside, write_atomic
 from common.fingerprint import require_words, words_of
@@ -46,7 +47,7 @@ def join(
 ) -> None:
     """Accept the coordinator's invitation, once its words are compared by phone."""
     opened, content = Home(home), read_bounded(invitation, MAX_DOCUMENT_BYTES)
-    identity = load_key(opened.key).verify_key
+    identity = load_verify_key(opened.key)
     read = read_for(home, content, policy.load(opened.policy).site, identity, datetime.now(UTC))
     if not has_joined(home):
         print(f"words of this site, to read to the coordinator: {words_of(identity, 'site')}")
@@ -84,7 +85,7 @@ def leave(
 
 def _write_enrolment(home: Path, out: Path | None) -> None:
     opened = Home(home)
-    site, key = policy.load(opened.policy).site, load_key(opened.key)
+    site, key = policy.load(opened.policy).site, load_identity(opened)
     content = enrolment_file(home, site, key, datetime.now(UTC))
     file = out or Path(f"{site}.enrolment.json")
     require_outside(home, file)

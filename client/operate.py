@@ -11,16 +11,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from client import passphrase
 from client.joining import load_pinned
 from client.lock import alone, is_held
 from client.logs import log_to
 from client.paths import Home
 from client.supervise import Child, agent_command, relay_command, supervise
 from common.command import run_command
+from common.crypto import is_sealed, load_key
 from common.errors import ConfigError, ExitCode, FedmedganError, StorageError
 from common.flower_environment import flower_environment
+from common.passphrase import Passphrase
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command("passphrase")(passphrase.change)
 
 HomeArgument = Annotated[Path, typer.Argument(help="The site's home folder.")]
 SocketOption = Annotated[Path | None, typer.Option(help="The agent's Unix socket; HOME/agent.sock unless named.")]
@@ -34,14 +38,15 @@ LOG = logging.getLogger("fedmedgan.start")
 def start(home: HomeArgument, socket: SocketOption = None) -> None:
     """Run agent and relay and start them anew when they end, until SIGTERM or Ctrl-C.
 
-    Ends with a child's code where only a person can mend what is wrong.
+    Ends with a child's code where only a person can mend what is wrong. An identity key under a passphrase is opened
+    once before anything is started; the agent gets the passphrase through a pipe.
     """
     opened = Home(home.absolute())
     if not opened.policy.exists():
         raise StorageError(f"Expected a site's home in {home}. Make one: fedmedgan-site init {home} ...")
     load_pinned(opened.folder)
     os.environ.update(flower_environment(opened.folder, local=False))  # for the relay
-    path = _socket(opened, socket)
+    path, given = _socket(opened, socket), _passphrase(opened)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
@@ -49,7 +54,7 @@ def start(home: HomeArgument, socket: SocketOption = None) -> None:
         log_to(opened.start_log)
         print(f"started; logs in {opened.start_log.parent}; see: fedmedgan-site status {home}", flush=True)
         children = [
-            Child("agent", agent_command(opened.folder, path)),
+            Child("agent", agent_command(opened.folder, path), given),
             Child("relay", relay_command(opened.folder, path)),
         ]
         code = supervise(children, opened.start_state, stop)
@@ -60,8 +65,9 @@ def start(home: HomeArgument, socket: SocketOption = None) -> None:
 def relay(home: HomeArgument, socket: SocketOption = None) -> None:
     """Run the relay alone, for service managers and containers, until SIGTERM or Ctrl-C.
 
-    Of HOME it needs federation.json and keys/node.key, may have bundles.txt, and writes logs/; the agent's home may be
-    elsewhere, under another user.
+    Of HOME it needs federation.json and keys/node.key, unless the service manager hands it both as the credentials
+    `federation.json` and `node.key`; it may have bundles.txt, and writes logs/. The agent's home may be elsewhere,
+    under another user.
     """
     os.environ.update(flower_environment(home.absolute(), local=False))
     from client.relay import run  # imports flwr, which reads the environment as it is imported
@@ -110,6 +116,14 @@ def _socket(home: Home, socket: Path | None) -> Path:
             "a shorter one: --socket /run/fedmedgan/agent.sock"
         )
     return path
+
+
+def _passphrase(home: Home) -> Passphrase | None:
+    if not is_sealed(home.key):
+        return None
+    given = passphrase.obtain()
+    load_key(home.key, lambda: given)
+    return given
 
 
 def _bundles(home: Home) -> str:

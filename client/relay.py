@@ -86,8 +86,8 @@ def run(home: Home, socket: Path) -> None:
     The caller holds the home's relay lock: a relay that starts signs its predecessor off at the link.
 
     Args:
-        home: Holds keys/node.key, federation.json and, if wanted, bundles.txt and site.toml, of which only `extra_ca`
-            is looked at; nothing else of it is read.
+        home: Holds keys/node.key and federation.json, unless they are handed over as credentials, and, if wanted,
+            bundles.txt and site.toml, of which only `extra_ca` is looked at; nothing else of it is read.
         socket: The agent's Unix socket. The agent may come and go.
 
     Raises:

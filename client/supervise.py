@@ -20,6 +20,7 @@ from typing import final
 
 from common.errors import ExitCode
 from common.files import make_folder, write_atomic
+from common.passphrase import Passphrase
 
 LOG = logging.getLogger("fedmedgan.start")
 
@@ -39,6 +40,7 @@ FOR_A_PERSON = frozenset(
         ExitCode.STORAGE,
         ExitCode.MISSING_EXTRA,
         ExitCode.WIRE,
+        ExitCode.PASSPHRASE,
     }
 )
 _LOOK_S = 0.1
@@ -52,10 +54,12 @@ class Child:
     Attributes:
         name: For the log and `status`.
         command: What is started; its standard input is a pipe that closes when this process ends.
+        passphrase: Written into a second pipe at each start, whose number the command gets as `--passphrase-fd`.
     """
 
     name: str
     command: Sequence[str]
+    passphrase: Passphrase | None = None
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
     wait_s: float = FIRST_WAIT_S
@@ -117,7 +121,7 @@ def _look_after(child: Child) -> bool:
     if child.process is None:
         if now < child.due:
             return False
-        child.process = subprocess.Popen(child.command, stdin=subprocess.PIPE)
+        child.process = _start(child)
         child.starts, child.started = child.starts + 1, now
         LOG.info("%s started, process %d", child.name, child.process.pid)
         return True
@@ -131,6 +135,19 @@ def _look_after(child: Child) -> bool:
     child.wait_s = min(2 * wait_s, LONGEST_WAIT_S)
     LOG.warning("%s ended with code %d; it is started anew in %.0f s", child.name, code, wait_s)
     return True
+
+
+def _start(child: Child) -> subprocess.Popen[bytes]:
+    if child.passphrase is None:
+        return subprocess.Popen(child.command, stdin=subprocess.PIPE)
+    reading, writing = os.pipe()
+    try:
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(child.passphrase.to_bytes())  # shorter than what a pipe holds: nobody has to read yet
+        command = [*child.command, "--passphrase-fd", str(reading)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(reading,))
+    finally:
+        os.close(reading)
 
 
 def _end(children: Sequence[Child]) -> None:

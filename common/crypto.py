@@ -1,11 +1,12 @@
 """Site identities and secret key streams: Ed25519 signatures, AES-256-CTR and HKDF-SHA256.
 
-Beside common/certificates the only module that imports `cryptography`. Out of scope: what is signed (client/chain,
-common/wire) and what the stream is used for (common/noise).
+Beside common/certificates and common/passphrase the only module that imports `cryptography`. Out of scope: what is
+signed (client/chain, common/wire) and what the stream is used for (common/noise).
 """
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -17,8 +18,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from common.errors import WireError
+from common.errors import PassphraseError, WireError
 from common.files import read_secret, write_atomic
+from common.passphrase import FIELDS, Passphrase, seal, unseal
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -26,7 +28,6 @@ MAX_KEY_FILE_BYTES = 4096
 
 _SIGNATURE_DOMAIN = b"fedmedgan signature v1"
 _STREAM_DOMAIN = b"fedmedgan key stream v1"
-_KEY_FILE_VERSION = 1
 _KEY_FILE_KIND = "ed25519-private"
 _ZEROS = bytes(1 << 20)
 
@@ -216,33 +217,84 @@ class KeyStream:
         return "KeyStream(<redacted>)"
 
 
-def save_key(path: Path, key: SigningKey) -> None:
-    """Write a private key that only its owner can read.
+def save_key(path: Path, key: SigningKey, passphrase: Passphrase | None = None) -> None:
+    """Write a private key that only its owner can read, and with a passphrase only who knows that too.
+
+    The public half stands in it in clear, so that what only verifies asks nobody.
 
     Raises:
         StorageError: The file cannot be written.
     """
-    content = {"version": _KEY_FILE_VERSION, "kind": _KEY_FILE_KIND, "key": key.to_bytes().hex()}
+    content: dict[str, Any] = {"version": 1, "kind": _KEY_FILE_KIND, "key": key.to_bytes().hex()}
+    if passphrase is not None:
+        about = {"version": 2, "kind": _KEY_FILE_KIND, "public": key.verify_key.to_bytes().hex()}
+        content = {**about, **seal(key.to_bytes(), passphrase, about)}
     write_atomic(path, (json.dumps(content) + "\n").encode(), mode=0o600)
 
 
-def load_key(path: Path) -> SigningKey:
+def load_key(path: Path, ask: Callable[[], Passphrase] | None = None) -> SigningKey:
     """Read a private key that `save_key` wrote.
+
+    Args:
+        path: The file.
+        ask: Called once where the key is kept under a passphrase; None: nobody is there to be asked.
+
+    Raises:
+        StorageError: It cannot be read, or others than its owner may read or write it.
+        WireError: It is not a key file of a known version.
+        PassphraseError: It is kept under a passphrase, and there is none to be had, or another one.
+
+    Guarantees:
+        - asked_only_where_needed: A key without a passphrase asks for none.
+    """
+    tree = _read_key_file(path)
+    if "key" in tree:
+        return SigningKey(bytes.fromhex(tree["key"]))
+    if ask is None:
+        raise PassphraseError(
+            f"{path} is kept under a passphrase, which is not asked for here. See `fedmedgan-site passphrase`."
+        )
+    about = {name: tree[name] for name in ("version", "kind", "public")}
+    try:
+        key = SigningKey(unseal({name: tree[name] for name in FIELDS}, ask(), about))
+    except (PassphraseError, WireError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    if key.verify_key.to_bytes().hex() != tree["public"]:
+        raise WireError(f"{path} holds another key than it says. Restore it from a backup.")
+    return key
+
+
+def load_verify_key(path: Path) -> VerifyKey:
+    """Read the public half of a private key that `save_key` wrote; asks for no passphrase.
 
     Raises:
         StorageError: It cannot be read, or others than its owner may read or write it.
         WireError: It is not a key file of a known version.
     """
-    return _parse_key(path, read_secret(path, MAX_KEY_FILE_BYTES))
+    tree = _read_key_file(path)
+    if "key" in tree:
+        return SigningKey(bytes.fromhex(tree["key"])).verify_key
+    return VerifyKey(bytes.fromhex(tree["public"]))
 
 
-def _parse_key(path: Path, content: bytes) -> SigningKey:
+def is_sealed(path: Path) -> bool:
+    """Return whether a private key is kept under a passphrase; raises as `load_verify_key`."""
+    return "key" not in _read_key_file(path)
+
+
+def _read_key_file(path: Path) -> dict[str, Any]:
+    """Return the values of a key file, of which `key` (version 1) or `public` (version 2) is 32 bytes in hex."""
+    content = read_secret(path, MAX_KEY_FILE_BYTES)
     try:
         tree = json.loads(content)
-        if set(tree) == {"version", "kind", "key"} and (tree["version"], tree["kind"]) == (1, _KEY_FILE_KIND):
-            return SigningKey(bytes.fromhex(tree["key"]))
-    except (ValueError, TypeError, WireError):
+        names, form = set(tree), (tree["version"], tree["kind"])
+        plain = names == {"version", "kind", "key"} and form == (1, _KEY_FILE_KIND)
+        sealed = names == {"version", "kind", "public"} | FIELDS and form == (2, _KEY_FILE_KIND)
+        if (plain and SigningKey(bytes.fromhex(tree["key"]))) or (sealed and VerifyKey(bytes.fromhex(tree["public"]))):
+            return tree
+    except (ValueError, TypeError, KeyError, WireError, RecursionError):
         pass  # said below, without the content: it is a secret
     raise WireError(
-        f"{path} is not a private key of version {_KEY_FILE_VERSION} ({_KEY_FILE_KIND}). Restore it from a backup."
+        f"{path} is not a private key of a known version ({_KEY_FILE_KIND}). Restore it from a backup, or use the "
+        "release that wrote it."
     )

@@ -11,6 +11,7 @@ The exception tree:
     ├── StorageError          a file that could not be written or read
     ├── FederationError       no site can take part
     ├── EnrolmentError        a key, certificate, enrolment or invitation that is not to be trusted
+    ├── PassphraseError       the passphrase of the identity key is missing or another one
     └── MissingExtra          an optional dependency is not installed
 
 Messages never hold a patient id, a path below the data root or tensor content.
@@ -35,6 +36,7 @@ class ExitCode(IntEnum):
     MISSING_EXTRA = 9
     WIRE = 10
     ENROLMENT = 11
+    PASSPHRASE = 12
     INTERRUPTED = 130
 
 
@@ -116,6 +118,13 @@ class EnrolmentError(FedmedganError):
     """An enrolment, an invitation or a certificate is expired, replayed, changed, or meant for somebody else."""
 
     exit_code = ExitCode.ENROLMENT
+
+
+@final
+class PassphraseError(FedmedganError):
+    """The passphrase of a site's identity key is missing, another one, or too short for a new one."""
+
+    exit_code = ExitCode.PASSPHRASE
 
 
 @final

@@ -70,11 +70,10 @@ def read_secret(path: Path, limit: int) -> bytes:
         WireError: It is longer.
     """
     try:
-        with path.open("rb") as handle:
-            mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
-            content = handle.read(limit + 1)
+        content, status = _read_with_status(path, limit)
     except OSError as error:
         raise StorageError(f"Could not read the secret {path}: {error.strerror}. Restore it from a backup.") from error
+    mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         raise StorageError(
             f"Expected mode 600 for the secret {path}, got {mode:03o}: others can read it. Run `chmod 600 {path}`; "
@@ -83,6 +82,40 @@ def read_secret(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise WireError(f"Expected at most {limit} bytes in the secret {path}. Restore it from a backup.")
     return content
+
+
+def read_credential(name: str, limit: int) -> bytes | None:
+    """Read what the service manager handed to this service under a name; None where it handed nothing of that name.
+
+    The folder is $CREDENTIALS_DIRECTORY, which systemd sets for LoadCredential= and LoadCredentialEncrypted=.
+
+    Raises:
+        StorageError: It cannot be read, or others than its owner may read or write it.
+        WireError: It is longer than `limit` bytes.
+    """
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        return None
+    path = Path(folder) / name
+    try:
+        content, status = _read_with_status(path, limit)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"Could not read {path}: {error.strerror}. See the unit's credentials.") from error
+    # systemd keeps root as the owner and lets the service read by an access list, whose mask shows as the group's bits
+    of_root = (status.st_uid, status.st_gid) == (0, 0)
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & (0o037 if of_root else 0o077):
+        raise StorageError(f"Expected mode 600 for {path}, got {mode:03o}: others can read it. Run `chmod 600 {path}`.")
+    if len(content) > limit:
+        raise WireError(f"Expected at most {limit} bytes in {path}. Another file was handed over.")
+    return content
+
+
+def _read_with_status(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
+    with path.open("rb") as handle:
+        return handle.read(limit + 1), os.fstat(handle.fileno())
 
 
 def require_outside(folder: Path, file: Path) -> None:

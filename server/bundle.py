@@ -36,6 +36,7 @@ MODULES: tuple[str, ...] = (
     "common/models/resnet.py",
     "common/models/unet.py",
     "common/models/vae.py",
+    "common/passphrase.py",
     "common/plan.py",
     "common/privacy.py",
     "common/seal.py",

@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from client.supervise import FOR_A_PERSON
+from common.errors import ExitCode
+
 DEPLOY = Path(__file__).parents[1] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 COMPOSE = sorted(DEPLOY.glob("*.compose.yaml"))
+NOT_OF = {"agent": (), "relay": (ExitCode.PASSPHRASE,)}
+"""Codes for a person that a service cannot end with."""
 WORST_EXPOSURE = 25
 """Tenths of systemd's scale from 0 to 10."""
 
@@ -55,6 +60,9 @@ def test_units_draw_the_line() -> None:
     assert agent["User"] != relay["User"]
     assert relay["InaccessiblePaths"] == "/var/lib/fedmedgan"
     assert {"MemoryMax", "TasksMax"} <= relay.keys()
+    assert "ExecStartPre" not in relay  # nothing runs as root for the relay, and no key is copied to a disk
+    for name, code in ((name, code) for name in ("agent", "relay") for code in FOR_A_PERSON):
+        assert str(int(code)) in unit(name)["RestartPreventExitStatus"].split() or code in NOT_OF[name]
     for name in ("agent", "relay", "coordinator"):
         service = unit(name)
         assert service["CapabilityBoundingSet"] == ""
@@ -67,6 +75,7 @@ def test_compose_draws_the_line() -> None:
     assert agent["network_mode"] == "none"
     assert not any(volume.startswith("home:") for volume in relay["volumes"])
     assert agent["user"] != relay["user"]
+    assert "socket:/run/fedmedgan:ro" in relay["volumes"]  # a socket is written to through the folder all the same
     for service in services.values():
         assert service["cap_drop"] == ["ALL"]
         assert service["read_only"] is True

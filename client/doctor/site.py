@@ -15,7 +15,7 @@ from client.policy import Policy
 from client.trust import extra_ca, read_bundles
 from client.verify import verify_home
 from common.certificates import read_authority, validity
-from common.crypto import load_key
+from common.crypto import is_sealed, load_verify_key
 from common.errors import ExitCode
 from common.plan import delta_warning
 
@@ -45,12 +45,13 @@ def check_home(home: Home) -> Finding:
 
 def check_keys(home: Home) -> Finding:
     """Check that both keys read and only their owner can read them."""
-    load_key(home.key)
+    load_verify_key(home.key)
     read_node_key(home.folder)
+    kept = "with" if is_sealed(home.key) else "without"
     if home.next_key.exists():
         fix = "Send the coordinator what `fedmedgan-site enrol` writes, and `join` with the file that comes back."
         return warned("keys", "a renewed node key waits for the coordinator.", fix)
-    return passed("keys", "identity and node key read, mode 600")
+    return passed("keys", f"identity ({kept} a passphrase) and node key read, mode 600")
 
 
 def check_policy(home: Home) -> Finding:
@@ -109,7 +110,7 @@ def check_imported(home: Home) -> Finding:
 def check_records(home: Home) -> Finding:
     """Verify ledger, journal and stored replies, each and against each other."""
     require_books(home)
-    found = verify_home(home, load_key(home.key).verify_key)
+    found = verify_home(home, load_verify_key(home.key))
     if found.findings:
         fix = "Start nothing here. Keep the home as it is, and see `fedmedgan-site journal verify`."
         return failed("records", f"they do not agree: {'; '.join(found.findings)}.", fix, ExitCode.STORAGE)
@@ -119,7 +120,7 @@ def check_records(home: Home) -> Finding:
 def check_budget(home: Home, rules: Policy) -> Finding:
     """Say what is left of the data set's budget."""
     require_books(home)
-    spent = read_ledger(home.ledger, load_key(home.key).verify_key, head_copy(home)).spent(rules.delta)
+    spent = read_ledger(home.ledger, load_verify_key(home.key), head_copy(home)).spent(rules.delta)
     left = max(0.0, rules.max_epsilon - spent)
     said = f"epsilon {left:.3f} of {rules.max_epsilon:g} left at delta {rules.delta:g}"
     if left <= 0:

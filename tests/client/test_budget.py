@@ -101,6 +101,7 @@ def test_rounds_are_what_the_ledger_takes(ledger, before, share, expected):
     assert forecast.warmup == ((0 in taken) if share else None)
     assert forecast.epsilon_after == ledger.spent(DELTA)
     assert forecast.whole == (len(taken) == (9 if share else 8))
+    assert (forecast.releases, forecast.nothing) == (len(taken), not taken)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,7 @@ def test_rounds_are_what_the_ledger_takes_with_refinements(ledger, before, refin
     assert forecast.warmup == (set(range(releases)) <= set(taken))
     assert forecast.epsilon_after == ledger.spent(DELTA)
     assert forecast.whole == (len(taken) == 9)
+    assert (forecast.releases, forecast.nothing) == (len(taken), not taken)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,7 @@ def test_a_run_that_the_policy_refuses_joins_nothing_and_says_why(ledger, bounds
     forecast = look_up(rules(**bounds), ledger.entries, proposed(**sections)).forecast
     assert word in forecast.refusal
     assert (forecast.rounds, bool(forecast.warmup), forecast.whole, forecast.epsilon_after) == (0, False, False, 0.0)
+    assert forecast.nothing
 
 
 def test_a_warm_up_alone(ledger):

@@ -6,7 +6,8 @@ import stat
 import struct
 import tempfile
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from client.channel import MAGIC, connect, pack_request, read_frame, unpack_repl
 from client.serve import serve
 from common.errors import RefusalCode, StorageError
 from common.greeting import hello_settings
-from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
+from common.messages import Kind, Reply, Request
+from common.seal import content_digest, seal_request
+from tests.pinned import COORDINATOR
 from tests.tiny_site import warmup_request
 
 HELLO = Request(Kind.HELLO, "run-1", 0, "", hello_settings())
@@ -112,6 +115,28 @@ def test_a_peer_that_leaves_at_once_does_not_end_the_loop(tiny_home):
                 connection.connect(str(path))
                 connection.sendall(FRAME)
         assert connect(path, 5.0)(HELLO).refusal is None
+
+
+def test_a_flood_costs_time_and_no_budget(tiny_home, tiny_proposal):
+    """From a broken-in relay: what it recorded, again; questions of its own; garbage; connections left open."""
+    site = open_site(tiny_home, coordinator=COORDINATOR.verify_key)
+    asked = warmup_request(proposal=tiny_proposal)
+    recorded = seal_request(COORDINATOR, asked, time.time() + 600)
+    own = [dataclasses.replace(asked, run_id=f"own-{number}") for number in range(40)]
+    own += [dataclasses.replace(recorded, run_id=f"changed-{number}") for number in range(40)]
+    with served(site) as path, ExitStack() as held:
+        ask = connect(path, 30.0)
+        first = ask(recorded)
+        assert first.refusal is None
+        for number in range(8):  # of the sixteen that may wait
+            idle = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            idle.connect(str(path))
+            idle.shutdown(socket.SHUT_WR)
+            assert {ask(question).refusal for question in own[number::8]} == {RefusalCode.BAD_REQUEST}
+            assert send(path, GARBAGE["bytes"]).refusal is RefusalCode.BAD_REQUEST
+            assert content_digest(ask(recorded)) == content_digest(first)
+        assert [entry.request.run_id for entry in site.ledger.entries] == [asked.run_id]
+        assert ask(seal_request(COORDINATOR, HELLO, time.time() + 600)).refusal is None
 
 
 def test_an_exception_stays_inside(tiny_home, tiny_proposal):

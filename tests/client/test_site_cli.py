@@ -151,13 +151,14 @@ def test_budget_says_what_a_planned_run_would_cost_and_how_far_it_gets(run, tiny
     forecast = json.loads((tmp_path / "budget.json").read_text())["forecast"]
     assert code == 0
     assert "planned run: sample rate 0.1000, noise of the warm-up" in out
-    assert "policy: allows it" in out
+    assert "policy: allows it; the budget allows a part of it" in out
     assert (forecast["warmup"], forecast["whole"], forecast["rounds_planned"]) == (True, False, 3)
     assert f"this site can join: the warm-up and {forecast['rounds']} of 3 rounds; then spent: epsilon" in out
 
 
 def test_budget_of_the_whole_of_a_part_and_of_nothing(run, tiny_home, planned):
-    assert "this site can join: the whole run" in run("budget", tiny_home.folder, "--config", planned)[1]
+    code, out, _ = run("budget", tiny_home.folder, "--config", planned)
+    assert (code, "policy: allows it\n" in out, "this site can join: the whole run" in out) == (0, True, True)
     text = tiny_home.policy.read_text()
     tiny_home.policy.write_text(text.replace("max_sample_rate = 0.5", "max_sample_rate = 0.05"))
     code, out, _ = run("budget", tiny_home.folder, "--config", planned)
@@ -166,13 +167,24 @@ def test_budget_of_the_whole_of_a_part_and_of_nothing(run, tiny_home, planned):
     assert "this site can join: nothing of it; then spent: epsilon 0.000" in out
 
 
-def test_budget_says_when_the_warm_up_is_over_it(run, tiny_home, planned, tiny_proposal):
+@pytest.mark.parametrize(
+    ("share", "code", "verdict", "extent"),
+    [
+        (0.9, 0, "allows it; the budget allows a part of it", "2 of 3 rounds, not the warm-up"),
+        (0.5, ExitCode.PRIVACY, "allows it; the budget allows nothing of it", "nothing of it"),
+    ],
+)
+def test_budget_says_when_the_warm_up_is_over_it(run, tiny_home, planned, tiny_proposal, share, code, verdict, extent):
     site = open_site(tiny_home)
     site.ledger.charge(ChargeRequest("earlier", 1, Kind.TRAIN, "digest"), Charge(0.65, 1.0, 1), 8.0, 1e-5)
     left = 8.0 - site.ledger.spent(1e-5)
-    _, out, _ = run("budget", tiny_home.folder, "--config", planned)
-    alone = epsilon([plan(tiny_proposal, 40).charge_of_warmup()], 1e-5)
+    config = build_config(tiny_proposal.model_dump(mode="json"), {"warmup.share": share})
+    planned.write_text(to_toml(config))
+    ended, out, _ = run("budget", tiny_home.folder, "--config", planned)
+    alone = epsilon([plan(config, 40).charge_of_warmup()], 1e-5)
     assert f"over budget: the warm-up alone asks for epsilon {alone:.3f}, {left:.3f} is left" in out
+    assert (ended, f"policy: {verdict}\n" in out) == (code, True), out
+    assert f"this site can join: {extent}; then spent" in out
     assert len(site.ledger.entries) == 1
 
 

@@ -16,6 +16,7 @@ from client import supervise as supervising
 from client.lock import alone, is_held
 from client.supervise import Child, supervise
 from common.errors import ExitCode, StorageError
+from common.passphrase import Passphrase
 
 pytestmark = [pytest.mark.slow]
 
@@ -85,7 +86,7 @@ def test_waits_grow_to_their_bound_and_a_steady_child_begins_anew(tmp_path: Path
     assert one.due - time.monotonic() < 1.1
 
 
-@pytest.mark.parametrize("code", [ExitCode.STORAGE, ExitCode.CONFIG, ExitCode.WIRE])
+@pytest.mark.parametrize("code", [ExitCode.STORAGE, ExitCode.CONFIG, ExitCode.WIRE, ExitCode.PASSPHRASE])
 def test_a_code_for_a_person_ends_everything(tmp_path: Path, code: ExitCode) -> None:
     other = child(SLEEP, "relay")
     assert supervise([child(f"raise SystemExit({int(code)})"), other], tmp_path / "s.json", threading.Event()) == code
@@ -107,6 +108,32 @@ def test_leaves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+READER = """
+import json, os, sys, pathlib
+number = int(sys.argv[sys.argv.index("--passphrase-fd") + 1])
+shown = sys.argv[1:] + list(os.environ.values())
+out = pathlib.Path(sys.argv[1])
+out.write_text(json.dumps([os.read(number, 100).decode(), os.read(number, 100).decode(), shown]))
+"""
+
+
+def test_a_passphrase_goes_through_a_pipe_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each start, whole and once; not in the arguments, not in the environment, not in the state."""
+    monkeypatch.setattr(supervising, "FIRST_WAIT_S", 0.1)
+    secret, out = "correct horse battery staple", tmp_path / "out.json"
+    agent = Child("agent", [sys.executable, "-c", READER, str(out)], Passphrase(secret))
+    relay = child(SLEEP, "relay")
+    assert secret not in repr(agent)
+    for _ in range(2):
+        with Supervised(tmp_path / "state.json", agent, relay):
+            wait_for(lambda: out.exists() and out.read_text())
+        first, then, shown = json.loads(out.read_text())
+        assert (first, then) == (secret, "")
+        assert secret not in " ".join(shown)
+        out.unlink()
+    assert secret not in (tmp_path / "state.json").read_text()
 
 
 def test_a_tethered_child_ends_with_its_supervisor(tmp_path: Path) -> None:

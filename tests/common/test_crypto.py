@@ -6,8 +6,9 @@ import pickle
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from common.crypto import KeyStream, SigningKey, VerifyKey, load_key, save_key
-from common.errors import StorageError, WireError
+from common.crypto import KeyStream, SigningKey, VerifyKey, is_sealed, load_key, load_verify_key, save_key
+from common.errors import PassphraseError, StorageError, WireError
+from common.passphrase import Passphrase
 
 SEED = bytes(range(32))
 
@@ -124,6 +125,39 @@ def test_key_file_round_trip(tmp_path):
     save_key(path, key)
     assert path.stat().st_mode & 0o777 == 0o600
     assert load_key(path).to_bytes() == key.to_bytes()
+    assert (load_verify_key(path), is_sealed(path)) == (key.verify_key, False)
+
+
+def test_a_key_under_a_passphrase(tmp_path):
+    key, path, asked = SigningKey.generate(), tmp_path / "site.key", []
+
+    def ask():
+        asked.append(1)
+        return Passphrase("correct horse battery staple")
+
+    save_key(path, key, ask())
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert key.to_bytes().hex() not in path.read_text()
+    assert (load_verify_key(path), is_sealed(path)) == (key.verify_key, True)
+    assert len(asked) == 1
+    assert load_key(path, ask).to_bytes() == key.to_bytes()
+    assert len(asked) == 2
+    with pytest.raises(PassphraseError, match="fedmedgan-site passphrase"):
+        load_key(path)
+    with pytest.raises(PassphraseError, match="does not open"):
+        load_key(path, lambda: Passphrase("another one, and long"))
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"public": SigningKey.generate().verify_key.to_bytes().hex()}))
+    with pytest.raises(PassphraseError, match="file was changed"):
+        load_key(path, ask)
+    path.write_text(json.dumps(tree | {"log2_n": 30}))
+    with pytest.raises(WireError, match="another way"):
+        load_key(path, ask)
+
+
+def test_asked_only_where_needed(tmp_path):
+    save_key(tmp_path / "site.key", SigningKey.generate())
+    load_key(tmp_path / "site.key", lambda: pytest.fail("asked"))
 
 
 def test_key_file_that_others_can_read_is_refused(tmp_path):
@@ -144,6 +178,8 @@ def test_key_file_that_others_can_read_is_refused(tmp_path):
         json.dumps({"version": 1, "kind": "ed25519-private", "key": SEED.hex(), "more": 1}).encode(),
         json.dumps({"version": 1, "kind": "ed25519-private", "key": "00"}).encode(),
         json.dumps({"version": 1, "kind": "ed25519-private", "key": 7}).encode(),
+        json.dumps({"version": 2, "kind": "ed25519-private", "public": SEED.hex()}).encode(),
+        b"[" * 4000,
         b" " * 5000,
     ],
 )
@@ -151,6 +187,8 @@ def test_malformed_key_files_are_refused_without_their_content(tmp_path, content
     path = tmp_path / "site.key"
     path.write_bytes(content)
     path.chmod(0o600)
+    with pytest.raises(WireError):
+        load_verify_key(path)
     with pytest.raises(WireError) as caught:
         load_key(path)
     assert SEED.hex() not in str(caught.value)

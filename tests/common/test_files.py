@@ -8,7 +8,7 @@ import time
 import pytest
 
 from common.errors import StorageError, WireError
-from common.files import append_durably, make_folder, read_bounded, read_secret, write_atomic
+from common.files import append_durably, make_folder, read_bounded, read_credential, read_secret, write_atomic
 
 
 def test_write_atomic_sets_mode_and_content(tmp_path) -> None:
@@ -34,6 +34,8 @@ def test_old_or_new_after_kill(tmp_path) -> None:
     path = tmp_path / "file"
     for attempt in range(12):
         process = subprocess.Popen([sys.executable, "-c", _WRITER, str(path)])
+        while attempt == 0 and not path.exists():
+            time.sleep(0.01)
         time.sleep(0.25 + 0.013 * attempt)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -110,3 +112,34 @@ def test_read_secret_wants_it_secret(tmp_path):
             read_secret(path, 5)
     with pytest.raises(StorageError, match="Could not read"):
         read_secret(tmp_path / "gone", 5)
+
+
+def test_a_credential_is_read_from_the_folder_that_the_service_manager_names(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    assert read_credential("passphrase", 10) is None
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert read_credential("passphrase", 10) is None
+    path = tmp_path / "passphrase"
+    write_atomic(path, b"0123456789", 0o600)
+    assert read_credential("passphrase", 10) == b"0123456789"
+    with pytest.raises(WireError, match="at most 9 bytes"):
+        read_credential("passphrase", 9)
+    for mode in (0o604, 0o620, 0o644, 0o660):
+        path.chmod(mode)
+        with pytest.raises(StorageError, match="chmod 600"):
+            read_credential("passphrase", 10)
+    path.unlink()
+    path.mkdir()  # what cannot be read is not the same as what was never handed over
+    with pytest.raises(StorageError, match="credentials"):
+        read_credential("passphrase", 10)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to own a file as root and as another")
+def test_a_credential_of_roots_may_show_the_mask_of_an_access_list(tmp_path, monkeypatch) -> None:
+    """systemd: `-r--r-----+ root root`, the service's user in the access list; the group there is root's own."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    write_atomic(tmp_path / "passphrase", b"0123456789", 0o440)
+    assert read_credential("passphrase", 10) == b"0123456789"
+    os.chown(tmp_path / "passphrase", 0, 12345)
+    with pytest.raises(StorageError, match="chmod 600"):
+        read_credential("passphrase", 10)

@@ -1,10 +1,13 @@
 """Attacks on a running link, by strangers, by an enrolled site, and by other users of the coordinator's machine."""
 
+import json
 import os
 import random
 import secrets
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -12,6 +15,7 @@ from datetime import UTC, datetime
 import httpx
 import psutil
 import pytest
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.node_pb2 import Node
@@ -20,21 +24,26 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExec
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.runtime import RuntimeHttpClient
 
+from client.paths import Home
 from common.certificates import node_public_pem
+from common.files import write_atomic
 from server.consortium import Consortium, read_settings
 from server.control import connect, list_nodes
 from server.enrol import renew
 from server.link import PUBLIC_LIMITS
 from tests.coordinator_home import (
+    ROOT,
     client,
     end,
     enrol,
+    environment,
     make_home,
     openssh,
     signed_headers,
     start,
     wait_until_up,
 )
+from tests.pinned import pin
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -262,3 +271,42 @@ def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path) -> None:
             assert http.get("/health").status_code == 200
     finally:
         end(process)
+
+
+@pytest.mark.timeout(180)
+def test_a_running_site_reconnects_after_the_authority_was_renewed(tmp_path) -> None:
+    """Its relay runs through it all: nothing of its home is replaced, and nobody starts it anew."""
+    consortium, home = make_home(tmp_path / "home"), Home(tmp_path / "site")
+    home.node_key.parent.mkdir(parents=True)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    write_atomic(home.node_key, enrol(consortium, "st-mary").private_bytes(*form), 0o600)
+    pin(home, read_settings(consortium).port, consortium.ca_pem.read_bytes())
+    kept = {path: path.read_bytes() for path in (home.node_key, home.federation)}
+    address = ("127.0.0.1", read_settings(consortium).port)
+
+    def contact() -> str:
+        return json.loads(home.relay_state.read_text())["contact"] if home.relay_state.exists() else ""
+
+    link, before = start(consortium, "server.link"), ssl.get_server_certificate
+    relay = None
+    try:
+        wait_until_up(consortium)
+        wait_for(lambda: known(consortium) == {"st-mary"})
+        command = [sys.executable, "-m", "client.entry", "relay", str(home.folder)]
+        relay = subprocess.Popen(command, env=environment(consortium), cwd=ROOT)
+        wait_for(contact, 60)
+        shown = before(address)
+        renew(consortium, datetime.now(UTC), authority=True)
+        wait_for(lambda: before(address) != shown)
+        link.kill()  # every connection is cut
+        link.wait()
+        link = start(consortium, "server.link")
+        wait_until_up(consortium)
+        again = datetime.now(UTC).isoformat(timespec="seconds")
+        wait_for(lambda: contact() > again, 90)
+        assert relay.poll() is None
+        assert before(address) != shown
+    finally:
+        for process in filter(None, (relay, link)):
+            end(process)
+    assert {path: path.read_bytes() for path in kept} == kept

@@ -95,7 +95,10 @@ def test_a_second_site_changes_no_file_of_the_first(consortium):
     assert set(after) - set(before) == {"sites/st-john.json"}
     assert before.items() <= after.items()
     assert [member.site for member in invitation.roster] == ["st-john", "st-mary"]
-    revoke(consortium, "st-john", NOW)
+    admit(consortium, file("st-john", JOHN, 2, HOUR), HOUR)  # a renewed node key
+    assert enrolled(consortium)["st-john"].node_public_key == NODES[2].encode()
+    assert before.items() <= files(consortium.folder).items()
+    revoke(consortium, "st-john", NOW + HOUR)
     assert before.items() <= files(consortium.folder).items()
 
 
