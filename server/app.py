@@ -169,7 +169,7 @@ def _nobody_can_go_on(record: RoundRecord) -> bool:
 
 
 def _too_few(config: Config, record: RoundRecord, left_out: Mapping[str, str]) -> str:
-    codes = ", ".join(f"{site}: {code}" for site, code in ({**left_out, **record.refused}).items()) or "nobody answered"
+    codes = ", ".join(f"{site}: {code}" for site, code in {**left_out, **record.refused}.items()) or "nobody answered"
     colluding = config.privacy.colluding_sites
     missing = "" if colluding == "all" else f", and at most privacy.colluding_sites={colluding} may be missing"
     return (
