@@ -1,4 +1,4 @@
-"""What server/link, server/executor, server/run_process, server/control and server/bundle rely on in Flower 1.41's internals."""
+"""What the link and the processes of the runs rely on in Flower 1.41's internals: server/{link,executor,run_process,control,bundle}."""
 
 import datetime as dt
 import inspect
@@ -169,7 +169,7 @@ def test_the_grid_waits_for_a_link_that_is_away_and_gives_up_in_a_handshake() ->
 
 
 def test_the_lifespan_of_the_server_app_begins_after_flowers_preparations() -> None:
-    """What is mirrored from there on (server/run_process) is what the run prints, not what unpacking its bundle does."""
+    """What is mirrored from there on (server/run_process) is what the run prints, not what unpacking does."""
     from flwr.superlink.runtime import run_serverapp
 
     source = inspect.getsource(run_serverapp)
