@@ -6,24 +6,17 @@ Out of scope: what a run does (server/app).
 """
 
 import logging
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from queue import Queue
 from typing import NoReturn
 
 import httpx
-from flwr.app import Context
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.logger import mirror_output_to_queue
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.superlink.runtime import run_serverapp
 
-from common.errors import ExitCode, FedmedganError, StorageError
+from common.errors import ExitCode, StorageError
 from server.bundle import build_bundle, bundle_hash
 from server.consortium import Consortium, load_consortium, read_settings
 from server.own_secrets import read_secret
@@ -37,7 +30,8 @@ AWAY_S = 2.0
 STOP_S = 20.0
 """What a run may take to say goodbye."""
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-_RUN = "--run"
+RUN = "--run"
+"""A word by which the process of a run is known from the others."""
 
 
 def execute(consortium: Consortium, process: Started) -> None:
@@ -66,49 +60,6 @@ def execute(consortium: Consortium, process: Started) -> None:
         _end(running)
 
 
-def run_one(consortium: Consortium, token: str) -> None:
-    """Run the ServerApp whose token this is, in this process.
-
-    What the run itself prints goes to the link, for whoever follows it; Flower's own words go to the executor's log.
-    """
-    from server.app import app  # takes torch with it, which the executor does without
-
-    printed: Queue[str | None] = Queue()
-    _log_apart()
-
-    @app.lifespan()
-    def heard(_: Context) -> Iterator[None]:  # pyright: ignore[reportUnusedFunction] - begins after Flower's preparations
-        mirror_output_to_queue(printed)
-        yield
-
-    run_serverapp(
-        runtime_api_address=_address(consortium),
-        log_queue=printed,
-        token=token,
-        insecure=False,
-        certificates=_certificate(consortium),
-        runtime_dependency_install=False,
-    )
-
-
-def _log_apart() -> None:
-    """Send Flower's log where no mirror of this process's output sees it."""
-    apart = logging.StreamHandler(os.fdopen(os.dup(2), "w", buffering=1))
-    apart.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    apart.addFilter(_brief)
-    flower = logging.getLogger("flwr")
-    flower.handlers, flower.propagate = [apart], False
-    flower.setLevel(logging.INFO)
-
-
-def _brief(record: logging.LogRecord) -> bool:
-    """Write an error that a person can mend as its message, without the way that led there; drop empty lines."""
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, FedmedganError):
-        record.msg, record.args, record.exc_info = "%s", (error,), None
-    return bool(record.getMessage().strip())
-
-
 def _acquire(client: RuntimeHttpClient, ours: str) -> str:
     """Ask for a run; return its token, or nothing."""
     answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
@@ -122,7 +73,7 @@ def _acquire(client: RuntimeHttpClient, ours: str) -> str:
 
 
 def _start(consortium: Consortium, token: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "server.executor", str(consortium.folder), _RUN]
+    command = [sys.executable, "-m", "server.run_process", str(consortium.folder), RUN]
     run = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     if run.stdin is not None:
         with run.stdin as pipe:
@@ -146,18 +97,24 @@ def _connect(consortium: Consortium) -> RuntimeHttpClient:
         master_secret=read_secret(consortium), protected_methods=frozenset({_ACQUIRE})
     )
     return RuntimeHttpClient.from_server_address(
-        server_address=_address(consortium),
+        server_address=address(consortium),
         insecure=False,
-        root_certificates=_certificate(consortium),
+        root_certificates=certificate(consortium),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec"), secret],
     )
 
 
-def _address(consortium: Consortium) -> str:
+def address(consortium: Consortium) -> str:
+    """Return where the link's runtime API is."""
     return f"127.0.0.1:{read_settings(consortium).control_port}"
 
 
-def _certificate(consortium: Consortium) -> bytes:
+def certificate(consortium: Consortium) -> bytes:
+    """Return the authority's certificate, in PEM.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
     try:
         return consortium.ca_pem.read_bytes()
     except OSError as error:
@@ -165,10 +122,7 @@ def _certificate(consortium: Consortium) -> bytes:
 
 
 def main() -> NoReturn:
-    """Execute runs of the home that is named on the command line, or with --run the one whose token is on stdin."""
-    if _RUN in sys.argv[2:]:
-        run_one(load_consortium(Path(sys.argv[1])), sys.stdin.readline().strip())
-        sys.exit(ExitCode.INTERNAL)  # Flower ends the process itself
+    """Execute runs of the home that is named on the command line."""
     with started_process() as process:
         execute(load_consortium(process.home), process)
     sys.exit(ExitCode.OK)

@@ -1,4 +1,4 @@
-"""What server/link, server/executor, server/control and server/bundle rely on in Flower 1.41's internals."""
+"""What the link and the processes of the runs rely on in Flower 1.41's internals: server/{link,executor,run_process,control,bundle}."""
 
 import datetime as dt
 import inspect
@@ -166,3 +166,11 @@ def test_the_grid_waits_for_a_link_that_is_away_and_gives_up_in_a_handshake() ->
     with pytest.raises(httpx.ConnectError, match="SSL"):
         invoker.invoke(call)
     assert not errors
+
+
+def test_the_lifespan_of_the_server_app_begins_after_flowers_preparations() -> None:
+    """What is mirrored from there on (server/run_process) is what the run prints, not what unpacking does."""
+    from flwr.superlink.runtime import run_serverapp
+
+    source = inspect.getsource(run_serverapp)
+    assert source.index("install_from_fab(") < source.index("context = run_(")

@@ -144,7 +144,7 @@ def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Conso
     assert (code, number in said) == (0, True)
     wait_for(lambda: not processes_of(coordinator, "--run"))
     tree = json.loads(ask(coordinator, "status", coordinator.folder, "--json")[1])
-    assert [one["outcome"] for one in tree["runs"]] == ["stopped"]
+    assert [one["state"] for one in tree["runs"]] == ["stopped"]
 
 
 def test_a_bundle_of_other_code_is_not_started(coordinator: Consortium, tmp_path: Path) -> None:

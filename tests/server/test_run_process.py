@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from common.errors import FederationError
-from server.executor import _brief, _log_apart
+from server.run_process import _brief, _log_apart
 
 
 def _record(error: Exception | None, text: str = "%s raised an exception") -> logging.LogRecord:
