@@ -85,7 +85,7 @@ def test_waits_grow_to_their_bound_and_a_steady_child_begins_anew(tmp_path: Path
     assert one.due - time.monotonic() < 1.1
 
 
-@pytest.mark.parametrize("code", [ExitCode.STORAGE, ExitCode.CONFIG, ExitCode.WIRE])
+@pytest.mark.parametrize("code", [ExitCode.STORAGE, ExitCode.CONFIG, ExitCode.WIRE, ExitCode.ENROLMENT])
 def test_a_code_for_a_person_ends_everything(tmp_path: Path, code: ExitCode) -> None:
     other = child(SLEEP, "relay")
     assert supervise([child(f"raise SystemExit({int(code)})"), other], tmp_path / "s.json", threading.Event()) == code
@@ -107,6 +107,22 @@ def test_leaves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_disk_may_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervising, "FIRST_WAIT_S", 0.1)
+
+    def full(*_: object) -> None:
+        raise StorageError("No space left on device")
+
+    monkeypatch.setattr(supervising, "write_atomic", full)
+    one = child(SLEEP)
+    one.wait_s = 0.1
+    with Supervised(tmp_path / "state.json", one) as running:
+        wait_for(lambda: one.process)
+        os.kill(one.process.pid, signal.SIGKILL)
+        wait_for(lambda: one.starts == 2)
+    assert running.codes == [ExitCode.OK]
 
 
 def test_a_tethered_child_ends_with_its_supervisor(tmp_path: Path) -> None:
