@@ -32,7 +32,7 @@ from client.ledger import Ledger, read_ledger
 from client.logs import log_to
 from client.membership import add_commands
 from client.policy import Policy
-from client.serve import serve
+from client.serve import LONGEST_REQUEST_S, serve
 from client.verify import export_journal, read_export, verify_home
 from common.command import run_command
 from common.config import Proposal
@@ -126,7 +126,7 @@ def serve_(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
-    serve(site, socket, stop)
+    serve(site, socket, stop, LONGEST_REQUEST_S)
 
 
 @app.command("ledger")

@@ -144,3 +144,13 @@ def test_one_of_a_kind_a_home(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="runs on this home already"), alone(lock, "`start`"):
             pass
     assert not is_held(lock)
+
+
+def test_one_that_ends_is_waited_for(tmp_path: Path) -> None:
+    """A `start` that was killed leaves children that take a moment; the next one's must not give up over them."""
+    lock = tmp_path / "relay.lock"
+    held = alone(lock, "relay")
+    held.__enter__()
+    threading.Timer(0.5, held.__exit__, (None, None, None)).start()
+    with alone(lock, "relay", 20.0):
+        assert is_held(lock)

@@ -157,9 +157,10 @@ class Federation:
         return [one for one, line in found if words <= set(line) and without not in line]
 
     def said(self) -> str:
-        """Return everything that was printed or logged anywhere."""
-        logs = [*self.folder.glob("*.log"), *self.folder.glob("*/logs/*.log")]
-        return "\n".join(f"--- {path.relative_to(self.folder)}\n{path.read_text()}" for path in sorted(logs))
+        """Return the end of everything that was printed or logged anywhere."""
+        logs = sorted([*self.folder.glob("*.log"), *self.folder.glob("*/logs/*.log")])
+        ends = {path.relative_to(self.folder): path.read_text().splitlines()[-30:] for path in logs}
+        return "\n".join(f"--- {path}\n" + "\n".join(lines) for path, lines in ends.items())
 
 
 @contextmanager

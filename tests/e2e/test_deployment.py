@@ -10,9 +10,11 @@ from contextlib import ExitStack
 
 import pytest
 
+from client.paths import Home
+from common.errors import ExitCode
 from server.consortium import load_consortium, read_settings
 from tests.e2e.faults import Script, pin_a_wrong_ca, schedule, small_disk
-from tests.e2e.federation import SITES, Federation, check_result, federation
+from tests.e2e.federation import SITES, Federation, check_result, federation, wait_for
 from tests.e2e.recording_proxy import recording_proxy
 from tests.e2e.slow_proxy import Weather, slow_proxy
 from tests.e2e.x_rays import REAL
@@ -37,12 +39,22 @@ def test_from_init_to_a_generator() -> None:
         made.start_coordinator()
         for site in SITES:
             made.start_site(site)
-        assert made.start_run().wait(150) == 0, made.said()
-        check_result(made, 6)
+        assert made.start_run().wait(250) == 0, made.said()
         assert all(set(record["sites"]) == set(SITES) for record in made.records())
+        _revoke(made, SITES[2])
+        check_result(made, 6)
         # behind a proxy, and nobody but the coordinator was asked for: no telemetry, no update check, no package index
         port = read_settings(load_consortium(made.hub)).port
         assert {line.split(" HTTP/")[0] for line in recorder.asked} == {f"CONNECT 127.0.0.1:{port}"}
+
+
+def _revoke(made: Federation, site: str) -> None:
+    """Put a site out while its relay is connected: the relay ends with a code, and `status` says why at once."""
+    made.command("site", "status", made.home(site))
+    made.command("coordinator", "revoke", made.hub, site)
+    log = Home(made.home(site)).start_log
+    wait_for(lambda: "relay ended with code 8" in log.read_text(), 60, "the end of the revoked relay")
+    assert "NOT connected: The link" in made.command("site", "status", made.home(site), code=ExitCode.FEDERATION)
 
 
 def test_from_init_to_a_generator_with_faults() -> None:
@@ -82,5 +94,5 @@ def _bring_to_an_end(made: Federation, script: Script) -> int:
         script.over.set()
     player.join(60)
     if command.poll() != 0 or script.failed or len(script.done) < len(script.faults):
-        raise AssertionError(f"{made.said()}\n{script.failed!r}") from script.failed
+        raise AssertionError(f"{made.said()}\n{script.failed!r}\n{len(script.done)} faults") from script.failed
     return resumed
