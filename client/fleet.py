@@ -203,8 +203,8 @@ def _explained(address: str, cause: BaseException | None) -> str:
     if status == HTTPStatus.UNAUTHORIZED:
         return (
             f"The link at {address} does not let this site in: its node key is not enrolled, was revoked or renewed, "
-            "or its clock is wrong (it may be 5 s ahead, 300 s behind). `fedmedgan-site doctor` looks at the clock; after "
-            "`renew`, join with the new invitation; else ask the coordinator."
+            "or its clock is wrong (it may be 5 s ahead, 300 s behind). `fedmedgan-site doctor` looks at the clock; "
+            "after `renew`, join with the new invitation; else ask the coordinator."
         )
     if status is not None:
         return (

@@ -31,7 +31,7 @@ from tests.pinned import pin
 What = Literal["kill", "cut", "disk full", "expired certificate", "unregistered node", "wrong CA"]
 AT_SITES, AT_THE_HUB = ("agent", "relay", "start"), ("link", "executor", "run")
 EXPIRED, NOT_OURS = "certificate has expired", "CERTIFICATE_VERIFY_FAILED"
-PATIENCE_S = 240.0
+PATIENCE_S = 300.0
 """For what must come by itself: a killed process, a site that is back."""
 
 
@@ -120,7 +120,7 @@ class Script:
                 raise RuntimeError("the run ended before all faults were done")
             return self.round() >= number
 
-        wait_for(reached, 600, f"round {number}")
+        wait_for(reached, 1200, f"round {number}")
 
 
 def kill(script: Script, fault: Fault) -> None:

@@ -21,6 +21,7 @@ from tests.e2e.x_rays import REAL
 
 WHOLE = os.environ.get("FEDMEDGAN_E2E") == "whole"
 SEED = int(os.environ.get("FEDMEDGAN_FAULTS_SEED", "1"))
+WHOLE_LINE = os.environ.get("FEDMEDGAN_BAD_LINE") == "full"
 KILLS, CUTS, LONGEST_CUT_S, ROUNDS = (20, 2, 60.0, 24) if WHOLE else (4, 1, 12.0, 10)
 RUN_ENDS_S = 2400.0 if WHOLE else 500.0
 
@@ -96,3 +97,33 @@ def _bring_to_an_end(made: Federation, script: Script) -> int:
     if command.poll() != 0 or script.failed or len(script.done) < len(script.faults):
         raise AssertionError(f"{made.said()}\n{script.failed!r}\n{len(script.done)} faults") from script.failed
     return resumed
+
+
+@pytest.mark.timeout(2500 if WHOLE_LINE else 400)
+def test_a_run_ends_well_behind_a_bad_line() -> None:
+    """All three sites share 2 Mbit/s with 300 ms there and back; a tenth of the tunnels is reset; one cut.
+
+    FEDMEDGAN_BAD_LINE=full: ten rounds of the default model with a cut of 60 s, which takes minutes.
+    """
+    changes: dict[str, object] = {"federation.rounds": 3}
+    if WHOLE_LINE:
+        changes = {
+            "federation.rounds": 10,
+            "federation.round_timeout_s": 300.0,
+            "federation.connect_timeout_s": 300.0,
+            "image.size": 32,
+            "model.name": "dcgan",
+        }
+        changes |= dict.fromkeys(("model.latent_dim", "model.generator_width", "model.discriminator_width"))
+    weather = Weather(2e6, 0.15, 0.1, cut_after_s=20.0, cut_s=60.0 if WHOLE_LINE else 10.0)
+    with slow_proxy(weather) as line, federation(f"http://127.0.0.1:{line.port}") as made:
+        made.found(32 if WHOLE_LINE else 28)
+        made.start_coordinator()
+        for site in SITES:
+            made.start_site(site)
+        assert made.start_run(changes).wait(2400 if WHOLE_LINE else 240) == 0, made.said()
+        print((made.folder / "out.log").read_text())
+        print(f"{line.bytes_through:,} bytes, {line.resets} resets, {line.refused} tunnels refused")
+        assert line.refused > 0
+        assert line.resets > 0
+        check_result(made, int(str(changes["federation.rounds"])))
