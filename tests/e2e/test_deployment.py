@@ -75,6 +75,7 @@ def test_from_init_to_a_generator_with_faults() -> None:
             made.start_site(site)
         script = Script(made, line, faults)
         resumed = _bring_to_an_end(made, script)
+        assert [who for who, service in made.services.items() if service.poll() is not None] == []  # nobody gave up
         print(f"{len(script.done)} faults; {resumed} times a person had to `resume`")
         check_result(made, ROUNDS)
 
