@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := common client server simulations tests
 
-.PHONY: simulate test test-slow lint check setup clean
+.PHONY: simulate test test-slow e2e lint check setup clean
 
 simulate: $(READY)
 	$(BIN)/fedmedgan-simulate $(ARGS)
@@ -18,6 +18,12 @@ test: $(READY)
 # The audits and other long tests alone, with what they print.
 test-slow: $(READY)
 	$(BIN)/pytest -n 2 --dist loadgroup -m slow -rP
+
+# A coordinator and three hospitals as they are run, from `init` to a generator: when all is well, and then with 20 kills,
+# 2 cuts, a full disk, an expired certificate, an unregistered node and a wrong CA, all drawn from FAULTS_SEED.
+FAULTS_SEED ?= 1
+e2e: $(READY)
+	FEDMEDGAN_E2E=whole FEDMEDGAN_FAULTS_SEED=$(FAULTS_SEED) $(BIN)/pytest -n 0 -s tests/e2e/test_deployment.py -k from_init
 
 # What needs no test to run: form, types, layers, docstrings and their examples.
 lint: $(READY)

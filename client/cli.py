@@ -34,7 +34,7 @@ from client.logs import log_to
 from client.membership import add_commands
 from client.passphrase import ask_new, obtain
 from client.policy import Policy
-from client.serve import serve
+from client.serve import LONGEST_REQUEST_S, serve
 from client.verify import export_journal, read_export, verify_home
 from common.command import run_command
 from common.config import Proposal
@@ -134,7 +134,7 @@ def serve_(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
-    serve(site, socket, stop)
+    serve(site, socket, stop, LONGEST_REQUEST_S)
 
 
 @app.command("ledger")

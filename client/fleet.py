@@ -213,6 +213,14 @@ def sign_off(address: str, ca_pem: bytes, key: NodeKey, node_id: int) -> bool:
     return True
 
 
+def refused(address: str, failure: BaseException | None) -> str:
+    """Say what a person can do where the link no longer accepts this node's key; empty for any other failure.
+
+    Flower asks its own process to end then (SIGINT), while it handles the answer.
+    """
+    return _explained(address, failure) if _status(failure) == HTTPStatus.UNAUTHORIZED else ""
+
+
 def refusal(code: int, reason: str, message: Message) -> Message:
     """Make the reply that says no: a code and a fixed word."""
     return Message(Error(code, reason), reply_to=message)
@@ -244,12 +252,17 @@ def _bounded(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
     return counted
 
 
+def _status(failure: BaseException | None) -> int | None:
+    return failure.response.status_code if isinstance(failure, HTTPStatusError) else None
+
+
 def _explained(address: str, cause: BaseException | None) -> str:
-    status = cause.response.status_code if isinstance(cause, HTTPStatusError) else None
+    status = _status(cause)
     if status == HTTPStatus.UNAUTHORIZED:
         return (
-            f"The link at {address} does not accept this site's signed time. Set the clock (it may be 5 s ahead, 300 s "
-            "behind), then check with the coordinator that this site is enrolled."
+            f"The link at {address} does not let this site in: its node key is not enrolled, was revoked or renewed, "
+            "or its clock is wrong (it may be 5 s ahead, 300 s behind). `fedmedgan-site doctor` looks at the clock; "
+            "after `renew`, join with the new invitation; else ask the coordinator."
         )
     if status is not None:
         return (

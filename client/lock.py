@@ -1,17 +1,26 @@
 """One process of a kind for each home, by a lock that ends with its holder."""
 
 import fcntl
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from common.errors import StorageError
 from common.files import make_folder
 
+_LOOK_S = 0.1
+
 
 @contextmanager
-def alone(lock: Path, what: str) -> Generator[None]:
+def alone(lock: Path, what: str, wait_s: float = 0.0) -> Generator[None]:
     """Hold a lock file, so that no second `what` runs on the same home.
+
+    Args:
+        lock: The file.
+        what: For the message.
+        wait_s: How long to wait for one that ends.
 
     Raises:
         StorageError: Another process holds it, or it cannot be made.
@@ -22,10 +31,11 @@ def alone(lock: Path, what: str) -> Generator[None]:
     except OSError as error:
         raise StorageError(f"Could not make {lock}: {error.strerror}. Mend the folder's permissions.") from error
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"A {what} runs on this home already ({lock}). Stop it first.") from None
+        deadline = time.monotonic() + wait_s
+        while not _taken(handle, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise StorageError(f"A {what} runs on this home already ({lock}). Stop it first.")
+            time.sleep(_LOOK_S)
         yield
 
 
@@ -33,9 +43,14 @@ def is_held(lock: Path) -> bool:
     """Return whether a process holds the lock."""
     try:
         with lock.open() as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return not _taken(handle, fcntl.LOCK_SH)
     except OSError:
         return False
-    return False
+
+
+def _taken(handle: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

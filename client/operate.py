@@ -16,6 +16,7 @@ from client.joining import load_pinned
 from client.lock import alone, is_held
 from client.logs import log_to
 from client.paths import Home
+from client.relay_state import STOPPED
 from client.supervise import Child, agent_command, relay_command, supervise
 from common.command import run_command
 from common.crypto import is_sealed, load_key
@@ -31,6 +32,8 @@ SocketOption = Annotated[Path | None, typer.Option(help="The agent's Unix socket
 
 MAX_SOCKET_BYTES = 107
 CONTACT_LOST_S = 60
+GOODBYE_S = 120.0
+"""What the relay of a `start` that was killed may take to sign off at the link, while the next one waits."""
 LOG = logging.getLogger("fedmedgan.start")
 
 
@@ -76,7 +79,7 @@ def relay(home: HomeArgument, socket: SocketOption = None) -> None:
     log_to(opened.relay_log)
     logging.getLogger("flwr").handlers.clear()  # what it says stands in the relay's log, once
     try:
-        with alone(opened.relay_lock, "relay"):
+        with alone(opened.relay_lock, "relay", GOODBYE_S):
             run(opened, _socket(opened, socket))
     except FedmedganError as error:
         LOG.error("%s", error)
@@ -97,15 +100,23 @@ def status(home: HomeArgument) -> None:
         print(f"{name}: {_described(children.get(name))}")
     seen = _read(opened.relay_state)
     lost_s = _seconds_since(seen.get("contact"))
-    connected = lost_s is not None and lost_s < CONTACT_LOST_S
-    if lost_s is None:
-        print("link: never connected; see logs/relay.log")
-    else:
-        print(f"link: {'connected' if connected else 'NOT connected'}, last contact {lost_s:.0f} s ago")
+    away = _why_not_connected(is_held(opened.relay_lock), str(seen.get("ended") or ""), lost_s)
+    contact = f"last contact {lost_s:.0f} s ago" if lost_s is not None else "never connected; see logs/relay.log"
+    print(f"link: {f'NOT connected: {away}; ' if away else 'connected, '}{contact}")
+    if lost_s is not None:
         last = seen.get("last_message") or "never"
         print(f"node {seen.get('node')}: {seen.get('messages')} messages since {seen.get('started')}, the last {last}")
-    if not connected:
+    if away:
         raise typer.Exit(ExitCode.FEDERATION)
+
+
+def _why_not_connected(runs: bool, ended: str, lost_s: float | None) -> str:
+    """Return nothing where the relay runs and was in contact lately, and did not say since that it ends."""
+    if ended and not (runs and ended == STOPPED):
+        return ended
+    if not runs:
+        return "no relay runs"
+    return "" if lost_s is not None and lost_s < CONTACT_LOST_S and not ended else "no contact"
 
 
 def _socket(home: Home, socket: Path | None) -> Path:

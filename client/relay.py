@@ -6,15 +6,13 @@ runs. Outwards go replies and codes, never a text; reasons stand in the relay's 
 pydicom. Out of scope: the protocol (client/fleet), keeping it running (client/supervise).
 """
 
-import json
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import final
@@ -27,9 +25,10 @@ from client.app import app as installed_app
 from client.fleet import Fleet, RunEnded, refusal
 from client.joining import load_pinned, read_node_key
 from client.paths import Home
+from client.relay_state import STOPPED, State, node_before
 from client.trust import read_bundles, trusted
 from common.errors import FederationError, RefusalCode, WireError
-from common.files import make_folder, write_atomic
+from common.files import make_folder
 from common.wire import MESSAGE_TYPES
 
 LOG = logging.getLogger("fedmedgan.relay")
@@ -39,8 +38,6 @@ POLL_S = 0.2
 IDLE_POLL_S = 1.0
 """The same when none came for `IDLE_AFTER_S`."""
 IDLE_AFTER_S = 120.0
-STATE_S = 15.0
-"""Between two notes of the last contact."""
 SIGNED_OFF_S = 4.0
 """How long a killed relay's node stays signed off: until the ServerApp has asked once and heard that the node is gone,
 with whatever message it had taken. Otherwise it would wait for the answer until its deadline."""
@@ -59,25 +56,25 @@ class _Stopped(BaseException):
 
 @final
 @dataclass
-class _State:
-    """What `status` shows; written to a file at changes and now and then."""
+class _Ending:
+    """Why this process ends, if for another reason than that it was asked to."""
 
-    path: Path
-    started: str = field(default_factory=lambda: _now())
-    node_id: int = 0
-    messages: int = 0
-    last_message: str = ""
-    written: float = 0.0
+    failure: BaseException | None = None
 
-    def note(self, *, message: bool = False) -> None:
-        """Note a contact with the link, and whether it brought a message."""
-        if message:
-            self.messages, self.last_message = self.messages + 1, _now()
-        if message or time.monotonic() - self.written > STATE_S:
-            values = {"pid": os.getpid(), "started": self.started, "node": self.node_id, "contact": _now()}
-            values |= {"messages": self.messages, "last_message": self.last_message}
-            write_atomic(self.path, (json.dumps(values) + "\n").encode(), 0o600)
-            self.written = time.monotonic()
+    def of_a_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """End when the thread of heartbeats does: without them the link forgets this node, and nobody would notice."""
+        self.failure = failed.exc_value
+        LOG.error("a thread failed: %s", failed.exc_value)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def explain(self, address: str, stopped: BaseException) -> str:
+        """Return what went wrong; empty where a signal of somebody else's ends the relay.
+
+        Flower's own signal comes while it handles the link's refusal, in this thread or in that of the heartbeats.
+        """
+        if said := fleet.refused(address, stopped.__context__) or fleet.refused(address, self.failure):
+            return said
+        return f"The line to {address} failed: {self.failure}. It may be started anew." if self.failure else ""
 
 
 def run(home: Home, socket: Path) -> None:
@@ -93,38 +90,41 @@ def run(home: Home, socket: Path) -> None:
     Raises:
         ConfigError: The site has not joined, or the list of bundles or the extra CA does not read.
         StorageError: The node key cannot be read.
-        FederationError: The link refuses this site, or failed too often.
+        FederationError: The link refuses this site, or no longer accepts it, or failed too often.
+
+    Guarantees:
+        - no_silent_end: A relay that the link puts out, in the middle of a run too, ends with an error that says so.
     """
     pinned, key, bundles = load_pinned(home.folder), read_node_key(home.folder), read_bundles(home.bundles)
     make_folder(home.relay_state.parent, 0o700)
-    threading.excepthook = _end_process
+    ending, state = _Ending(), State(home.relay_state)
+    threading.excepthook = ending.of_a_thread
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     ca_pem = trusted(home, pinned.ca_pem)
     address = f"[{pinned.host}]:{pinned.port}" if ":" in pinned.host else f"{pinned.host}:{pinned.port}"
     LOG.info("connecting to %s at %s as %s", pinned.federation, address, pinned.site)
     try:
-        before = _node_before(home.relay_state)
+        before = node_before(home.relay_state)
         if before and fleet.sign_off(address, ca_pem, key, before):
             LOG.info("signed the killed relay off")
             time.sleep(SIGNED_OFF_S)
         with fleet.join(address, ca_pem, key) as line:
             LOG.info("connected; node %d", line.node_id)
-            relay(line, installed_app, socket, bundles, _State(home.relay_state, node_id=line.node_id))
-    except _Stopped:
+            state.node_id = line.node_id
+            relay(line, installed_app, socket, bundles, state)
+    except _Stopped as stopped:
+        if why := ending.explain(address, stopped):
+            state.end(why)
+            raise FederationError(why) from None
+        state.end(STOPPED)
         LOG.info("stopped")
+    except FederationError as error:
+        state.end(str(error))
+        raise
 
 
-def _node_before(state: Path) -> int:
-    """Return the node that an earlier relay of this home was; 0 where there was none."""
-    try:
-        node = json.loads(state.read_text(encoding="utf-8"))["node"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    return node if isinstance(node, int) and 0 < node < 2**64 else 0
-
-
-def relay(line: Fleet, app: ClientApp, socket: Path, bundles: AbstractSet[str] | None, state: _State) -> None:
+def relay(line: Fleet, app: ClientApp, socket: Path, bundles: AbstractSet[str] | None, state: State) -> None:
     """Serve messages, one at a time, until a signal or too many failures in a row.
 
     Guarantees:
@@ -219,14 +219,9 @@ def _is_unreachable(reply: Message) -> bool:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     del number, frame
+    for later in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # Flower sends more than one, and the goodbye to the link takes a while
+        signal.signal(later, signal.SIG_IGN)
     raise _Stopped
-
-
-def _end_process(failure: threading.ExceptHookArgs) -> None:
-    """End when the thread of heartbeats does: without them the link forgets this node, and nobody would notice."""
-    LOG.error("a thread failed: %s", failure.exc_value)
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -3,6 +3,7 @@
 import logging
 import select
 import socket
+import time
 from pathlib import Path
 from threading import Event
 
@@ -13,21 +14,30 @@ from common.messages import Kind, Reply
 
 LOG = logging.getLogger("fedmedgan.agent")
 REQUEST_TIMEOUT_S = 60.0
-_WAKE_UP_S = 0.2
+LONGEST_REQUEST_S = 3600.0
+"""What an agent whose `start` was killed may take for the request under way, while the next one waits."""
+_WAKE_UP_S, _PROBE_S = 0.2, 2.0
 
 
-def serve(site: Site, path: Path, stop: Event) -> None:
+def serve(site: Site, path: Path, stop: Event, wait_s: float = 0.0) -> None:
     """Answer requests on a Unix socket until `stop` is set.
 
     Args:
         site: An open site.
         path: The socket; made with mode 0660, removed at the end. One that nobody answers on is replaced.
         stop: Ends the loop within a fraction of a second, after the request under way.
+        wait_s: How long to wait for another agent that answers there and ends.
 
     Raises:
         StorageError: Something else than a socket stands there, another agent answers on it, or it cannot be made.
     """
-    _clear(path)
+    deadline = time.monotonic() + wait_s
+    while not _is_free(path):
+        if time.monotonic() > deadline:
+            raise StorageError(f"An agent answers on {path} already. Stop it, or choose another path.")
+        LOG.warning("an agent answers on %s; this one waits for its end", path)
+        if stop.wait(_PROBE_S):
+            return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
             listener.bind(str(path))
@@ -50,24 +60,28 @@ def serve(site: Site, path: Path, stop: Event) -> None:
             path.unlink(missing_ok=True)
 
 
-def _clear(path: Path) -> None:
-    """Remove the socket that a killed agent left, and nothing else."""
+def _is_free(path: Path) -> bool:
+    """Tell whether no agent answers on a path; remove the socket that a killed one left, and nothing else."""
     if not path.is_socket():
         if path.exists() or path.is_symlink():
             raise StorageError(
                 f"Expected {path} to be free or an old socket; it is something else. Choose another path."
             )
-        return
+        return True
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.settimeout(_WAKE_UP_S)
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
-            return
+            return True
+        except FileNotFoundError:  # it has just ended
+            return True
+        except (BlockingIOError, TimeoutError):  # it is at work, and its queue is full
+            return False
         except OSError as error:
             raise StorageError(f"Could not try the socket {path}: {error.strerror}. Choose another path.") from error
-    raise StorageError(f"An agent answers on {path} already. Stop it, or choose another path.")
+    return False
 
 
 def _answer_one(site: Site, connection: socket.socket) -> None:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import final
 
-from common.errors import ExitCode
+from common.errors import ExitCode, StorageError
 from common.files import make_folder, write_atomic
 from common.passphrase import Passphrase
 
@@ -30,6 +30,8 @@ STEADY_S = 60.0
 """A child that ran for so long is started anew at once when it ends."""
 GRACE_S = 20.0
 """What a child gets to end by itself; a kill loses no more than the round under way."""
+# ENROLMENT: a child has it only where nothing is joined any more, and who has left is not to be started for ever. A
+# site that the link refuses (revoked, or its new node key waits for `join`) ends with FEDERATION and is tried again.
 FOR_A_PERSON = frozenset(
     {
         ExitCode.USAGE,
@@ -41,6 +43,7 @@ FOR_A_PERSON = frozenset(
         ExitCode.MISSING_EXTRA,
         ExitCode.WIRE,
         ExitCode.PASSPHRASE,
+        ExitCode.ENROLMENT,
     }
 )
 _LOOK_S = 0.1
@@ -96,6 +99,7 @@ def supervise(children: Sequence[Child], state: Path, stop: threading.Event) -> 
     Guarantees:
         - starts_anew: A child that is killed is running again after its wait.
         - leaves_nobody: No child runs when this returns.
+        - disk_may_be_full: A state that cannot be written ends nothing.
     """
     make_folder(state.parent, 0o700)
     try:
@@ -184,4 +188,7 @@ def _write(children: Sequence[Child], state: Path) -> None:
         for child in children
     }
     time_ = datetime.now(UTC).isoformat(timespec="seconds")
-    write_atomic(state, (json.dumps({"pid": os.getpid(), "time": time_, **values}) + "\n").encode(), 0o600)
+    try:
+        write_atomic(state, (json.dumps({"pid": os.getpid(), "time": time_, **values}) + "\n").encode(), 0o600)
+    except StorageError as error:  # a full disk: `status` is behind, and the children are kept all the same
+        LOG.error("%s", error)

@@ -5,14 +5,17 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from client import cli, operate
+from client.lock import alone
 from client.logs import log_to
 from client.paths import Home
+from client.relay_state import STOPPED, State
 from common.errors import ExitCode
 from tests.pinned import pin
 
@@ -50,13 +53,30 @@ def test_status_tells_connected_from_not(joined: Home, capsys: pytest.CaptureFix
     assert "start: not running" in said
     assert "never connected" in said
     contact(joined, 5)
-    assert run("status", joined.folder) == ExitCode.OK
-    assert "link: connected" in capsys.readouterr().out
-    contact(joined, 300)
-    assert run("status", joined.folder) == ExitCode.FEDERATION
-    assert "NOT connected" in capsys.readouterr().out
+    with alone(joined.relay_lock, "relay"):
+        assert run("status", joined.folder) == ExitCode.OK
+        assert "link: connected" in capsys.readouterr().out
+        contact(joined, 300)
+        assert run("status", joined.folder) == ExitCode.FEDERATION
+        assert "NOT connected: no contact" in capsys.readouterr().out
     joined.relay_state.write_text("{]")
     assert run("status", joined.folder) == ExitCode.STORAGE
+
+
+def test_status_does_not_wait_to_say_what_the_relay_knows(joined: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last contact is seconds old: the relay ended, was killed, or was refused since."""
+    contact(joined, 1)
+    assert run("status", joined.folder) == ExitCode.FEDERATION
+    assert "NOT connected: no relay runs" in capsys.readouterr().out
+    State(joined.relay_state).end("The link does not let this site in")
+    for held in (nullcontext(), alone(joined.relay_lock, "relay")):
+        with held:
+            assert run("status", joined.folder) == ExitCode.FEDERATION
+            assert "NOT connected: The link does not let this site in" in capsys.readouterr().out
+    State(joined.relay_state).end(STOPPED)
+    with alone(joined.relay_lock, "relay"):  # started again, and not yet connected
+        assert run("status", joined.folder) == ExitCode.FEDERATION
+        assert "NOT connected: no contact" in capsys.readouterr().out
 
 
 def test_status_says_which_bundles(joined: Home, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,14 @@
 """The relay's loop against a line that is a plain object: what it refuses and fetches, and that only codes leave."""
 
 import hashlib
+import json
 import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +25,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import fleet, relay, trust
 from client.app import make_app
 from client.fleet import Fleet, RunEnded
+from client.paths import Home
+from client.relay_state import State
 from common import wire
 from common.errors import ConfigError, FederationError, RefusalCode
 from common.greeting import hello_settings
 from common.messages import Kind, Reply, Request
+from tests.pinned import pin
 
 SOCKET = Path("/run/agent.sock")
 HELLO = Request(Kind.HELLO, "run-1", 0, "", hello_settings())
@@ -77,7 +87,7 @@ class Link:
 
     def serve(self, app: ClientApp, tmp_path: Path, bundles: frozenset[str] | None = None) -> list[Message]:
         with pytest.raises(relay._Stopped):
-            relay.relay(self.line(), app, SOCKET, bundles, relay._State(tmp_path / "state.json"))
+            relay.relay(self.line(), app, SOCKET, bundles, State(tmp_path / "state.json"))
         return self.replies
 
 
@@ -211,7 +221,7 @@ def test_failures_end_the_relay_only_when_they_go_on(tmp_path: Path) -> None:
     assert len(link.serve(APP, tmp_path)) == 1
     left[0] = 10**6
     with pytest.raises(FederationError, match="in a row"):
-        relay.relay(link.line(), APP, SOCKET, None, relay._State(tmp_path / "state.json"))
+        relay.relay(link.line(), APP, SOCKET, None, State(tmp_path / "state.json"))
 
 
 def test_a_lost_reply_costs_its_question_never_the_queue(tmp_path: Path) -> None:
@@ -243,6 +253,68 @@ def test_a_run_that_has_ended_is_no_failure(tmp_path: Path) -> None:
 
     link.receive = over
     assert len(link.serve(APP, tmp_path)) == 1
+
+
+@pytest.fixture
+def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    """A home with what a relay needs; this process's handlers of signals and of failed threads come back."""
+    home = Home(tmp_path)
+    home.node_key.parent.mkdir()
+    pin(home)
+    monkeypatch.setattr(relay, "read_node_key", lambda folder: None)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    yield home
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def answers_with(failure: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the link connect, and then do this at the first question."""
+
+    @contextmanager
+    def join(*_: object) -> Iterator[Fleet]:
+        link = Link()
+        link.receive = failure
+        yield link.line()
+
+    monkeypatch.setattr(fleet, "join", join)
+
+
+def put_out() -> None:
+    """Do what Flower does when the link no longer knows a node key (supercore/retry/http_retry)."""
+    asked = httpx.Request("POST", "https://127.0.0.1:9092/v1/fleet/pull-messages")
+    try:
+        raise httpx.HTTPStatusError("no", request=asked, response=httpx.Response(401, request=asked))
+    except httpx.HTTPStatusError:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
+def fail_the_heartbeats() -> None:
+    def failing() -> None:
+        raise RuntimeError("Heartbeat failed unexpectedly.")
+
+    thread = threading.Thread(target=failing)
+    thread.start()
+    thread.join()
+    time.sleep(5)
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"), [(put_out, "not enrolled, was revoked"), (fail_the_heartbeats, "Heartbeat failed")]
+)
+def test_no_silent_end(joined: Home, monkeypatch: pytest.MonkeyPatch, failure: Callable, said: str) -> None:
+    answers_with(failure, monkeypatch)
+    with pytest.raises(FederationError, match=said):
+        relay.run(joined, SOCKET)
+    assert said in json.loads(joined.relay_state.read_text())["ended"]
+
+
+def test_a_stop_is_a_stop(joined: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers_with(lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    relay.run(joined, SOCKET)
+    assert json.loads(joined.relay_state.read_text())["ended"] == "stopped"
 
 
 def test_list_of_bundles(tmp_path: Path) -> None:

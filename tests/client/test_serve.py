@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from client import serve as serving
 from client.agent import open_site
 from client.channel import MAGIC, connect, pack_request, read_frame, unpack_reply
 from client.serve import serve
@@ -201,4 +202,26 @@ def test_a_socket_that_another_agent_answers_on_is_left_to_it(tiny_home):
         stop = threading.Event()
         stop.set()
         serve(open_site(tiny_home), path, stop)  # what the other left when it was killed is replaced
+        assert not path.exists()
+
+
+def test_an_agent_that_ends_is_waited_for(tiny_home, monkeypatch):
+    """A `start` that was killed leaves an agent at work; the next one's takes the socket when it is free."""
+    monkeypatch.setattr(serving, "_PROBE_S", 0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        path, stop = Path(folder) / "s", threading.Event()
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+            other.listen()
+            agent = threading.Thread(target=serve, args=(open_site(tiny_home), path, stop, 60.0))
+            agent.start()
+            other.accept()[0].close()
+            other.accept()[0].close()  # asked twice: it waits
+            path.unlink()
+        deadline = time.monotonic() + 20
+        while not path.is_socket():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stop.set()
+        agent.join(20)
         assert not path.exists()

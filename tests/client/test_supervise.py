@@ -86,7 +86,10 @@ def test_waits_grow_to_their_bound_and_a_steady_child_begins_anew(tmp_path: Path
     assert one.due - time.monotonic() < 1.1
 
 
-@pytest.mark.parametrize("code", [ExitCode.STORAGE, ExitCode.CONFIG, ExitCode.WIRE, ExitCode.PASSPHRASE])
+CODES = [ExitCode.STORAGE, ExitCode.CONFIG, ExitCode.WIRE, ExitCode.PASSPHRASE, ExitCode.ENROLMENT]
+
+
+@pytest.mark.parametrize("code", CODES)
 def test_a_code_for_a_person_ends_everything(tmp_path: Path, code: ExitCode) -> None:
     other = child(SLEEP, "relay")
     assert supervise([child(f"raise SystemExit({int(code)})"), other], tmp_path / "s.json", threading.Event()) == code
@@ -136,6 +139,22 @@ def test_a_passphrase_goes_through_a_pipe_and_nowhere_else(tmp_path: Path, monke
     assert secret not in (tmp_path / "state.json").read_text()
 
 
+def test_disk_may_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervising, "FIRST_WAIT_S", 0.1)
+
+    def full(*_: object) -> None:
+        raise StorageError("No space left on device")
+
+    monkeypatch.setattr(supervising, "write_atomic", full)
+    one = child(SLEEP)
+    one.wait_s = 0.1
+    with Supervised(tmp_path / "state.json", one) as running:
+        wait_for(lambda: one.process)
+        os.kill(one.process.pid, signal.SIGKILL)
+        wait_for(lambda: one.starts == 2)
+    assert running.codes == [ExitCode.OK]
+
+
 def test_a_tethered_child_ends_with_its_supervisor(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text("import time\ndef main(arguments):\n    time.sleep(60)\n")
     command = [sys.executable, "-P", "-m", "client.tether", "sleeper"]
@@ -155,3 +174,13 @@ def test_one_of_a_kind_a_home(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="runs on this home already"), alone(lock, "`start`"):
             pass
     assert not is_held(lock)
+
+
+def test_one_that_ends_is_waited_for(tmp_path: Path) -> None:
+    """A `start` that was killed leaves children that take a moment; the next one's must not give up over them."""
+    lock = tmp_path / "relay.lock"
+    held = alone(lock, "relay")
+    held.__enter__()
+    threading.Timer(0.5, held.__exit__, (None, None, None)).start()
+    with alone(lock, "relay", 20.0):
+        assert is_held(lock)

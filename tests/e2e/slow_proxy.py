@@ -1,5 +1,6 @@
 """An HTTP proxy on loopback behind which the network is bad: narrow, slow, with resets and one long cut."""
 
+import math
 import random
 import socket
 import socketserver
@@ -20,16 +21,16 @@ class Weather:
         bits_per_s: All connections together, each way.
         delay_s: Added to what goes through, each way.
         reset_share: The chance of each tunnel to be reset within its first second.
-        cut_after_s: When nothing goes through any more, counted from the first tunnel.
+        cut_after_s: When nothing goes through any more, counted from the first tunnel; never by default.
         cut_s: For how long.
         seed: Of the resets.
     """
 
-    bits_per_s: float
-    delay_s: float
-    reset_share: float
-    cut_after_s: float
-    cut_s: float
+    bits_per_s: float = 1e9
+    delay_s: float = 0.0
+    reset_share: float = 0.0
+    cut_after_s: float = math.inf
+    cut_s: float = 0.0
     seed: int = 0
 
 
@@ -40,10 +41,21 @@ class SlowProxy:
         self.port, self.resets, self.refused, self.bytes_through = 0, 0, 0, 0
         self.weather, self.rng, self.lock = weather, random.Random(weather.seed), threading.Lock()
         self.free_at, self.first = {"up": 0.0, "down": 0.0}, 0.0
+        self.cut_until, self.open = 0.0, set[socket.socket]()
 
     def is_cut(self) -> bool:
-        since = time.monotonic() - self.first
-        return self.weather.cut_after_s <= since < self.weather.cut_after_s + self.weather.cut_s
+        now = time.monotonic()
+        since = now - self.first
+        by_weather = self.weather.cut_after_s <= since < self.weather.cut_after_s + self.weather.cut_s
+        return by_weather or now < self.cut_until
+
+    def cut(self, seconds: float) -> None:
+        """End all tunnels and let nothing through for so long."""
+        self.cut_until = time.monotonic() + seconds
+        with self.lock:
+            for end in self.open:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
     def opened(self) -> float:
         """Note a new tunnel, and return when it is to be reset."""
@@ -92,10 +104,14 @@ class _Tunnel(socketserver.StreamRequestHandler):
         with socket.create_connection((host, int(port)), 10) as target:
             self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
             ends = (self.connection, target)
+            with self.proxy.lock:
+                self.proxy.open.update(ends)
             up = threading.Thread(target=self.proxy.pump, args=(*ends, "up", end_at), daemon=True)
             up.start()
             self.proxy.pump(*reversed(ends), "down", end_at)
             up.join()
+            with self.proxy.lock:
+                self.proxy.open.difference_update(ends)
 
 
 class _Server(socketserver.ThreadingTCPServer):

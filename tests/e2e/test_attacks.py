@@ -65,7 +65,8 @@ from server import control
 from server.cli import main as coordinator_main
 from server.consortium import Consortium, load_consortium, read_settings
 from tests.coordinator_home import ROOT, client, enrol, openssh, signed_headers, wait_until_up
-from tests.e2e.test_deployment import RUN, found_federation, processes_of, started
+from tests.e2e.federation import Federation
+from tests.e2e.federation import federation as deployed
 
 pytestmark = [
     pytest.mark.e2e,
@@ -98,26 +99,32 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 90.0) -
 
 
 @dataclasses.dataclass
-class Federation:
+class Attacked:
     """What runs, and the attackers' means."""
 
-    folder: Path
+    made: Federation
     hub: Consortium
-    run: Path
     command: subprocess.Popen[str]
     other: ec.EllipticCurvePrivateKey
     """The node key of st-john, who is enrolled, too, and hostile."""
+
+    @property
+    def folder(self) -> Path:
+        return self.made.folder
+
+    @property
+    def run(self) -> Path:
+        return self.made.run
 
     def home(self, name: str) -> Home:
         return Home(self.folder / name)
 
     def rounds(self) -> list[dict[str, Any]]:
-        metrics = self.run / "metrics.jsonl"
-        return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        return self.made.records()
 
     def hold(self, number: signal.Signals) -> None:
         """Hold st-mary's agent still, or let it go on."""
-        processes_of(self.folder / "st-mary", "serve")[0].send_signal(number)
+        self.made.processes(self.folder / "st-mary", "serve")[0].send_signal(number)
 
     def go_on(self) -> None:
         """Let the run take a step in which st-mary takes part, then hold it again."""
@@ -254,33 +261,28 @@ def unsigned(number: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def federation() -> Iterator[Federation]:
-    folder = Path(tempfile.mkdtemp())  # short, for a socket's path holds 107 bytes at most
+def federation() -> Iterator[Attacked]:
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
-    found_federation(folder, call, sites=SITES)
-    hub = load_consortium(folder / "hub")
-    write_atomic(folder / "run.toml", to_toml(build_config({}, {**RUN, "federation.rounds": ROUNDS})).encode())
-    with contextlib.ExitStack() as running:
-        running.callback(shutil.rmtree, folder)
-        running.enter_context(started(hub.folder, "", "server.cli", "start", hub.folder))
-        wait_until_up(hub)
+    with deployed(sites=SITES) as three:
+        three.found()
+        three.start_coordinator()
         for name in SITES:
-            running.enter_context(started(folder / name, "", "client.entry", "start", folder / name))
-        command = running.enter_context(started(hub.folder, "", "server.cli", "run", hub.folder, folder / "run.toml"))
-        made = Federation(folder, hub, hub.runs / "run-0001", command, ec.generate_private_key(ec.SECP384R1()))
+            three.start_site(name)
+        command, hub = three.start_run({"federation.rounds": ROUNDS}), load_consortium(three.hub)
+        made = Attacked(three, hub, command, ec.generate_private_key(ec.SECP384R1()))
         try:
             wait_for(lambda: len(made.rounds()) >= 2, "the first rounds", 240)
         except AssertionError:
-            print(made.logged(), *(path.read_text() for path in sorted(folder.rglob("st-*/**/*.log"))), sep="\n")
+            print(three.said())
             raise
         made.hold(signal.SIGSTOP)
-        running.callback(lambda: made.hold(signal.SIGCONT))
+        three.running.callback(lambda: made.hold(signal.SIGCONT))
         enrol(hub, "st-john", key=made.other)
         wait_for(lambda: "st-john" in made.known(), "st-john to be let in")
         yield made
 
 
-def test_the_public_port_starts_stops_registers_and_tells_nothing(federation: Federation) -> None:
+def test_the_public_port_starts_stops_registers_and_tells_nothing(federation: Attacked) -> None:
     """Whoever is enrolled, and even has the coordinator's token, cannot control the run from outside."""
     run_id = federation.question().metadata.run_id
     token = federation.hub.control_token.read_text().strip()
@@ -304,9 +306,9 @@ def test_the_public_port_starts_stops_registers_and_tells_nothing(federation: Fe
     federation.go_on()
 
 
-def test_a_run_that_waits_is_not_taken_without_the_secret(federation: Federation) -> None:
+def test_a_run_that_waits_is_not_taken_without_the_secret(federation: Attacked) -> None:
     """The executor is held, so that a second run waits to be taken."""
-    (executor,) = [p for p in processes_of(federation.hub.folder, "server.executor") if "--run" not in p.cmdline()]
+    (executor,) = federation.made.processes(federation.hub.folder, "server.executor", without="--run")
     executor.suspend()
     try:
         with control.connect(federation.hub) as link:
@@ -340,7 +342,7 @@ def test_a_run_that_waits_is_not_taken_without_the_secret(federation: Federation
     federation.go_on()
 
 
-def test_nobody_answers_in_another_nodes_name(federation: Federation) -> None:
+def test_nobody_answers_in_another_nodes_name(federation: Attacked) -> None:
     """An enrolled site, with its own node key, answers the question that is open for st-mary."""
     asked, seen = federation.question(), len(federation.rounds())
     mary, john = federation.node("st-mary"), federation.node("st-john")
@@ -360,7 +362,7 @@ def test_nobody_answers_in_another_nodes_name(federation: Federation) -> None:
     federation.go_on()
 
 
-def test_a_reply_of_an_earlier_round_is_none(federation: Federation) -> None:
+def test_a_reply_of_an_earlier_round_is_none(federation: Attacked) -> None:
     """Of st-mary itself, signed by it, sent again by a relay that was broken into."""
     asked, seen, home = federation.question(), len(federation.rounds()), federation.home("st-mary")
     stored = max(home.replies.glob("*train*.reply"))
@@ -374,7 +376,7 @@ def test_a_reply_of_an_earlier_round_is_none(federation: Federation) -> None:
     federation.go_on()
 
 
-def test_a_reply_with_bytes_left_over_costs_the_site_a_round(federation: Federation) -> None:
+def test_a_reply_with_bytes_left_over_costs_the_site_a_round(federation: Attacked) -> None:
     asked, seen = federation.question(), len(federation.rounds())
     array = Array(np.ones(3, np.float32))
     array.data += b"left over"
@@ -386,7 +388,7 @@ def test_a_reply_with_bytes_left_over_costs_the_site_a_round(federation: Federat
     federation.go_on()
 
 
-def test_parts_that_are_no_message_cost_the_site_a_round(federation: Federation) -> None:
+def test_parts_that_are_no_message_cost_the_site_a_round(federation: Attacked) -> None:
     """Flower's head is right, its body is not: what puts the parts together must not end the run."""
     asked, seen, home = federation.question(), len(federation.rounds()), federation.home("st-mary")
     reply = wire.encode_reply(Reply(Kind.TRAIN, "run", 1), asked)
@@ -398,7 +400,7 @@ def test_parts_that_are_no_message_cost_the_site_a_round(federation: Federation)
         reply = wire.encode_reply(Reply(Kind.TRAIN, "run", 1), asked)
 
 
-def test_a_node_that_is_not_registered_and_a_wrong_authority(federation: Federation, tmp_path: Path) -> None:
+def test_a_node_that_is_not_registered_and_a_wrong_authority(federation: Attacked, tmp_path: Path) -> None:
     stranger = ec.generate_private_key(ec.SECP384R1())
     public = node_public_pem(openssh(stranger))
     with federation.fleet(stranger) as fleet:
@@ -424,7 +426,7 @@ def test_a_node_that_is_not_registered_and_a_wrong_authority(federation: Federat
     federation.go_on()
 
 
-def test_a_coordinator_without_the_pinned_key(federation: Federation) -> None:
+def test_a_coordinator_without_the_pinned_key(federation: Attacked) -> None:
     """Of another consortium, at the agents' sockets. Through the relay: test_relay."""
     federation.question()
     before, foreign = federation.charged_runs(), SigningKey.generate()
@@ -474,10 +476,10 @@ def million_arrays() -> Iterator[bytes]:
     yield from frame(8 + len(listing), len(listing).to_bytes(8, "little"), listing)
 
 
-def test_huge_tiny_and_left_over_at_the_agents_socket(federation: Federation) -> None:
+def test_huge_tiny_and_left_over_at_the_agents_socket(federation: Attacked) -> None:
     federation.question()
     home, before = federation.home("st-anne"), federation.charged_runs()
-    (agent,) = processes_of(home.folder, "serve")
+    (agent,) = federation.made.processes(home.folder, "serve")
     memory, bad = agent.memory_info().rss, Reply(Kind.HELLO, "", 0, RefusalCode.BAD_REQUEST)
     hello = pack_request(Request(Kind.HELLO, "run-1", 0, ""))
     gigabyte = (bytes(1 << 20) for _ in range(1000))
@@ -498,9 +500,9 @@ def test_huge_tiny_and_left_over_at_the_agents_socket(federation: Federation) ->
     federation.go_on()
 
 
-def test_huge_tiny_and_left_over_at_the_public_port(federation: Federation) -> None:
+def test_huge_tiny_and_left_over_at_the_public_port(federation: Attacked) -> None:
     """A gigabyte, declared and not, is in test_link; here it meets a run, and as a tree of a million parts."""
-    (link,) = processes_of(federation.hub.folder, "server.link")
+    (link,) = federation.made.processes(federation.hub.folder, "server.link")
     memory, node = link.memory_info().rss, Node(node_id=federation.node("st-john"))
     asked = federation.question()
     envelope = message_to_proto(remove_content_from_message(wire.encode_reply(Reply(Kind.TRAIN, "run", 1), asked)))
@@ -526,7 +528,7 @@ def test_huge_tiny_and_left_over_at_the_public_port(federation: Federation) -> N
     federation.go_on()
 
 
-def test_random_requests_on_every_listener(federation: Federation) -> None:
+def test_random_requests_on_every_listener(federation: Attacked) -> None:
     """A hundred each at the public port, the loopback port and the agent's socket, by those who may pass the gate."""
     federation.question()
     chance, before, hub = random.Random(11), federation.charged_runs(), federation.hub
@@ -556,7 +558,7 @@ def test_random_requests_on_every_listener(federation: Federation) -> None:
     federation.go_on()
 
 
-def test_a_site_that_is_revoked_in_mid_run_is_out(federation: Federation) -> None:
+def test_a_site_that_is_revoked_in_mid_run_is_out(federation: Attacked) -> None:
     federation.question()
     key = read_node_key(federation.home("st-anne").folder)
     call(coordinator_main, "revoke", federation.hub.folder, "st-anne")
@@ -572,7 +574,7 @@ def test_a_site_that_is_revoked_in_mid_run_is_out(federation: Federation) -> Non
     assert set(federation.rounds()[-1]["sites"]) == {"st-mary"}
 
 
-def test_in_the_end_the_run_completes(federation: Federation) -> None:
+def test_in_the_end_the_run_completes(federation: Attacked) -> None:
     federation.hold(signal.SIGCONT)
     try:
         assert federation.command.wait(150) == 0, federation.logged()[-4000:]
