@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from common.errors import RefusalCode
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Scalar = int | float | str
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -70,7 +70,7 @@ def ask(
     if trust is not None:
         until = time.time() + timeout_s
         requests = {node_id: seal_request(trust.key, request, until) for node_id, request in requests.items()}
-    messages = [wire.encode_request(request, node_id, timeout_s) for node_id, request in requests.items()]
+    messages = wire.encode_requests(requests, timeout_s)
     ids = list(grid.push_messages(messages))
     del messages
     node_of = {message_id: node_id for message_id, node_id in zip(ids, requests, strict=False) if message_id}

@@ -80,8 +80,12 @@ def found(folder: Path, size: int, max_reply_bytes: int) -> Deployment:
         _write_phantoms(data, number, size)
         _say(site_command, "init", home, "--name", name, "--data", data, "--patients", PATIENTS)
         rules = policy.load(Home(home).policy)
-        policy.save(Home(home).policy, dataclasses.replace(rules, max_reply_bytes=max_reply_bytes)
-                    if dataclasses.is_dataclass(rules) else rules.model_copy(update={"max_reply_bytes": max_reply_bytes}))
+        policy.save(
+            Home(home).policy,
+            dataclasses.replace(rules, max_reply_bytes=max_reply_bytes)
+            if dataclasses.is_dataclass(rules)
+            else rules.model_copy(update={"max_reply_bytes": max_reply_bytes}),
+        )
         _say(site_command, "import", home, "--classes", ",".join(CLASSES), "--size", size)
         asked, invited = folder / f"{name}.enrolment.json", folder / f"{name}.invitation.json"
         shown = _words(_say(site_command, "enrol", home, "--out", asked), "this site")
@@ -118,7 +122,9 @@ def running(made: Deployment, proxy: str = "", constants: str = "{}") -> Generat
         yield roles
 
 
-def start_run(made: Deployment, changes: Mapping[str, object], constants: str) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+def start_run(
+    made: Deployment, changes: Mapping[str, object], constants: str
+) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     """Start a run of a configuration, and follow it."""
     write_atomic(made.folder / "run.toml", to_toml(build_config({}, dict(changes))).encode())
     return _started(made, constants, "", "server.cli", "run", made.hub, made.folder / "run.toml")

@@ -36,7 +36,9 @@ TIMED: Mapping[str, Mapping[str, str]] = {
     },
     "client.fleet": {"Fleet.send": "message"},
     "client.relay": {"_serve_one": "relayed"},
-    "common.wire": dict.fromkeys(("encode_request", "decode_request", "encode_reply", "decode_reply"), "serialisation"),
+    "common.wire": dict.fromkeys(
+        ("encode_requests", "decode_request", "encode_reply", "decode_reply"), "serialisation"
+    ),
     "common.seal": dict.fromkeys(
         ("seal_request", "check_request", "sign_reply", "check_reply", "request_digest", "content_digest"),
         "serialisation",
