@@ -5,7 +5,6 @@ scope: what is measured (benchmark/deployment).
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -13,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -37,7 +36,7 @@ from simulations.phantoms.cohort import CLASSES, draw_patients, draw_scanner
 ROOT = Path(simulations.__file__).parents[1]
 SITES = ("st-anne", "st-john", "st-mary")
 PATIENTS = 40
-STARTED_S, STOPPED_S, LOOK_S = 120.0, 60.0, 0.1
+STARTED_S, STOPPED_S, LOOK_S = 600.0, 60.0, 0.1
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY")
 
 
@@ -80,12 +79,7 @@ def found(folder: Path, size: int, max_reply_bytes: int) -> Deployment:
         _write_phantoms(data, number, size)
         _say(site_command, "init", home, "--name", name, "--data", data, "--patients", PATIENTS)
         rules = policy.load(Home(home).policy)
-        policy.save(
-            Home(home).policy,
-            dataclasses.replace(rules, max_reply_bytes=max_reply_bytes)
-            if dataclasses.is_dataclass(rules)
-            else rules.model_copy(update={"max_reply_bytes": max_reply_bytes}),
-        )
+        policy.save(Home(home).policy, rules.model_copy(update={"max_reply_bytes": max_reply_bytes}))
         _say(site_command, "import", home, "--classes", ",".join(CLASSES), "--size", size)
         asked, invited = folder / f"{name}.enrolment.json", folder / f"{name}.invitation.json"
         shown = _words(_say(site_command, "enrol", home, "--out", asked), "this site")
@@ -113,9 +107,7 @@ def running(made: Deployment, proxy: str = "", constants: str = "{}") -> Generat
             for name in SITES
         ]
         states = [Home(made.site(name)).relay_state for name in SITES]
-        since = time.time()
         _wait(lambda: all(path.exists() and _contact(path) for path in states), "the relays to connect")
-        del since
         roles = {"link": _child(hub.pid, "server.link"), "executor": _child(hub.pid, "server.executor")}
         for name, started in zip(SITES, starts, strict=True):
             roles |= {f"agent {name}": _child(started.pid, "serve"), f"relay {name}": _child(started.pid, "relay")}
@@ -204,7 +196,7 @@ def _write_phantoms(path: Path, seed: int, size: int) -> None:
     np.savez(path, images=(255 * scaled).astype(np.uint8), patient_id=names, labels=labels)
 
 
-def _say(command: Callable[[Sequence[str]], object], *arguments: object) -> str:
+def _say(command: Callable[[list[str]], object], *arguments: object) -> str:
     """Call a command in this process; return what it printed."""
     out = io.StringIO()
     try:

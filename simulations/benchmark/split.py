@@ -12,6 +12,7 @@ A moment in which several threads work on parts other than training is divided e
 add up to the round.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-PARTS = ("training", "agent", "serialisation", "transport", "aggregation", "storing", "polling")
+PARTS: tuple[str, ...] = ("training", "agent", "serialisation", "transport", "aggregation", "storing", "polling")
 
 _WORK = {part: part for part in PARTS[:-1]} | {"checkpoint": "storing"}
 _WAITS = {"agent wait": "agent", "message": "serialisation"}
@@ -60,9 +61,9 @@ def read_spans(folder: Path) -> list[Span]:
 
 
 def rounds(spans: Sequence[Span]) -> list[tuple[float, float]]:
-    """Return from when to when each round went: from one checkpoint to the next. The warm-up's is the first end."""
+    """Return from when to when each round went: from one checkpoint to the next, the warm-up's being the first."""
     ends = sorted(span.until for span in spans if span.part == "whole checkpoint")
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 def greeting(spans: Sequence[Span]) -> tuple[float, float]:
@@ -96,6 +97,24 @@ def split(spans: Iterable[Span], since: float, until: float) -> dict[str, float]
         now = at
     seconds["polling"] += until - now
     return seconds
+
+
+def messages(spans: Sequence[Span], since: float, until: float) -> list[float]:
+    """Return what each message of a stretch took at its relay, from its arrival to its answer, the agent's time aside.
+
+    Args:
+        spans: Of all processes.
+        since: The beginning of the stretch, seconds.
+        until: Its end.
+    """
+    waits = [span for span in spans if span.part == "whole agent wait" and since <= span.since < until]
+    took: list[float] = []
+    for relayed in spans:
+        inside = [wait for wait in waits if wait.thread == relayed.thread and relayed.since <= wait.since]
+        inside = [wait for wait in inside if wait.until <= relayed.until]
+        if relayed.part == "whole relayed" and inside:
+            took.append(relayed.seconds - sum(wait.seconds for wait in inside))
+    return took
 
 
 def _shares(active: Counter[str]) -> dict[str, float]:

@@ -9,7 +9,6 @@ say of a round (benchmark/split).
 import functools
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import inspect
 import json
 import os
