@@ -5,6 +5,7 @@ only, and nothing but ServerApps; the token of a run reaches its process through
 Out of scope: what a run does (server/app).
 """
 
+import functools
 import logging
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from typing import NoReturn
 import httpx
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.logger import mirror_output_to_queue
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid import http_grid
 from flwr.superlink.runtime import run_serverapp
 
 from common.errors import ExitCode, StorageError
@@ -31,6 +34,8 @@ LOG = logging.getLogger("fedmedgan.executor")
 POLL_S = 1.0
 AWAY_S = 2.0
 """Between two tries while the link does not answer."""
+FIRST_RETRY_S = 0.05
+"""A reply is announced while its parts are on their way; Flower would look for them again after 1 s, 2 s, 4 s."""
 STOP_S = 20.0
 """What a run may take to say goodbye."""
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -67,6 +72,7 @@ def run_one(consortium: Consortium, token: str) -> None:
     """Run the ServerApp whose token this is, in this process; what it prints goes to the link, too."""
     printed: Queue[str | None] = Queue()
     mirror_output_to_queue(printed)
+    http_grid.pull_objects = functools.partial(pull_objects, initial_backoff=FIRST_RETRY_S, backoff_cap=1.0)
     run_serverapp(
         runtime_api_address=_address(consortium),
         log_queue=printed,

@@ -117,3 +117,12 @@ def test_clock_window_is_as_documented() -> None:
 
     assert (SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE) == (5, 300)
     assert now().tzinfo == dt.UTC
+
+
+def test_the_grid_looks_for_missing_parts_with_a_pause_that_the_executor_sets() -> None:
+    from flwr.supercore.inflatable.inflatable_utils import pull_objects
+    from flwr.superlink.grid import http_grid
+
+    assert http_grid.pull_objects.__code__ is pull_objects.__code__, "server/executor replaces it in a run's process"
+    assert "pull_objects" in http_grid.HttpGrid.pull_messages.__code__.co_names
+    assert {"initial_backoff", "backoff_cap"} <= set(inspect.signature(pull_objects).parameters)
