@@ -41,7 +41,12 @@ class _Tunnel(socketserver.StreamRequestHandler):
         if method != "CONNECT" or host != "127.0.0.1":
             self.wfile.write(b"HTTP/1.1 403 Forbidden\r\n\r\n")
             return
-        with socket.create_connection((host, int(port)), 10) as target:
+        try:
+            target = socket.create_connection((host, int(port)), 10)
+        except OSError:
+            self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+            return
+        with target:
             target.settimeout(None)
             self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
             up = threading.Thread(target=self.proxy.pump, args=(self.connection, target), daemon=True)

@@ -29,6 +29,7 @@ from common.errors import FederationError
 from common.files import make_folder, write_atomic
 from common.flower_environment import flower_environment
 from server.cli import main as coordinator_command
+from server.consortium import load_consortium, read_settings
 from simulations.benchmark import stopwatch
 from simulations.phantoms.anatomy import render
 from simulations.phantoms.cohort import CLASSES, draw_patients, draw_scanner
@@ -102,6 +103,8 @@ def running(made: Deployment, proxy: str = "", constants: str = "{}") -> Generat
     """
     with contextlib.ExitStack() as stack:
         hub = stack.enter_context(_started(made, constants, "", "server.cli", "start", made.hub))
+        port = read_settings(load_consortium(made.hub)).port
+        _wait(lambda: _listens(port), "the coordinator to listen")
         starts = [
             stack.enter_context(_started(made, constants, proxy, "client.entry", "start", made.site(name)))
             for name in SITES
@@ -216,3 +219,9 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
