@@ -16,7 +16,7 @@ from common.errors import RefusalCode, WireError
 from common.messages import Reply, Request
 from common.seal import Trust, check_reply, seal_request
 
-POLL_S = 0.1
+POLL_S, LONGEST_POLL_S = 0.1, 2.0
 
 
 @final
@@ -77,15 +77,26 @@ def ask(
     arrived: dict[int, Answer] = {node_id: Answer(node_id, None, "not-sent") for node_id in requests}
     for node_id in node_of.values():
         del arrived[node_id]
-    deadline = time.monotonic() + timeout_s
+    asked = time.monotonic()
     for node_id in requests:
         while node_id not in arrived:
-            if time.monotonic() > deadline:
+            if time.monotonic() > asked + timeout_s:
                 arrived[node_id] = Answer(node_id, None, "timeout")
                 break
             if not _pull(link, node_of, requests, names, arrived):
-                time.sleep(POLL_S)
+                time.sleep(pause_s(time.monotonic() - asked))
         yield arrived.pop(node_id)
+
+
+def pause_s(waited_s: float) -> float:
+    """Return how long to sleep before the next look for answers: a twentieth of the wait so far, within bounds.
+
+    Every look is work for the link, which has better to do while sites train for minutes.
+
+    >>> [pause_s(waited_s) for waited_s in (0.0, 1.0, 10.0, 600.0)]
+    [0.1, 0.1, 0.5, 2.0]
+    """
+    return min(max(POLL_S, waited_s / 20), LONGEST_POLL_S)
 
 
 def _pull(

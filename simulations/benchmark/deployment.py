@@ -69,7 +69,7 @@ class Case:
     constants: Mapping[str, Mapping[str, object]] = field(default_factory=dict[str, Mapping[str, object]])
 
 
-CASES = (Case("default"), Case("behind a proxy", rounds=4, proxy=True), Case("100 MB", rounds=3, model=WIDE))
+CASES = (Case("default"), Case("behind a proxy", rounds=4, proxy=True), Case("100 MB", rounds=2, model=WIDE))
 
 
 def measure(cases: Sequence[Case] = CASES, changes: Mapping[str, object] | None = None) -> Result:
