@@ -23,7 +23,14 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
@@ -161,7 +168,22 @@ class Fleet:
         with no_object_id_recompute():
             lacking, session = self._send(reply, get_object_tree(reply), 0.0)
             parts = get_all_nested_objects(reply)
-            push_objects(parts, partial(self._push, run_id, session), object_ids_to_push=lacking)
+            push_objects(parts, partial(self._push_part, run_id, session), object_ids_to_push=lacking)
+
+    def _push_part(self, run_id: int, session: str, object_id: str, content: bytes) -> None:
+        """Push a part. Where the answer is lost Flower pushes again, and the link refuses what it has: that is no loss.
+
+        Without this a slow minute costs the site its round: one chunk of many that took longer than 30 s is enough.
+        """
+        try:
+            self._push(run_id, session, object_id, content)
+        except ObjectPushError:
+            try:
+                arrived = self._pull(run_id, object_id) == content
+            except (ObjectPullError, ObjectUnavailableError):
+                arrived = False
+            if not arrived:
+                raise
 
     def _run(self, run_id: int) -> Run:
         if run_id not in self._runs:

@@ -1,11 +1,11 @@
 """Requests and replies as Flower messages, decoded strictly. Out of scope: what they mean (common/messages).
 
-One ArrayRecord ("arrays") and one ConfigRecord ("header") in a RecordDict. Everything is bounded and checked before
-an array is allocated: protocol version, the exact set of keys, sizes, dtypes, bytes left over, finite values.
+One ArrayRecord ("arrays") and one ConfigRecord ("header") in a RecordDict. All arrays travel as one safetensors body,
+as on the agent's socket: Flower asks twice for each array that stands alone, and those questions, not the bytes, were
+what a round took. Everything is bounded and checked before it is used: protocol version, the exact set of keys, sizes,
+dtypes, bytes left over, finite values.
 """
 
-import io
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from numpy.lib import format as npy
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
 from common.config import MAX_PROPOSAL_BYTES
 from common.errors import RefusalCode, WireError
@@ -35,6 +37,8 @@ MAX_NAME_CHARACTERS = 128
 MAX_TOTAL_BYTES = 1 << 30
 MAX_SCALARS = 64
 MAX_DIMENSIONS = 8
+MAX_LISTING_BYTES = MAX_ARRAYS * (6 * MAX_NAME_CHARACTERS + 256)
+"""Of the names and shapes before the arrays; a letter of a name may take six bytes there."""
 MAX_TEXT_CHARACTERS = 256
 
 MESSAGE_TYPES = {
@@ -43,7 +47,8 @@ MESSAGE_TYPES = {
     Kind.TRAIN: "train.round",
     Kind.GRADIENT: "train.gradient",
 }
-_DTYPES = ("<f4", "<i4", "<f2")
+_DTYPES = (np.dtype("<f4"), np.dtype("<i4"), np.dtype("<f2"))
+_BODY, _FORM = "body", "safetensors"
 
 _REQUEST_KEYS = {"protocol", "kind", "run", "round", "proposal", "nonce", "deadline", "signature"}
 _REPLY_KEYS = {"protocol", "package", "kind", "run", "round", "refusal", "signature"}
@@ -64,13 +69,23 @@ class Release:
     package: str
 
 
+def encode_requests(requests: Mapping[int, Request], ttl_s: float) -> list[Message]:
+    """Make the messages of one request for each node, in their order; arrays that several share are written once."""
+    bodies = {id(arrays): _body(arrays) for arrays in {id(r.arrays): r.arrays for r in requests.values()}.values()}
+    return [_request(request, node_id, ttl_s, bodies[id(request.arrays)]) for node_id, request in requests.items()]
+
+
 def encode_request(request: Request, node_id: int, ttl_s: float) -> Message:
     """Make the Flower message of a request, valid for `ttl_s` seconds."""
+    return _request(request, node_id, ttl_s, _body(request.arrays))
+
+
+def _request(request: Request, node_id: int, ttl_s: float, body: ArrayRecord) -> Message:
     header = _header(request.kind, request.run_id, request.round, request.settings)
     header["proposal"], seal = request.proposal, request.seal or Seal("", 0, "")
     header |= {"nonce": seal.nonce, "deadline": seal.deadline, "signature": seal.signature}
     return Message(
-        _content(header, request.arrays),
+        RecordDict({"header": ConfigRecord(header), "arrays": body}),
         dst_node_id=node_id,
         message_type=MESSAGE_TYPES[request.kind],
         ttl=ttl_s,
@@ -97,7 +112,7 @@ def encode_reply(reply: Reply, request: Message) -> Message:
     header = _header(reply.kind, reply.run_id, reply.round, reply.fields)
     header |= {"refusal": reply.refusal.value if reply.refusal else "", "signature": reply.signature}
     header["package"] = PACKAGE_VERSION
-    return Message(_content(header, reply.arrays), reply_to=request)
+    return Message(RecordDict({"header": ConfigRecord(header), "arrays": _body(reply.arrays)}), reply_to=request)
 
 
 def decode_reply(message: Message) -> Reply:
@@ -134,13 +149,10 @@ def other_release(message: Message) -> Release | None:
 
 
 def array_bytes(message: Message) -> int:
-    """Return the bytes of a message's arrays on the wire, without their headers and the message's own."""
+    """Return the bytes of a message's arrays on the wire, without their listing and the message's own headers."""
     records = message.content.array_records.values() if message.has_content() else ()
-    return sum(max(0, len(array.data) - _header_bytes(array.data)) for record in records for array in record.values())
-
-
-def _header_bytes(data: bytes) -> int:
-    return 10 + int.from_bytes(data[8:10], "little")  # npy format version 1.0
+    bodies = [array.data for record in records for array in record.values()]
+    return sum(max(0, len(body) - 8 - int.from_bytes(body[:8], "little")) for body in bodies)
 
 
 def _header(kind: Kind, run_id: str, round_: int, scalars: Mapping[str, Scalar]) -> dict[str, Any]:
@@ -148,9 +160,9 @@ def _header(kind: Kind, run_id: str, round_: int, scalars: Mapping[str, Scalar])
     return header | {_SCALAR_PREFIX + name: value for name, value in scalars.items()}
 
 
-def _content(header: Mapping[str, Any], arrays: Arrays) -> RecordDict:
-    record = ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
-    return RecordDict({"header": ConfigRecord(dict(header)), "arrays": record})
+def _body(arrays: Arrays) -> ArrayRecord:
+    body = save_tensors({name: np.asarray(array, order="C") for name, array in arrays.items()})
+    return ArrayRecord({_BODY: Array("uint8", (len(body),), _FORM, body)})
 
 
 def _read(content: RecordDict, keys: set[str]) -> tuple[ConfigRecord, dict[str, Scalar], dict[str, npt.NDArray[Any]]]:
@@ -177,36 +189,33 @@ def _other_protocol(header: ConfigRecord) -> str:
 
 
 def _arrays(record: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
-    total_bytes = sum(len(array.data) for array in record.values())
-    if len(record) > MAX_ARRAYS or total_bytes > MAX_TOTAL_BYTES:
+    """Read the body: its size and that of its listing are looked at before it is."""
+    if set(record) != {_BODY} or record[_BODY].stype != _FORM:
+        raise WireError(f"Expected all arrays in one {_FORM} body, got {len(record)} entries.")
+    body = record[_BODY].data
+    listing_bytes = int.from_bytes(body[:8], "little")
+    if len(body) > MAX_TOTAL_BYTES + MAX_LISTING_BYTES or listing_bytes > MAX_LISTING_BYTES:
         raise WireError(
-            f"Expected at most {MAX_ARRAYS} arrays and {MAX_TOTAL_BYTES} bytes, got {len(record)} and {total_bytes}."
+            f"Expected at most {MAX_TOTAL_BYTES} bytes of arrays and {MAX_LISTING_BYTES} of their listing, got "
+            f"{len(body)} and {listing_bytes}."
         )
-    if any(len(name) > MAX_NAME_CHARACTERS for name in record):
+    try:
+        arrays = load_tensors(body)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WireError(f"Expected a {_FORM} body with no bytes left over; it does not decode.") from error
+    _check_forms(arrays)
+    return arrays
+
+
+def _check_forms(arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    if len(arrays) > MAX_ARRAYS:
+        raise WireError(f"Expected at most {MAX_ARRAYS} arrays, got {len(arrays)}.")
+    if any(len(name) > MAX_NAME_CHARACTERS for name in arrays):
         raise WireError(f"Expected array names of at most {MAX_NAME_CHARACTERS} characters.")
-    return {name: _array(array) for name, array in record.items()}
-
-
-def _array(array: Array) -> npt.NDArray[Any]:
-    shape = tuple(array.shape)
-    if len(shape) > MAX_DIMENSIONS or any(not 0 <= side <= MAX_TOTAL_BYTES for side in shape):
-        raise WireError(f"Expected at most {MAX_DIMENSIONS} dimensions of whole sides that are not negative.")
-    headers = {dtype: _npy_header(dtype, shape) for dtype in _DTYPES}
-    for dtype, header in headers.items():
-        if array.data.startswith(header):  # compared, not parsed: nothing of a message is evaluated
-            body = array.data[len(header) :]
-            if len(body) != math.prod(shape) * np.dtype(dtype).itemsize:
-                raise WireError(f"Expected the bytes of shape {shape} and none left over, got {len(body)} bytes.")
-            return np.frombuffer(body, dtype=dtype).reshape(shape)
-    raise WireError(
-        "Expected float32, float16 or int32 arrays in C order with the declared shape, in npy format version 1.0."
-    )
-
-
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    npy.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return header.getvalue()
+    if any(array.ndim > MAX_DIMENSIONS for array in arrays.values()):
+        raise WireError(f"Expected at most {MAX_DIMENSIONS} dimensions.")
+    if any(array.dtype not in _DTYPES for array in arrays.values()):
+        raise WireError("Expected float32, float16 or int32 arrays.")
 
 
 def _kind(header: ConfigRecord) -> Kind:

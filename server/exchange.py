@@ -22,7 +22,7 @@ from common.seal import Trust, check_reply, seal_request
 
 LOG = logging.getLogger("fedmedgan.exchange")
 
-POLL_S = 0.1
+POLL_S, LONGEST_POLL_S = 0.1, 2.0
 OUTAGE_S = 600.0
 """A link that fails otherwise than by being away, for which Flower's grid waits by itself, is waited for this long."""
 LONGEST_PAUSE_S = 10.0
@@ -132,7 +132,7 @@ def ask(
     if trust is not None:
         until = time.time() + timeout_s
         requests = {node_id: seal_request(trust.key, request, until) for node_id, request in requests.items()}
-    messages = [wire.encode_request(request, node_id, timeout_s) for node_id, request in requests.items()]
+    messages = wire.encode_requests(requests, timeout_s)
     sent_bytes = [wire.array_bytes(message) for message in messages]
     asked = time.monotonic()
     ids = _push(grid, messages)
@@ -149,7 +149,7 @@ def ask(
             if time.monotonic() > asked + timeout_s:  # looked at last: what is there was in time
                 arrived[node_id] = Answer(node_id, None, "timeout")
             else:
-                time.sleep(POLL_S)
+                time.sleep(pause_s(time.monotonic() - asked))
         yield replace(arrived.pop(node_id), download_bytes=download_bytes)
 
 
@@ -159,6 +159,17 @@ def _push(grid: Grid, messages: Sequence[wire.Message]) -> list[str]:
     except httpx.HTTPStatusError as error:  # the link lost a part of it on the way: this attempt is in vain
         LOG.warning("the link did not take the questions: %s", error)
         return []
+
+
+def pause_s(waited_s: float) -> float:
+    """Return how long to sleep before the next look for answers: a twentieth of the wait so far, within bounds.
+
+    Every look is work for the link, which has better to do while sites train for minutes.
+
+    >>> [pause_s(waited_s) for waited_s in (0.0, 1.0, 10.0, 600.0)]
+    [0.1, 0.1, 0.5, 2.0]
+    """
+    return min(max(POLL_S, waited_s / 20), LONGEST_POLL_S)
 
 
 def _pull(

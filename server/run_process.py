@@ -4,6 +4,7 @@ Apart from the executor, which lives long and holds no torch. What runs is the i
 scope: which runs are started (server/executor), what a run does (server/app).
 """
 
+import functools
 import logging
 import os
 import sys
@@ -13,13 +14,18 @@ from queue import Queue
 from typing import NoReturn
 
 from flwr.app import Context
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.logger import mirror_output_to_queue
+from flwr.superlink.grid import http_grid
 from flwr.superlink.runtime import run_serverapp
 
 from common.errors import ExitCode, FedmedganError
 from server.app import app
 from server.consortium import Consortium, load_consortium
 from server.executor import address, certificate
+
+FIRST_RETRY_S = 0.05
+"""A reply is announced while its parts are on their way; Flower would look for them again after 1 s, 2 s, 4 s."""
 
 
 def run_one(consortium: Consortium, token: str) -> None:
@@ -28,6 +34,7 @@ def run_one(consortium: Consortium, token: str) -> None:
     What the run itself prints goes to the link, for whoever follows it; Flower's own words go to the executor's log.
     """
     printed: Queue[str | None] = Queue()
+    http_grid.pull_objects = functools.partial(pull_objects, initial_backoff=FIRST_RETRY_S, backoff_cap=1.0)
     _log_apart()
 
     @app.lifespan()

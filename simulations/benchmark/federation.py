@@ -31,7 +31,7 @@ PARTS = {
     "training": ((agent, "train_round"),),
     "aggregation": ((aggregation, "add_to_mean"), (aggregation, "step"), (aggregation, "average")),
     "serialisation": (
-        (wire, "encode_request"),
+        (wire, "encode_requests"),
         (wire, "decode_request"),
         (wire, "encode_reply"),
         (wire, "decode_reply"),

@@ -1,4 +1,7 @@
-"""What the link and the processes of the runs rely on in Flower 1.41's internals: server/{link,executor,run_process,control,bundle}."""
+"""What the link and the processes of the runs rely on in Flower 1.41's internals.
+
+That is server/{link,executor,run_process,control,bundle}.
+"""
 
 import datetime as dt
 import inspect
@@ -174,3 +177,12 @@ def test_the_lifespan_of_the_server_app_begins_after_flowers_preparations() -> N
 
     source = inspect.getsource(run_serverapp)
     assert source.index("install_from_fab(") < source.index("context = run_(")
+
+
+def test_the_grid_looks_for_missing_parts_with_a_pause_that_the_runs_process_sets() -> None:
+    from flwr.supercore.inflatable.inflatable_utils import pull_objects
+    from flwr.superlink.grid import http_grid
+
+    assert http_grid.pull_objects.__code__ is pull_objects.__code__, "server/run_process replaces it in a run's process"
+    assert "pull_objects" in http_grid.HttpGrid.pull_messages.__code__.co_names
+    assert {"initial_backoff", "backoff_cap"} <= set(inspect.signature(pull_objects).parameters)

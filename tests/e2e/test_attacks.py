@@ -12,13 +12,11 @@ import io
 import json
 import random
 import secrets
-import shutil
 import signal
 import socket
 import sqlite3
 import ssl
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,16 +53,15 @@ from client.ledger import read_ledger
 from client.paths import Home
 from common import wire
 from common.certificates import node_public_pem
-from common.config_text import build_config, read_config, to_toml
+from common.config_text import build_config, read_config
 from common.crypto import SigningKey, load_key
 from common.errors import RefusalCode
-from common.files import write_atomic
 from common.messages import Kind, Reply, Request
 from common.seal import seal_request, sign_reply
 from server import control
 from server.cli import main as coordinator_main
 from server.consortium import Consortium, load_consortium, read_settings
-from tests.coordinator_home import ROOT, client, enrol, openssh, signed_headers, wait_until_up
+from tests.coordinator_home import ROOT, client, enrol, openssh, signed_headers
 from tests.e2e.federation import Federation
 from tests.e2e.federation import federation as deployed
 
