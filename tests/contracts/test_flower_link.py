@@ -1,7 +1,4 @@
-"""What the link and the processes of the runs rely on in Flower 1.41's internals.
-
-That is server/{link,executor,run_process,control,bundle}.
-"""
+"""What server/link, control, bundle, executor and run_process rely on in Flower 1.41's internals."""
 
 import datetime as dt
 import inspect
