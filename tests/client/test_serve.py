@@ -18,7 +18,7 @@ from client.channel import MAGIC, connect, pack_request, read_frame, unpack_repl
 from client.serve import serve
 from common.errors import RefusalCode, StorageError
 from common.greeting import hello_settings
-from common.messages import Kind, Reply, Request
+from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from common.seal import content_digest, seal_request
 from tests.pinned import COORDINATOR
 from tests.tiny_site import warmup_request
