@@ -20,6 +20,7 @@ import psutil
 
 from common.config_text import build_config
 from common.errors import FederationError
+from server.records import read_records
 from server.rounds import round_bytes
 from simulations.benchmark import deployed
 from simulations.benchmark.counting_proxy import CountingProxy, counting_proxy
@@ -113,8 +114,15 @@ def _rows(case: Case, folder: Path, changes: Mapping[str, object]) -> list[dict[
             time.sleep(SAMPLE_S)
         if run.returncode:
             raise FederationError(f"The run ended with {run.returncode}:\n{deployed.said(made)}")
-    spans = read_spans(made.spans)
-    about = {"case": case.name, "mb": size / 1e6, "idle_bytes_per_s": idle_bytes, "relay_idle_mib": idle_mib}
+    spans, records = read_spans(made.spans), read_records(made.hub / "runs" / "run-0001" / "metrics.jsonl")
+    heard = min(len(record.sites) for record in records)
+    about = {
+        "case": case.name,
+        "heard": heard,
+        "mb": size / 1e6,
+        "idle_bytes_per_s": idle_bytes,
+        "relay_idle_mib": idle_mib,
+    }
     return [
         _row({**about, "what": "greeting"}, spans, [greeting(spans)], sampler),
         _row({**about, "what": "round"}, spans, rounds(spans), sampler),
@@ -133,6 +141,7 @@ def _row(
         "case": about["case"],
         "what": about["what"],
         "windows": len(windows),
+        "heard": about["heard"],
         "mb": about["mb"],
         **{f"{part}_s": parts[middle][part] for part in PARTS},
         "total_s": windows[middle][1] - windows[middle][0],

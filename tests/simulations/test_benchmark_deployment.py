@@ -133,6 +133,7 @@ def test_a_deployment_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
     for row in written["rows"]:
         assert sum(row[f"{part}_s"] for part in PARTS) == pytest.approx(row["total_s"], abs=1e-6)
+        assert row["heard"] == 3
         assert row["relay_message_s"] > 0
         assert row["transport_s"] > 0
         assert row["site_bytes"] > 0
