@@ -25,7 +25,7 @@ from tests.e2e.slow_proxy import Weather, slow_proxy
 from tests.e2e.x_rays import PATIENTS, REAL
 
 WHOLE = os.environ.get("FEDMEDGAN_E2E") == "whole"
-SEED = int(os.environ.get("FEDMEDGAN_FAULTS_SEED", "1"))
+SEED = int(os.environ.get("FEDMEDGAN_FAULTS_SEED", "41"))  # kills relay, agent, `start` and link
 OUTAGE_S = float(os.environ.get("FEDMEDGAN_OUTAGE_S", "0"))
 WHOLE_LINE = os.environ.get("FEDMEDGAN_BAD_LINE") == "full"
 KILLS, CUTS, LONGEST_CUT_S, ROUNDS = (20, 2, 60.0, 24) if WHOLE else (4, 1, 12.0, 10)
