@@ -11,6 +11,7 @@ The exception tree:
     ├── StorageError          a file that could not be written or read
     ├── FederationError       no site can take part
     ├── EnrolmentError        a key, certificate, enrolment or invitation that is not to be trusted
+    ├── PacsError             the hospital's image archive is out of reach, refuses us, or did not send all
     └── MissingExtra          an optional dependency is not installed
 
 Messages never hold a patient id, a path below the data root or tensor content.
@@ -35,6 +36,7 @@ class ExitCode(IntEnum):
     MISSING_EXTRA = 9
     WIRE = 10
     ENROLMENT = 11
+    PACS = 12
     INTERRUPTED = 130
 
 
@@ -116,6 +118,13 @@ class EnrolmentError(FedmedganError):
     """An enrolment, an invitation or a certificate is expired, replayed, changed, or meant for somebody else."""
 
     exit_code = ExitCode.ENROLMENT
+
+
+@final
+class PacsError(FedmedganError):
+    """The hospital's image archive (PACS) is out of reach, refuses what we ask, or did not send all of it."""
+
+    exit_code = ExitCode.PACS
 
 
 @final
