@@ -57,8 +57,9 @@ class Orthanc:
             "DicomCheckCalledAet": True,
             "DicomAlwaysAllowEcho": False,
             "DicomAlwaysAllowStore": False,
-            "DicomAlwaysAllowFind": False,
+            "DicomAlwaysAllowFind": True,
             "DicomAlwaysAllowGet": False,
+            "DicomAlwaysAllowMove": True,
             "DicomModalities": {
                 "us": {
                     "AET": "FEDMEDGAN", "Host": "127.0.0.1", "Port": self.ours, "AllowEcho": True, "AllowFind": True,
@@ -88,9 +89,10 @@ class Orthanc:
                 time.sleep(0.05)
         raise RuntimeError((self.folder / "log").read_text())
 
-    def stop(self, *, kill: bool = False) -> None:
+    def stop(self) -> None:
+        """Kill it: on SIGTERM it waits for its connections."""
         if self.process is not None:
-            self.process.kill() if kill else self.process.terminate()
+            self.process.kill()
             self.process.wait(20)
 
     def put(self, files: list[Path]) -> None:
@@ -174,7 +176,7 @@ def write_list(path: Path, *rows: str, header: str = "accession") -> Path:
 
 def pulled(home: Path) -> dict[str, Path]:
     """Return the inbox's files by their SOP instance."""
-    files = [path for path in (home / "inbox").rglob("*.dcm")]
+    files = list((home / "inbox").rglob("*.dcm"))
     found = {str(dcmread(path, stop_before_pixels=True).SOPInstanceUID): path for path in files}
     assert len(found) == len(files), "an instance came twice"
     return found

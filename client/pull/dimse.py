@@ -55,7 +55,8 @@ class DimseArchive:
             status = association.send_c_echo().get("Status")
         if status != SUCCESS:
             raise PacsError(
-                f"{named(self._source)} took the connection and did not answer the C-ECHO. Ask its administrator."
+                f"{named(self._source)} takes the connection and refuses the C-ECHO. Register our AE title "
+                f"{self._source.our_aet} with this machine's address at the PACS, or mend our_aet in pacs.toml."
             )
         said = f"C-ECHO answered by {named(self._source)}, which knows us as {self._source.our_aet}"
         if self._source.method == "move":

@@ -136,8 +136,13 @@ class Receiver:
 
     @staticmethod
     def _discard(event: Event) -> None:
-        path = getattr(event.assoc.dimse.message, "_data_set_path", None)  # of what was not received whole
-        if isinstance(path, Path):
+        """Close what pynetdicom leaves open as a connection ends, and remove what was not received whole."""
+        connection, message = event.assoc.dul.socket, event.assoc.dimse.message
+        if connection is not None and connection.socket is not None:
+            connection.socket.close()
+        file, path = getattr(message, "_data_set_file", None), getattr(message, "_data_set_path", None)
+        if file is not None and isinstance(path, Path):
+            file.close()
             path.unlink(missing_ok=True)
 
 
