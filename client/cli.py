@@ -133,7 +133,7 @@ def serve_(
 @app.command("pull", context_settings={"ignore_unknown_options": True}, add_help_option=False)
 def pull_(arguments: Annotated[list[str] | None, typer.Argument(metavar="HOME --from NAME ...")] = None) -> None:
     """Fetch studies from a PACS into the inbox: a process of its own takes over, since this one has no network."""
-    os.execv(sys.executable, [sys.executable, "-m", "client.pull", *(arguments or ())])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-m", "client.entry", "pull", *(arguments or ())])  # noqa: S606
 
 
 @app.command("ledger")

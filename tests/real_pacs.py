@@ -187,7 +187,7 @@ def leftovers(home: Path) -> list[Path]:
 
 
 def command(home: Path, source: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "client.pull", str(home), "--from", source, *more]
+    return [sys.executable, "-m", "client.entry", "pull", str(home), "--from", source, *more]
 
 
 def run_pull(home: Path, source: str, *more: str) -> subprocess.CompletedProcess[str]:

@@ -87,8 +87,11 @@ def read_list(path: Path) -> tuple[Row, ...]:
     _check_columns(columns)
     if not 2 <= len(lines) <= MAX_ROWS + 1:
         raise IntakeError(f"Expected 1 to {MAX_ROWS} lines below the list's header, got {len(lines) - 1}. Split it.")
-    rows = [_row(number, columns, line) for number, line in lines[1:]]
-    return tuple({_without_line(row): row for row in reversed(rows)}.values())[::-1]
+    rows: dict[tuple[object, ...], Row] = {}
+    for number, line in lines[1:]:
+        row = _row(number, columns, line)
+        rows.setdefault(_without_line(row), row)
+    return tuple(rows.values())
 
 
 def _check_columns(columns: Sequence[str]) -> None:

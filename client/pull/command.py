@@ -24,6 +24,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 LOG = logging.getLogger("fedmedgan.pull")
 
 
+@app.callback()
+def fedmedgan_site() -> None:
+    """Let `pull` be a word of the command line, as it is of `fedmedgan-site`."""
+
+
 @app.command()
 def pull(
     home: Annotated[Path, typer.Argument(help="The folder with pacs.toml: the site's home, or one of its own.")],

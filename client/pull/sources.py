@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, final
 from urllib.parse import urlsplit
 
+from pydantic_core import ErrorDetails
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
 
 from common.errors import ConfigError, FedmedganError
 from common.files import read_bounded, read_secret
@@ -192,7 +194,7 @@ def read_sources(home: Path) -> Sources:
         values = tomllib.loads(read_bounded(path, MAX_FILE_BYTES).decode())
         return Sources.model_validate(values)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {_said(item)}" for item in error.errors())
         secret = any(item["loc"] and item["loc"][-1] in _SECRET for item in error.errors())
         hint = " A secret belongs into a file of mode 600: password_file, token_file." if secret else ""
         raise ConfigError(f"Expected other values in {path}: {wrong}.{hint} See docs/pull.md.") from None
@@ -200,6 +202,11 @@ def read_sources(home: Path) -> Sources:
         raise ConfigError(
             f"Could not read {path}: {type(error).__name__}. Write it as docs/pull.md says, in {MAX_FILE_BYTES} bytes."
         ) from None
+
+
+def _said(error: ErrorDetails) -> str:
+    """Return what pydantic says of a value, without the value."""
+    return 'expected kind = "dimse" or "dicomweb"' if error["type"].startswith("union_tag") else error["msg"]
 
 
 def find_source(sources: Sources, name: str) -> Source:

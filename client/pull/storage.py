@@ -30,6 +30,8 @@ MAX_PDU: Final = 1 << 18
 """Bytes of a PDU that we read; we offer half of it."""
 MAX_MESSAGE: Final = 1 << 20
 """Bytes of any message but a C-STORE."""
+ACSE_S: Final = 30.0
+"""How long a connection may take to say who it is, seconds."""
 ROOM_EVERY: Final = 8 << 20
 """Bytes between two looks at the disk while a file comes."""
 MAX_ASSOCIATIONS: Final = 4
@@ -224,7 +226,8 @@ class StorageScp:
         entity.maximum_associations = MAX_ASSOCIATIONS
         entity.require_called_aet = True
         entity.require_calling_aet = [source.sender_aet or source.aet]
-        entity.network_timeout = entity.acse_timeout = entity.dimse_timeout = source.timeout_s
+        entity.network_timeout = entity.dimse_timeout = source.timeout_s
+        entity.acse_timeout = min(source.timeout_s, ACSE_S)
         for context in AllStoragePresentationContexts:
             entity.add_supported_context(str(context.abstract_syntax), list(SYNTAXES))
         try:
