@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, final
 from urllib.parse import urlsplit
 
-from pydantic_core import ErrorDetails
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
-
+from pydantic_core import ErrorDetails
 
 from common.errors import ConfigError, FedmedganError
 from common.files import read_bounded, read_secret

@@ -41,8 +41,8 @@ def test_asks_for_no_more_than_one_patient_by_an_issuer_alone(tmp_path: Path) ->
     "text",
     [
         "", "accession\n", "A1\nA2\n", "accession,patient\nA1,P1\n", "accession,issuer\nA1,H\n",
-        "accession,accession\n1,2\n", "modality\nCT\n", "accession\nCANARY,1\n", 'accession\n"CANARY\n', "accession,modality\nCANARY,C T\n",
-        "accession,from\nCANARY,2024-13-01\n", "accession,from\nCANARY,yesterday\n",
+        "accession,accession\n1,2\n", "modality\nCT\n", "accession\nCANARY,1\n", 'accession\n"CANARY\n',
+        "accession,modality\nCANARY,C T\n", "accession,from\nCANARY,2024-13-01\n", "accession,from\nCANARY,yesterday\n",
         "accession,from,to\nCANARY,2024-02-01,2024-01-01\n",
     ],
 )  # fmt: skip
