@@ -91,8 +91,10 @@ class Inbox:
         try:
             size = part.stat().st_size
             if not target.exists():
-                target.parent.mkdir(mode=0o700, exist_ok=True)
-                part.chmod(0o600)
+                if not target.parent.exists():
+                    target.parent.mkdir(exist_ok=True)
+                    target.parent.chmod(0o750)  # whether the group may come here at all, the inbox's own mode says
+                part.chmod(0o640)
                 descriptor = os.open(part, os.O_RDONLY)
                 try:
                     os.fsync(descriptor)

@@ -38,6 +38,8 @@ MAX_ASSOCIATIONS: Final = 4
 MAX_WAITING: Final = 16
 """Messages that wait to be handled; more are not read until some are."""
 
+_QUICKACK: Final[int | None] = getattr(socket, "TCP_QUICKACK", None)
+
 SUCCESS: Final = 0x0000
 STATUS: Final = {
     Verdict.KEPT: SUCCESS,
@@ -116,6 +118,7 @@ class Receiver:
         if connection is None or connection.socket is None:
             return
         connection.socket.settimeout(self.timeout_s)
+        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a request is two small PDUs
         cast(Any, connection).recv = _Bounded(event.assoc, connection.recv, self).read
 
     def is_too_large(self, message: Any, read: int) -> bool:
@@ -170,7 +173,14 @@ class _Bounded:
         if self._read - self._looked > ROOM_EVERY:
             self._looked = self._read
             self._receiver.require_room(self._read)
+        self._acknowledge()
         return self._plain(count)
+
+    def _acknowledge(self) -> None:
+        """Acknowledge at once: a PACS that sends a message as two small packets waits 40 ms between them for it."""
+        plain = self._assoc.dul.socket.socket
+        if plain is not None and _QUICKACK is not None:
+            plain.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)  # forgotten after each use
 
     def _wait(self) -> None:
         end = time.monotonic() + self._receiver.timeout_s

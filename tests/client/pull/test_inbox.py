@@ -44,7 +44,16 @@ def test_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     part.write_bytes(content)
     inbox.keep(part, UID)
     assert [path.read_bytes() for path in files(inbox)] == [content]
-    assert files(inbox)[0].stat().st_mode & 0o777 == 0o600
+
+
+def test_group_reads_only_where_the_inbox_is_opened_to_it(tmp_path: Path) -> None:
+    inbox = inbox_of(tmp_path)
+    inbox.keep(part_of(inbox), UID)
+    kept = files(inbox)[0]
+    modes = [oct(path.stat().st_mode & 0o7777) for path in (kept, kept.parent, tmp_path / "inbox")]
+    assert [mode[-3:] for mode in modes] == ["640", "750", "700"]
+    (tmp_path / "inbox").chmod(0o750)
+    assert (inbox_of(tmp_path).incoming.parent.stat().st_mode & 0o777) == 0o750  # left as it was set
 
 
 def test_nothing_twice(tmp_path: Path) -> None:

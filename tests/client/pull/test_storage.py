@@ -2,6 +2,7 @@
 
 import gc
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -18,6 +19,7 @@ from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import P_DATA
 
 from client.pull import storage
+from client.pull.association import make_tls
 from client.pull.delivery import Delivery, Verdict
 from client.pull.dimse import DimseArchive
 from client.pull.inbox import Inbox
@@ -31,7 +33,8 @@ CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
+    "ignore:Exception ignored in. <ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning",
+    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning",
 )
 
 
@@ -51,15 +54,23 @@ class Place:
         self.delivery = Delivery(self.inbox, STUDY, SERIES, [ASKED])
         self.receiver.delivery = self.delivery
         self.port = values["listen_port"]
-        self.scp = StorageScp(source, self.receiver, None)
+        self.scp = StorageScp(source, self.receiver, make_tls(source, server=True))
 
-    def connect(self, calling: str = "PACS", called: str = "FEDMEDGAN") -> Association:
+    def connect(
+        self, calling: str = "PACS", called: str = "FEDMEDGAN", tls: ssl.SSLContext | None = None
+    ) -> Association:
         entity = AE(ae_title=calling)
         entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 3
-        return entity.associate("127.0.0.1", self.port, contexts=[build_context(CT, EXPLICIT)], ae_title=called)
+        return entity.associate(
+            "127.0.0.1",
+            self.port,
+            contexts=[build_context(CT, EXPLICIT)],
+            ae_title=called,
+            tls_args=(tls, "127.0.0.1") if tls else None,
+        )
 
-    def send(self, dataset: FileDataset) -> int | None:
-        association = self.connect()
+    def send(self, dataset: FileDataset, tls: ssl.SSLContext | None = None) -> int | None:
+        association = self.connect(tls=tls)
         try:
             return association.send_c_store(dataset).get("Status")
         finally:
