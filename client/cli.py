@@ -1,6 +1,7 @@
 """`fedmedgan-site`: what a hospital does with its agent's home. Joining: client/membership; relay, `start`: operate."""
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -135,6 +136,12 @@ def serve_(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
     serve(site, socket, stop, LONGEST_REQUEST_S)
+
+
+@app.command("pull", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+def pull_(arguments: Annotated[list[str] | None, typer.Argument(metavar="HOME --from NAME ...")] = None) -> None:
+    """Fetch studies from a PACS into the inbox: a process of its own takes over, since this one has no network."""
+    os.execv(sys.executable, [sys.executable, "-m", "client.entry", "pull", *(arguments or ())])  # noqa: S606
 
 
 @app.command("ledger")

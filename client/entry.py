@@ -1,4 +1,4 @@
-"""The entry of `fedmedgan-site`: its commands for relay and supervisor run without what only the agent needs."""
+"""The entry of `fedmedgan-site`: its commands for relay, supervisor and pull run without what only the agent needs."""
 
 import sys
 from typing import NoReturn
@@ -11,6 +11,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in LIGHT:
         from client.operate import main as run
+    elif given and given[0] == "pull":
+        from client.pull.command import main as run
     else:
         from client.cli import main as run
     run(given)

@@ -12,6 +12,7 @@ The exception tree:
     ├── FederationError       no site can take part
     ├── EnrolmentError        a key, certificate, enrolment or invitation that is not to be trusted
     ├── PassphraseError       the passphrase of the identity key is missing or another one
+    ├── PacsError             the hospital's image archive is out of reach, refuses us, or did not send all
     └── MissingExtra          an optional dependency is not installed
 
 Messages never hold a patient id, a path below the data root or tensor content.
@@ -37,6 +38,7 @@ class ExitCode(IntEnum):
     WIRE = 10
     ENROLMENT = 11
     PASSPHRASE = 12
+    PACS = 13
     INTERRUPTED = 130
 
 
@@ -125,6 +127,13 @@ class PassphraseError(FedmedganError):
     """The passphrase of a site's identity key is missing, another one, or too short for a new one."""
 
     exit_code = ExitCode.PASSPHRASE
+
+
+@final
+class PacsError(FedmedganError):
+    """The hospital's image archive (PACS) is out of reach, refuses what we ask, or did not send all of it."""
+
+    exit_code = ExitCode.PACS
 
 
 @final

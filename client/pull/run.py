@@ -1,0 +1,268 @@
+"""The pull itself: lines of the list to series, series to files. Knows no protocol and shows no identifier."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar, final
+
+from client.pull.archive import ADVICE, Archive, Reason, Refused, Series
+from client.pull.asked import Row
+from client.pull.delivery import Delivery, Verdict
+from client.pull.inbox import Inbox
+from client.pull.pace import Pace
+from client.pull.state import Count, State
+from common.errors import ExitCode, PacsError
+
+RETRIES_S: Final = (5.0, 30.0)
+"""Waits before a series whose connection broke off is asked for again."""
+SAY_EVERY_S: Final = 5.0
+SHOWN_LINES: Final = 5
+_REASONS: Final = {
+    Verdict.NOT_ASKED: Reason.NOT_ASKED,
+    Verdict.NOT_DICOM: Reason.NOT_DICOM,
+}
+_T = TypeVar("_T")
+_OF_THE_LIST: Final = frozenset((Reason.NOT_FOUND, Reason.OTHERS, Reason.NO_ISSUER))
+
+
+@final
+@dataclass(frozen=True)
+class Failure:
+    """What was asked for and is not here.
+
+    Attributes:
+        row: The line of the list.
+        reason: Why.
+        missing: How many instances; 0 where it is not known, or what was thrown away was not asked for.
+        detail: What can be done beyond the reason's advice.
+    """
+
+    row: Row
+    reason: Reason
+    missing: int = 0
+    detail: str = ""
+
+
+@final
+@dataclass
+class Tally:
+    """What a pull has done so far; instances."""
+
+    expected: int = 0
+    were_here: int = 0
+    received: int = 0
+    series: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def missing(self) -> int:
+        """Return how many instances are expected and not here."""
+        return self.expected - self.were_here - self.received
+
+    def exit_code(self, *, fetched: bool) -> ExitCode:
+        """Return 12 where instances are missing or a query failed, 4 where the list alone is wrong, else 0.
+
+        Args:
+            fetched: False where nothing was to be fetched.
+        """
+        reasons = {failure.reason for failure in self.failures}
+        unanswered = reasons & {Reason.QUERY, Reason.CUT}
+        if unanswered or (fetched and self.missing):
+            return ExitCode.PACS
+        return ExitCode.DATA if reasons & _OF_THE_LIST else ExitCode.OK
+
+
+@final
+class Pull:
+    """One pull from one archive."""
+
+    def __init__(
+        self,
+        archive: Archive,
+        inbox: Inbox,
+        state: State,
+        pace: Pace,
+        say: Callable[[str], None],
+        *,
+        show_ids: bool = False,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Take the archive, where things go, the pace, and how to speak to the person."""
+        self._archive, self._inbox, self._state, self._pace = archive, inbox, state, pace
+        self._say, self._show_ids, self._wait = say, show_ids, wait
+        self._began = self._said = time.monotonic()
+        self.tally = Tally()
+
+    def resolve(self, rows: Sequence[Row]) -> list[Series]:
+        """Ask the archive what it has of the list, each series once, and count it.
+
+        Raises:
+            PacsError: The archive is out of reach or refuses us.
+
+        Guarantees:
+            - one_line_stops_nothing: A line that the archive cannot answer is counted, and the rest is asked for.
+        """
+        found: dict[str, Series] = {}
+        for row in rows:
+            try:
+                series = [self._counted(one) for one in self._archive.find_series(row) if one.uid not in found]
+            except Refused as error:
+                self.tally.failures.append(Failure(row, error.reason, detail=error.detail))
+                continue
+            found.update((one.uid, one) for one in series)
+        self.tally.expected = sum(series.stated or 0 for series in found.values())
+        self.tally.series = len(found)
+        return list(found.values())
+
+    def describe(self, rows: Sequence[Row], found: Sequence[Series]) -> None:
+        """Say what a pull would bring, a line of the list each."""
+        for row in rows:
+            series = [one for one in found if one.row is row]
+            here = sum(self._known(one) for one in series)
+            count = sum(one.stated or 0 for one in series)
+            self._say(f"{self._name(row)}: {len(series)} series, {count} instances, {here} of them here")
+
+    def fetch(self, found: Sequence[Series]) -> None:
+        """Bring all series; those that are whole are not asked for again.
+
+        Raises:
+            PacsError: The archive went away, or refuses us.
+            ConfigError: A bound of pacs.toml is reached.
+            StorageError: The disk is full.
+
+        Guarantees:
+            - resumes: After a crash at any line the next pull asks only for what is not here.
+            - one_series_stops_nothing: A series that the archive cannot send is counted, and the rest is fetched.
+        """
+        self._began = self._said = time.monotonic()
+        self._inbox.require_room()
+        try:
+            for series in found:
+                self._one(series)
+        finally:
+            self._state.save()
+
+    def tell_failures(self) -> None:
+        """Say what failed, why, and what to do."""
+        for reason in Reason:
+            failures = [failure for failure in self.tally.failures if failure.reason is reason]
+            if failures:
+                self._say(self._told(reason, failures))
+
+    def tell_counts(self) -> None:
+        """Say how much came."""
+        tally, seconds = self.tally, time.monotonic() - self._began
+        self._say(
+            f"expected {tally.expected} instances of {tally.series} series; {tally.were_here} were here, "
+            f"{tally.received} received ({self._inbox.bytes / 1e6:.1f} MB in {seconds:.0f} s), {tally.missing} missing"
+        )
+
+    def _one(self, series: Series) -> None:
+        name = self._inbox.hashed("series", series.uid)
+        if self._state.is_whole(name, series.stated):
+            self.tally.were_here += series.stated or 0
+            return
+        self._pace.wait_for_window(self._say)
+        try:
+            instances = self._persist(lambda: self._archive.find_instances(series))
+        except Refused as error:
+            self.tally.failures.append(Failure(series.row, error.reason, series.stated or 0, error.detail))
+            return
+        series = self._recount(series, len(instances))
+        uids = [instance.uid for instance in instances]
+        delivery = Delivery(self._inbox, series.study_uid, series.uid, uids, self._pace.wait_for_turn, self._arrived)
+        self.tally.were_here += len(uids) - len(delivery.missing)
+        refused: Refused | None = None
+        try:
+            if delivery.missing:
+                self._persist(
+                    lambda: self._archive.fetch(
+                        series, [one for one in instances if one.uid in delivery.wanted], delivery
+                    )
+                )
+        except Refused as error:
+            refused = error
+        left = len(delivery.missing)
+        self._state.put(name, Count(expected=len(uids), received=len(uids) - left))
+        self._note(series, delivery, left, refused)
+
+    def _persist(self, call: Callable[[], _T]) -> _T:
+        """Call, and call again after a while where the connection breaks off."""
+        for wait in RETRIES_S:
+            try:
+                return call()
+            except Refused as error:
+                if error.reason is not Reason.CUT:
+                    raise
+                self._say(f"the connection broke off; trying again in {wait:.0f} s")
+            except PacsError as error:
+                self._say(f"{error} Trying again in {wait:.0f} s.")
+            self._wait(wait)
+        return call()
+
+    def _recount(self, series: Series, count: int) -> Series:
+        self.tally.expected += count - (series.stated or 0)
+        return replace(series, stated=count)
+
+    def _counted(self, series: Series) -> Series:
+        """Return a series with its count of instances; an archive that does not state it is asked for all of them."""
+        if series.stated is not None:
+            return series
+        known = self._state.count(self._inbox.hashed("series", series.uid))
+        if known is not None and known.whole:
+            return replace(series, stated=known.expected)
+        return replace(series, stated=len(self._archive.find_instances(series)))
+
+    def _note(self, series: Series, delivery: Delivery, left: int, refused: Refused | None) -> None:
+        """Count what did not come, and what came and was thrown away."""
+        counts = {reason: delivery.refused[verdict] for verdict, reason in _REASONS.items()}
+        counts[Reason.TOO_LARGE] = len(delivery.too_large)
+        for reason, count in counts.items():
+            if count:
+                part = min(count, left)
+                self.tally.failures.append(Failure(series.row, reason, part))
+                left -= part
+        if left or refused is not None:
+            reason, detail = (refused.reason, refused.detail) if refused is not None else (Reason.NOT_SENT, "")
+            self.tally.failures.append(Failure(series.row, reason, left, detail))
+
+    def _known(self, series: Series) -> int:
+        count = self._state.count(self._inbox.hashed("series", series.uid))
+        return count.received if count is not None else 0
+
+    def _arrived(self) -> None:
+        self.tally.received += 1
+        now = time.monotonic()
+        if now - self._said < SAY_EVERY_S:
+            return
+        self._said = now
+        tally = self.tally
+        rate = tally.received / max(now - self._began, 1e-6)
+        done = tally.were_here + tally.received
+        left = clock(tally.missing / rate)
+        self._say(f"{done} of {tally.expected} instances, {rate * 60:.0f} a minute, {left} left")
+
+    def _told(self, reason: Reason, failures: Sequence[Failure]) -> str:
+        rows = list(dict.fromkeys(self._name(failure.row) for failure in failures))
+        named = ", ".join(rows[:SHOWN_LINES]) + (
+            f" and {len(rows) - SHOWN_LINES} more" if len(rows) > SHOWN_LINES else ""
+        )
+        details = sorted({failure.detail for failure in failures if failure.detail})[:SHOWN_LINES]
+        missing = sum(failure.missing for failure in failures)
+        counted = f", {missing} instances" if missing else ""
+        return f"{reason}: {'; '.join([ADVICE[reason], *details])} ({named}{counted})"
+
+    def _name(self, row: Row) -> str:
+        return f"line {row.line}" + (f" ({row.shown})" if self._show_ids else "")
+
+
+def clock(seconds: float) -> str:
+    """Return a time as a person says it.
+
+    >>> clock(42), clock(200), clock(9000)
+    ('42 s', '3 min 20 s', '2 h 30 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

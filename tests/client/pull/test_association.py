@@ -1,0 +1,123 @@
+"""TLS both ways, on loopback, with certificates of a small authority."""
+
+import gc
+import ssl
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from pynetdicom import AE
+
+from client.pull.association import VERIFICATION, make_tls
+from client.pull.dimse import DimseArchive
+from client.pull.inbox import Inbox
+from client.pull.sources import DimseSource
+from common.errors import ConfigError, PacsError, StorageError
+from tests.client.pull.test_storage import ASKED, Place, image
+from tests.real_pacs import free_port
+
+DAY = timedelta(days=1)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning",
+    "ignore:Exception ignored in. <ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning",
+)
+
+
+def certificates(folder: Path) -> dict[str, object]:
+    """Write an authority and one certificate for both ends, as a hospital's own authority would make it."""
+    now, authority, key = datetime.now(UTC), *(ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("hospital", "pacs")]
+
+    def certificate(subject: x509.Name, public: ec.EllipticCurvePublicKey, *, ca: bool) -> bytes:
+        host = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+        made = (
+            x509.CertificateBuilder(names[0], subject, public, x509.random_serial_number(), now - DAY, now + DAY)
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(host, critical=False)
+            .sign(authority, SHA256())
+        )
+        return made.public_bytes(Encoding.PEM)
+
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    files = {
+        "tls_ca": certificate(names[0], authority.public_key(), ca=True),
+        "tls_cert": certificate(names[1], key.public_key(), ca=False),
+        "tls_key": private,
+    }
+    for name, content in files.items():
+        (folder / name).touch(0o600)
+        (folder / name).write_bytes(content)
+    return {name: str(folder / name) for name in files}
+
+
+def source_of(port: int, files: dict[str, object]) -> DimseSource:
+    values = {
+        "kind": "dimse",
+        "host": "127.0.0.1",
+        "port": port,
+        "aet": "PACS",
+        "our_aet": "FEDMEDGAN",
+        "timeout_s": 3.0,
+    }
+    return DimseSource.model_validate({**values, **files})
+
+
+def echo(source: DimseSource, folder: Path) -> str:
+    archive = DimseArchive(source, Inbox(folder / "inbox", bytes(32), source))
+    try:
+        return archive.echo()
+    finally:
+        archive.close()
+        gc.collect()
+
+
+def test_only_a_pacs_that_the_authority_vouches_for(tmp_path: Path) -> None:
+    files = certificates(tmp_path)
+    pacs = AE(ae_title="PACS")
+    pacs.add_supported_context(VERIFICATION)
+    port = free_port()
+    shown = make_tls(source_of(port, files), server=True)
+    server = pacs.start_server(("127.0.0.1", port), block=False, ssl_context=shown)
+    assert server is not None
+    try:
+        assert echo(source_of(port, files), tmp_path).startswith("C-ECHO answered")
+        other = tmp_path / "other"
+        other.mkdir()
+        with pytest.raises(PacsError, match="TLS fails"):
+            echo(source_of(port, certificates(other)), tmp_path)
+        with pytest.raises(PacsError, match="if it speaks TLS, set tls_ca"):
+            echo(source_of(port, {}), tmp_path)
+    finally:
+        server.shutdown()
+
+
+def test_only_a_sender_that_the_authority_vouches_for(tmp_path: Path) -> None:
+    files = certificates(tmp_path)
+    place = Place(tmp_path, **files)
+    try:
+        client = make_tls(source_of(1, files), server=False)
+        assert client is not None
+        assert place.send(image(), client) == 0x0000
+        assert place.inbox.holds(ASKED)
+        stranger = ssl.create_default_context(cafile=str(files["tls_ca"]))
+        with pytest.raises(RuntimeError, match="must be established"):  # TLS 1.3 tells it after the handshake
+            place.send(image(), stranger)
+    finally:
+        place.close()
+        gc.collect()
+
+
+def test_files_that_do_not_load(tmp_path: Path) -> None:
+    files = certificates(tmp_path)
+    with pytest.raises(ConfigError, match="do not load"):
+        make_tls(source_of(1, {"tls_ca": "/none"}), server=False)
+    (tmp_path / "tls_key").chmod(0o644)
+    with pytest.raises(StorageError, match="mode 600"):
+        make_tls(source_of(1, files), server=False)

@@ -1,0 +1,140 @@
+"""The pull's loop, with an archive that fails as it is told to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from client.pull.archive import ADVICE, Instance, Reason, Refused, Series
+from client.pull.asked import Row
+from client.pull.delivery import Delivery
+from client.pull.inbox import Inbox
+from client.pull.pace import Pace
+from client.pull.run import Pull, clock
+from client.pull.sources import Bounds
+from client.pull.state import State
+from common.errors import ConfigError, ExitCode, PacsError
+from tests.client.pull.test_inbox import part_of
+
+
+class Fake:
+    """An archive with two instances in each of the series that a line's accession spells: `AB` has series A and B."""
+
+    def __init__(self, inbox: Inbox, *, states: bool = True) -> None:
+        self.inbox, self.states = inbox, states
+        self.fails: list[Exception] = []
+        self.lacks: set[str] = set()
+        self.fetched: list[str] = []
+
+    def echo(self) -> str:
+        return "here"
+
+    def find_series(self, row: Row) -> list[Series]:
+        if row.accession == "0":
+            raise Refused(Reason.NOT_FOUND)
+        return [Series(row, "1.2", f"1.3.{ord(name)}", 2 if self.states else None) for name in row.accession]
+
+    def find_instances(self, series: Series) -> list[Instance]:
+        return [Instance(f"{series.uid}.{number}") for number in (1, 2)]
+
+    def fetch(self, series: Series, missing: Sequence[Instance], delivery: Delivery) -> None:
+        self.fetched.append(f"{chr(int(series.uid.split('.')[2]))}{len(missing)}")
+        for instance in missing:
+            if instance.uid not in self.lacks:
+                delivery.take(part_of(self.inbox, "1.2", series.uid, instance.uid), instance.uid)
+            if delivery.stopped is not None:
+                raise delivery.stopped
+            if self.fails:
+                raise self.fails.pop(0)
+
+    def close(self) -> None:
+        pass
+
+
+def pull_of(folder: Path, *, states: bool = True, **bounds: int) -> tuple[Pull, Fake, list[str]]:
+    inbox, said = Inbox(folder / "inbox", bytes(32), Bounds(free_bytes=0, **bounds)), []
+    fake = Fake(inbox, states=states)
+    return Pull(fake, inbox, State(folder / "state.json"), Pace(), said.append, wait=lambda _: None), fake, said
+
+
+ROWS = (Row(2, accession="AB"), Row(3, accession="0"), Row(4, accession="BC"))
+
+
+def test_one_line_stops_nothing(tmp_path: Path) -> None:
+    pull, _, said = pull_of(tmp_path)
+    found = pull.resolve(ROWS)
+    assert (pull.tally.series, pull.tally.expected) == (3, 6)  # B once
+    assert pull.tally.exit_code(fetched=False) == ExitCode.DATA
+    pull.describe(ROWS, found)
+    assert said == [
+        "line 2: 2 series, 4 instances, 0 of them here",
+        "line 3: 0 series, 0 instances, 0 of them here",
+        "line 4: 1 series, 2 instances, 0 of them here",
+    ]
+    pull.fetch(found)
+    pull.tell_failures()
+    assert said[3:] == [f"not-found: {ADVICE[Reason.NOT_FOUND]} (line 3)"]
+    assert pull.tally.exit_code(fetched=True) == ExitCode.DATA
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_resumes(states: bool, tmp_path: Path) -> None:
+    pull, fake, said = pull_of(tmp_path, states=states)
+    fake.fails = [PacsError("away")] * 3
+    fake.lacks = {"1.3.66.1", "1.3.66.2"}
+    with pytest.raises(PacsError):
+        pull.fetch(pull.resolve([Row(2, accession="BA")]))
+    assert fake.fetched == ["B2"] * 3
+    assert said == ["away Trying again in 5 s.", "away Trying again in 30 s."]
+    for expected in (["B2", "A2"], []):
+        again, fake, _ = pull_of(tmp_path, states=states)
+        again.fetch(again.resolve([Row(2, accession="BA")]))
+        assert fake.fetched == expected
+        assert again.tally.missing == 0
+    assert again.tally.were_here == 4
+
+
+def test_resumes_within_a_series(tmp_path: Path) -> None:
+    pull, fake, said = pull_of(tmp_path)
+    fake.fails = [Refused(Reason.CUT)]
+    pull.fetch(pull.resolve([Row(2, accession="A")]))
+    assert fake.fetched == ["A2", "A1"]
+    assert said == ["the connection broke off; trying again in 5 s"]
+    assert (pull.tally.received, pull.tally.missing) == (2, 0)
+
+
+def test_one_series_stops_nothing(tmp_path: Path) -> None:
+    pull, fake, said = pull_of(tmp_path)
+    fake.fails = [Refused(Reason.DESTINATION, "register us")]
+    fake.lacks = {"1.3.65.1", "1.3.66.2"}
+    pull.fetch(pull.resolve([Row(2, accession="ABC")]))
+    pull.tell_failures()
+    pull.tell_counts()
+    assert fake.fetched == ["A2", "B2", "C2"]
+    assert said[0] == f"not-sent: {ADVICE[Reason.NOT_SENT]} (line 2, 1 instances)"
+    assert said[1] == f"unknown-destination: {ADVICE[Reason.DESTINATION]}; register us (line 2, 2 instances)"
+    assert said[2].startswith("expected 6 instances of 3 series; 0 were here, 3 received")
+    assert pull.tally.exit_code(fetched=True) == ExitCode.PACS
+
+
+def test_bound_ends_the_pull_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    pull, _, _ = pull_of(tmp_path, max_files=3)
+    with pytest.raises(ConfigError, match="max_files=3"):
+        pull.fetch(pull.resolve([Row(2, accession="ABC")]))
+    assert pull.tally.received == 3
+    again, fake, _ = pull_of(tmp_path, max_files=3)
+    again.fetch(again.resolve([Row(2, accession="ABC")]))
+    assert fake.fetched == ["B1", "C2"]
+
+
+def test_progress_says_how_much_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.pull.run.SAY_EVERY_S", 0.0)
+    pull, _, said = pull_of(tmp_path)
+    pull.fetch(pull.resolve([Row(2, accession="A")]))
+    assert said[0].startswith("1 of 2 instances, ")
+    assert said[0].endswith(" s left")
+    assert clock(3599) == "59 min 59 s"
+
+
+def test_every_reason_has_advice() -> None:
+    assert set(ADVICE) == set(Reason)
