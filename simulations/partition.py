@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from client.intake.arrays import load_stack
-from client.intake.dicom import LABELS_FILE, is_dicom
+from client.intake.folders import LABELS_FILE
+from client.intake.headers import is_dicom
 from client.intake.records import Record, Scan
 from client.intake.table import write_table
 from common.errors import ConfigError, IntakeError, StorageError
@@ -142,14 +143,14 @@ def place(scan: Scan, folder: Path) -> None:
     make_folder(folder, mode=0o700)
     if any(folder.iterdir()):
         raise StorageError(f"The folder {folder} of a virtual hospital is not empty. Choose another or clear it.")
-    if scan.records[0].row is not None:
+    if scan.records[0].path.suffix.lower() == ".npz":
         _place_rows(scan.records, folder)
     else:
         _place_links(scan.records, folder)
 
 
 def _place_rows(records: Sequence[Record], folder: Path) -> None:
-    rows = [record.row for record in records if record.row is not None]
+    rows = [record.frame for record in records if record.frame is not None]
     content = io.BytesIO()
     np.savez(
         content,

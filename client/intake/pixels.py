@@ -14,7 +14,6 @@ from PIL import Image
 
 from client.intake.refusals import Reason, Refused
 
-MAX_FILE_BYTES = 256 * 1024**2
 MAX_PIXELS = 64 * 1024**2
 
 Grey = Float32[np.ndarray, "rows columns"]

@@ -18,7 +18,7 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut, convert_color_spac
 from pydicom.uid import MPEG2MPML, JPEG2000Lossless, RLELossless
 
 from client.intake import Reason, read, scan
-from client.intake.dicom import decode, is_compressed, is_dicom
+from client.intake.headers import is_dicom
 from client.intake.refusals import Refused, quiet
 from common.errors import ConfigError, IntakeError
 
