@@ -211,7 +211,8 @@ def _plugin(dataset: Dataset) -> str:
         return ""
     twelve_bit = syntax == JPEGExtended12Bit and int(dataset.get("BitsStored", 0)) > 8
     for plugin in _preferred(syntax):
-        if plugin in decoder.available_plugins and not (twelve_bit and plugin == "pillow"):  # it reads 8 of the 12 bits
+        # Of 12 bits, Pillow would read 8, and GDCM is refused by pydicom.
+        if plugin in decoder.available_plugins and not (twelve_bit and plugin != "pylibjpeg"):
             return plugin
     raise Refused(Reason.NO_DECODER, name)
 
@@ -222,7 +223,7 @@ def _preferred(syntax: UID) -> tuple[str, ...]:
     if syntax in JPEGLSTransferSyntaxes:
         return ("pyjpegls", "gdcm")
     if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit):
-        return ("pillow", "gdcm")
+        return ("pillow", "pylibjpeg", "gdcm")
     return ("pydicom", "pylibjpeg", "gdcm")
 
 
