@@ -24,8 +24,12 @@ from client.intake.worker import MAX_REASON_BYTES, Form, Job, pack_job, unpack_r
 MAX_WORKERS = 8
 """By default: as many as there are cores, and no more than this."""
 
-_AHEAD = 4
+_AHEAD = 6
 """Jobs under way or done beyond the one whose turn it is, for each worker."""
+_QUEUED = 3
+"""Jobs that a worker holds, so that it never waits for this process to be scheduled."""
+_MAX_REQUEST = 2**14
+"""Bytes of a request that fit into the pipe of a busy worker; a longer one waits until it has nothing to do."""
 _MAX_READY = 512
 """Images of a job that are kept until it is their turn; then its worker waits."""
 
@@ -36,6 +40,15 @@ from multiprocessing.connection import Connection
 from client.intake.worker import serve
 serve(Connection(int(sys.argv[1])))
 """
+
+
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # Images are kept in the heap between two files: pages fresh from the system cost more than the arithmetic.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2),
+}
 
 
 def number_of_workers(asked: int | None) -> int:
@@ -49,11 +62,16 @@ class _Task:
     """A job, what has come of it, and what was taken already."""
 
     job: Job
+    request: bytes
     came: int = 0
     ready: deque[Square | str] = field(default_factory=deque[Square | str])
+    begun: bool = False
 
     def missing(self) -> int:
         return len(self.job.frames) - self.came
+
+    def frames_of_a_reply(self) -> int:
+        return min(self.job.frames_a_reply(), self.missing())
 
     def add(self, images: Iterable[Square | str]) -> None:
         for image in images:
@@ -63,28 +81,37 @@ class _Task:
 
 @final
 class _Worker:
-    """One child process, and the task that it is at."""
+    """One child process, and the tasks that it holds, the one that it is at first."""
 
     def __init__(self, program: str) -> None:
         self.connection, theirs = Pipe()
-        self.owner, self.task, self.since = os.getpid(), None, 0.0
-        self.task: _Task | None
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        self.owner, self.since = os.getpid(), 0.0
+        self.tasks: deque[_Task] = deque()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", program, str(theirs.fileno())],
-                env=environment | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **_ENVIRONMENT},
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # compiled decoders write about the file
             )
 
-    def begin(self, task: _Task, form: Form) -> None:
+    def takes(self, request: bytes) -> bool:
+        """Return whether a job can be sent without waiting for the worker."""
+        return not self.tasks or (len(self.tasks) < _QUEUED and len(request) <= _MAX_REQUEST)
+
+    def backlog(self) -> int:
+        """Return how many of its images wait for their turn."""
+        return sum(len(task.ready) for task in self.tasks)
+
+    def begin(self, task: _Task) -> None:
         """Send a job; one that cannot be sent shows when its reply does not come."""
-        self.task, self.since = task, time.monotonic()
+        if not self.tasks:
+            self.since = time.monotonic()
+        self.tasks.append(task)
         try:
-            self.connection.send_bytes(pack_job(task.job, form))
+            self.connection.send_bytes(task.request)
         except OSError:
             self.connection.close()
 
@@ -130,6 +157,7 @@ class DecoderPool:
         self._program = program
         self._limit = number_of_workers(form.rules.workers)
         self._workers: list[_Worker] = []
+        self._waiting: deque[_Task] = deque()
 
     def __enter__(self) -> "DecoderPool":
         """Return itself."""
@@ -140,7 +168,7 @@ class DecoderPool:
     ) -> None:
         """Keep workers that have nothing to do for the next pool, and end the others."""
         for worker in self._workers:
-            if worker.task is None and self._program is _PROGRAM and len(_idle) < MAX_WORKERS:
+            if not worker.tasks and self._program is _PROGRAM and len(_idle) < MAX_WORKERS:
                 _idle.append(worker)
             else:
                 worker.stop()
@@ -148,65 +176,64 @@ class DecoderPool:
 
     def squares(self, jobs: Iterable[Job]) -> Iterator[Square | str]:
         """Yield for each frame of each job its pixels, or the reason why it is refused."""
-        source = iter(jobs)
-        tasks: deque[_Task] = deque()
-        more = True
-        while more or tasks:
-            more = more and self._begin(tasks, source)
-            if not tasks:
-                return
-            head = tasks[0]
+        requests = (_Task(job, pack_job(job, self._form)) for job in jobs)
+        order: deque[_Task] = deque()
+        while self._begin(order, requests) or order:
+            head = order[0]
             while head.ready:
                 yield head.ready.popleft()
             if head.missing() == 0:
-                tasks.popleft()
+                order.popleft()
             else:
                 self._receive(head)
 
-    def _begin(self, tasks: deque[_Task], source: Iterator[Job]) -> bool:
-        """Give every idle worker a job, within what may be ahead; return whether there may be more jobs."""
-        while len(tasks) < self._limit * _AHEAD:
-            worker = next((one for one in self._workers if one.task is None), None)
-            if worker is None and len(self._workers) >= self._limit:
-                return True
-            job = next(source, None)
-            if job is None:
-                return False
-            task = _Task(job)
-            tasks.append(task)
-            (worker or self._start()).begin(task, self._form)
-        return True
+    def _begin(self, order: deque[_Task], requests: Iterator[_Task]) -> bool:
+        """Give workers jobs, within what may be ahead; return whether one was given."""
+        begun = False
+        while len(order) < self._limit * _AHEAD:
+            task = self._waiting.popleft() if self._waiting else next(requests, None)
+            if task is None:
+                return begun
+            worker = self._free(task)
+            if worker is None:
+                self._waiting.appendleft(task)
+                return begun
+            if not task.begun:
+                order.append(task)
+                task.begun = True
+            worker.begin(task)
+            begun = True
+        return begun
 
-    def _start(self) -> _Worker:
-        worker = _taken() if self._program is _PROGRAM else None
-        self._workers.append(worker or _Worker(self._program))
-        return self._workers[-1]
+    def _free(self, task: _Task) -> _Worker | None:
+        """Return a worker that takes the task now: an idle one, a new one, or the one that holds least."""
+        least = min(self._workers, key=lambda one: len(one.tasks), default=None)
+        if (least is None or least.tasks) and len(self._workers) < self._limit:
+            worker = _taken() if self._program is _PROGRAM else None
+            self._workers.append(worker or _Worker(self._program))
+            return self._workers[-1]
+        return least if least is not None and least.takes(task.request) else None
 
     def _receive(self, head: _Task) -> None:
         """Wait until a worker answers or is late, and take what it says."""
-        busy = [one for one in self._workers if one.task is head or (one.task and len(one.task.ready) < _MAX_READY)]
-        gone = [one for one in busy if one.connection.closed]
-        seconds = min((self._due(one) for one in busy), default=time.monotonic()) - time.monotonic()
-        open_ = {one.connection: one for one in busy if not one.connection.closed}
-        ready = [open_[one] for one in wait(list(open_), max(0.0, seconds)) if isinstance(one, Connection)]
-        for worker in ready:
-            self._take(worker)
-        for worker in gone:
+        busy = [one for one in self._workers if one.tasks and (head in one.tasks or one.backlog() < _MAX_READY)]
+        for worker in [one for one in busy if one.connection.closed]:
             self._give_up(worker, Reason.DIED)
+            return
+        seconds = min((self._due(one) for one in busy), default=time.monotonic()) - time.monotonic()
+        ready = wait([one.connection for one in busy], max(0.0, seconds))
         for worker in busy:
-            if worker not in ready and worker not in gone and time.monotonic() >= self._due(worker):
+            if worker.connection in ready:
+                self._take(worker)
+            elif time.monotonic() >= self._due(worker):
                 self._give_up(worker, Reason.TOO_SLOW)
 
     def _due(self, worker: _Worker) -> float:
-        task = worker.task
-        images = min(task.job.frames_a_reply(), task.missing()) if task else 0
-        return worker.since + images * self._form.rules.decode_seconds
+        return worker.since + worker.tasks[0].frames_of_a_reply() * self._form.rules.decode_seconds
 
     def _take(self, worker: _Worker) -> None:
-        task = worker.task
-        if task is None:
-            return
-        frames = min(task.job.frames_a_reply(), task.missing())
+        task = worker.tasks[0]
+        frames = task.frames_of_a_reply()
         longest = frames * (2 + max(self._form.square_bytes(), MAX_REASON_BYTES))
         try:
             task.add(unpack_reply(worker.connection.recv_bytes(longest), frames, self._form))
@@ -215,14 +242,15 @@ class DecoderPool:
             return
         worker.since = time.monotonic()
         if task.missing() == 0:
-            worker.task = None
+            worker.tasks.popleft()
 
     def _give_up(self, worker: _Worker, reason: Reason) -> None:
-        """Refuse what is missing of the worker's job, and end the worker."""
+        """Refuse what is missing of the job that the worker is at, end it, and give its other jobs to others."""
         worker.stop()
         self._workers.remove(worker)
-        if worker.task is not None:
-            worker.task.add([str(reason)] * worker.task.missing())
+        task, *others = worker.tasks
+        task.add([str(reason)] * task.missing())
+        self._waiting.extend(others)
 
 
 def _taken() -> _Worker | None:

@@ -82,7 +82,7 @@ def test_memory_is_bounded() -> None:
 
     with DecoderPool(form(), FAULTY) as pool:
         assert next(pool.squares(source())).max() == 0
-        assert 2 <= len(begun) <= 2 * 4
+        assert 2 <= len(begun) <= 2 * isolation._AHEAD
 
 
 @pytest.mark.slow
