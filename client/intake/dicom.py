@@ -69,7 +69,10 @@ class DicomImage:
         """
         dataset = self._dataset
         try:
-            stored = pixel_array(dataset, index=frame or 0, decoding_plugin=self._plugin)
+            # Unused bits are cleared here: pydicom does not look at HighBit.
+            stored = pixel_array(
+                dataset, index=frame or 0, decoding_plugin=self._plugin, correct_unused_bits=not _as_it_is(dataset)
+            )
             photometric = str(dataset.get("PhotometricInterpretation", ""))
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
                 return show(_stored_bits(stored, dataset), stages(dataset, frame or 0, self._rules))
@@ -158,14 +161,19 @@ def _padding(dataset: Dataset) -> tuple[float, float] | None:
 
 def _stored_bits(values: Num[np.ndarray, "rows columns"], dataset: Dataset) -> Num[np.ndarray, "rows columns"]:
     """Clear what stands beside the stored bits, where the file holds pixels as they are; decoders do it for others."""
-    syntax: UID = dataset.file_meta.TransferSyntaxUID
-    if values.dtype.kind not in "iu" or (syntax.is_compressed and syntax != RLELossless):
+    if values.dtype.kind not in "iu" or not _as_it_is(dataset):
         return values
     bits, shift = _bits(dataset)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.PixelRepresentation else (0, 2**bits - 1)
     if shift == 0 and values.size and values.min() >= low and values.max() <= high:
         return values
     return _clear(values >> shift, dataset, values.itemsize * 8)
+
+
+def _as_it_is(dataset: Dataset) -> bool:
+    """Return whether the file holds grey values or places in a palette bit by bit, not as a codec made them."""
+    syntax: UID = dataset.file_meta.TransferSyntaxUID
+    return dataset.get("SamplesPerPixel", 1) == 1 and (not syntax.is_compressed or syntax == RLELossless)
 
 
 def _bits(dataset: Dataset) -> tuple[int, int]:
