@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import dcmread
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from client.intake.headers import DAMAGED
+from client.intake.headers import DAMAGED, file_meta
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
 
@@ -58,6 +59,8 @@ def _file_ids(path: Path, rules: IntakeRules) -> list[list[str]]:
             data = handle.read(rules.max_bytes + 1)
         if len(data) > rules.max_bytes:
             raise Refused(Reason.TOO_LARGE)
+        if file_meta(io.BytesIO(data)).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            raise Refused(Reason.HEADER)  # pydicom would inflate it without a bound, and PS3.10 8.6 knows no such
         records = dcmread(io.BytesIO(data)).get("DirectoryRecordSequence") or []
         return [_parts(value) for record in records if (value := record.get("ReferencedFileID"))]
     except DAMAGED as error:

@@ -158,6 +158,17 @@ def check_file(source: BinaryIO, size: int, rules: IntakeRules) -> None:
     source.seek(0)
 
 
+def file_meta(source: BinaryIO) -> Dataset:
+    """Read the file meta of a file that has the preamble, and nothing behind it.
+
+    Raises:
+        Exception: One of `DAMAGED`.
+    """
+    source.seek(132)
+    # Not pydicom's read_file_meta_info, which takes names of files alone.
+    return read_dataset(source, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+
+
 def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
     """Refuse a header without a picture, or with one beyond the limits; return how many frames it states.
 
