@@ -61,8 +61,8 @@ class DicomImage:
         except DAMAGED as error:
             raise Refused(Reason.PIXELS) from error
 
-    def levels(self, frame: int | None) -> Levels:
-        """Decode a frame, from 0, or the one image of the file.
+    def levels(self, frame: int) -> Levels:
+        """Decode a frame, from 0.
 
         Raises:
             Refused: Damaged, or of a form that nobody converts.
@@ -71,11 +71,11 @@ class DicomImage:
         try:
             # Unused bits are cleared here: pydicom does not look at HighBit.
             stored = pixel_array(
-                dataset, index=frame or 0, decoding_plugin=self._plugin, correct_unused_bits=not _as_it_is(dataset)
+                dataset, index=frame, decoding_plugin=self._plugin, correct_unused_bits=not _as_it_is(dataset)
             )
             photometric = str(dataset.get("PhotometricInterpretation", ""))
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
-                return show(_stored_bits(stored, dataset), stages(dataset, frame or 0, self._rules))
+                return show(_stored_bits(stored, dataset), stages(dataset, frame, self._rules))
             levels = _colours(stored, dataset, photometric)
         except DAMAGED as error:
             raise Refused(Reason.PIXELS) from error
@@ -92,13 +92,12 @@ def stages(dataset: Dataset, frame: int, rules: IntakeRules) -> Stages:
     """
     modality = _group(dataset, frame, "PixelValueTransformationSequence")
     slope, intercept = modality.get("RescaleSlope"), modality.get("RescaleIntercept")
-    rescaled = slope is not None and intercept is not None
+    scale = None if slope is None or intercept is None else (float(slope), float(intercept))
     table = dataset.get("ModalityLUTSequence")
-    hounsfield = rescaled and not table and modality.get("RescaleType", "HU") in ("HU", "", None)
+    hounsfield = scale is not None and not table and modality.get("RescaleType", "HU") in ("HU", "", None)
     shape = str(dataset.get("PresentationLUTShape", ""))
     return Stages(
-        slope=float(slope) if rescaled else 1.0,
-        intercept=float(intercept) if rescaled else 0.0,
+        *(scale or (1.0, 0.0)),
         modality=_lut(table[0], dataset) if table else None,
         view=_view(dataset, frame, rules, hounsfield),
         percentiles=rules.percentiles,

@@ -133,4 +133,3 @@ def _patient_column(table: Table) -> str:
         "The CSV index has no column patient (or patient_id). Privacy is promised to each patient as a whole, so every "
         "image must name its patient. If the folder holds DICOM files, name the CSV file labels.csv."
     )
-

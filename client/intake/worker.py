@@ -97,7 +97,7 @@ class Source:
             return images.decode(self._path, self._rules)
         if isinstance(self._opened, np.ndarray):
             return arrays.levels_of(self._opened[frame])
-        return self._opened.levels(frame)
+        return self._opened.levels(frame or 0)
 
     def square(self, frame: int | None, form: Form) -> Square:
         """Decode and resize a frame.

@@ -14,7 +14,7 @@ import pydicom
 from PIL import Image
 
 from client.intake.folders import scan_file
-from client.intake.headers import is_dicom
+from client.intake.headers import DAMAGED, is_dicom
 from client.intake.records import LabelSource
 from client.intake.refusals import Reason, Refused, quiet
 from client.intake.rules import IntakeRules
@@ -74,7 +74,7 @@ def describe(path: Path) -> str:
         return "no DICOM file of PS3.10 | | "
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True)
-    except Exception:
+    except DAMAGED:
         return "damaged | | "
     kind = pydicom.uid.UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", ""))).name
     syntax = header.file_meta.get("TransferSyntaxUID")
@@ -202,7 +202,10 @@ def table() -> str:
     with tempfile.TemporaryDirectory() as name:
         for path in files():
             groups[(path.relative_to(SHARED).parts[0], *examine(path, Path(name)))].append(path)
-    lines = ["| set | files | for example | what | transfer syntax | pixels | result | checked by |", "|" + " --- |" * 8]
+    lines = [
+        "| set | files | for example | what | transfer syntax | pixels | result | checked by |",
+        "|" + " --- |" * 8,
+    ]
     for (folder, about, result, how), paths in sorted(groups.items()):
         lines.append(f"| {folder[6:]} | {len(paths)} | {paths[0].name} | {about} | {result} | {how} |")
     return "\n".join(lines) + f"\n\nTogether {sum(map(len, groups.values()))} files; every one has a row.\n"

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.dataset import Dataset as DicomDataset
 from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_modality_lut, apply_voi_lut, convert_color_space
+from pydicom.pixels import apply_voi_lut, convert_color_space
 from pydicom.uid import MPEG2MPML, JPEG2000Lossless, RLELossless
 
 from client.intake import Reason, read, scan
-from client.intake.headers import is_dicom
-from client.intake.refusals import Refused, quiet
+from client.intake.refusals import Refused
 from client.intake.rules import IntakeRules
 from client.intake.worker import Source
 from common.errors import ConfigError, IntakeError
@@ -340,3 +339,85 @@ def test_real_ct_series() -> None:
     dataset, refused = read(scan(SHARED / "dicom_covid_ny_sbu", "none"), ["all"], 32)
     assert (len(dataset.images), dataset.number_of_patients) == (24, 5)
     assert refused == {Reason.NOT_DICOM: 1}
+
+
+def test_frame_groups_win(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """The frame's own group wins over the shared one, and this over the top level; rescale and window apart."""
+    own, shared = DicomDataset(), DicomDataset()
+    own.PixelValueTransformationSequence, shared.FrameVOILUTSequence = [DicomDataset()], [DicomDataset()]
+    own.PixelValueTransformationSequence[0].RescaleSlope = 2
+    own.PixelValueTransformationSequence[0].RescaleIntercept = 10
+    shared.FrameVOILUTSequence[0].WindowCenter, shared.FrameVOILUTSequence[0].WindowWidth = 200, 101
+    tags = {"NumberOfFrames": 2, "PixelData": RAMP.tobytes() * 2, "WindowCenter": 1, "WindowWidth": 2}
+    groups = {"PerFrameFunctionalGroupsSequence": [DicomDataset(), own], "SharedFunctionalGroupsSequence": [shared]}
+    path = write_dicom(tmp_path / "a", RAMP, RescaleSlope=3, RescaleIntercept=0, **tags, **groups)
+    for frame, (slope, intercept) in enumerate([(3, 0), (2, 10)]):
+        expected = np.clip((RAMP * float(slope) + intercept - 149.5) / 100, 0, 1) * 255
+        assert np.allclose(decode(path, frame=frame), expected, atol=1e-3)
+
+
+def test_high_bits_are_cleared(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    tags = {"WindowCenter": 200, "WindowWidth": 300}
+    plain = decode(write_dicom(tmp_path / "a", RAMP, **tags))
+    assert np.array_equal(decode(write_dicom(tmp_path / "b", RAMP | np.uint16(0x7000), **tags)), plain)
+    below_zero = (RAMP.astype(np.int16) - 300).astype(np.uint16) & 0x0FFF | np.uint16(0x5000)
+    signed = {"PixelRepresentation": 1, "WindowCenter": -100, "WindowWidth": 300}
+    assert np.array_equal(decode(write_dicom(tmp_path / "c", below_zero, **signed)), plain)
+
+
+def test_padding_is_a_value_or_a_range(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    for number, (tags, low) in enumerate([({}, 6), ({"PixelPaddingRangeLimit": 9}, 10)]):
+        pixels = np.maximum(RAMP, 5)
+        grey = decode(write_dicom(tmp_path / str(number), pixels, PixelPaddingValue=5, **tags))
+        assert not grey[pixels < low].any()
+        assert grey[pixels == low] == 0  # the lowest value that is an image
+        assert np.isclose(grey[pixels == low + 1], 255 / (RAMP.max() - low), atol=1e-3)
+
+
+def test_windows_by_rule(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    several = {"WindowCenter": [100, 200], "WindowWidth": [101, 51]}
+    path = write_dicom(tmp_path / "a", RAMP, **several)
+    for number, one in ((0, (100, 101)), (1, (200, 51)), (7, (200, 51))):
+        single = decode(write_dicom(tmp_path / "b", RAMP, WindowCenter=one[0], WindowWidth=one[1]))
+        assert np.array_equal(decode(path, IntakeRules(window=number)), single)
+    none = IntakeRules(window="percentile", percentiles=(0, 100))
+    assert np.array_equal(decode(path, none), decode(write_dicom(tmp_path / "c", RAMP)))
+
+
+def test_ct_by_hounsfield_presets(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """CT with a rescale to Hounsfield units alone; other modalities, and CT in other units, as they state."""
+    rules = IntakeRules(ct_window="brain", percentiles=(0, 100))
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -100}
+    expected = np.clip((RAMP - 100.0 - 39.5) / 79 + 0.5, 0, 1) * 255
+    assert np.allclose(decode(write_dicom(tmp_path / "a", RAMP, Modality="CT", **rescale), rules), expected, atol=1e-3)
+    whole = decode(write_dicom(tmp_path / "b", RAMP))
+    for tags in ({"Modality": "MR", **rescale}, {"Modality": "CT"}, {"Modality": "CT", "RescaleType": "US", **rescale}):
+        assert np.allclose(decode(write_dicom(tmp_path / "c", RAMP, **tags), rules), whole, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("FloatPixelData", "<f4"), ("DoubleFloatPixelData", "<f8")])
+def test_float_pixels_are_read(tmp_path: Path, write_dicom: WriteDicom, name: str, kind: str) -> None:
+    values = RAMP.astype(kind) / 7 - 3
+    tags = {"PixelData": None, "BitsStored": None, "HighBit": None, "PixelRepresentation": None}
+    floats: dict[str, Any] = {name: values.tobytes(), "BitsAllocated": values.itemsize * 8, **tags}
+    whole = decode(write_dicom(tmp_path / "b", RAMP))
+    assert np.allclose(decode(write_dicom(tmp_path / "a", RAMP, **floats)), whole, atol=1e-3)
+    values[3, 3] = np.nan
+    with pytest.raises(Refused, match="finite"):
+        decode(write_dicom(tmp_path / "c", RAMP, **(floats | {name: values.tobytes()})))
+
+
+def test_frames_by_rule(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    stack = np.stack([np.full((8, 8), 40 * number, np.uint8) for number in range(5)])
+    write_dicom(
+        tmp_path / "a", stack[0], NumberOfFrames=5, PixelData=stack.tobytes(), WindowCenter=128, WindowWidth=256
+    )
+    for rules, frames in (
+        (IntakeRules(), [2]),
+        (IntakeRules(frames="all"), [0, 1, 2, 3, 4]),
+        (IntakeRules(frames=2), [0, 2, 4]),
+    ):
+        found = scan(tmp_path, "none", rules)
+        assert [record.frame for record in found.records] == frames
+        images = read(found, ["all"], 28, rules=rules)[0].images
+        assert images[:, 0, 9, 9].tolist() == [40 * frame for frame in frames]

@@ -189,9 +189,7 @@ def test_lossy_encodings_give_almost_one_tensor(
     assert difference.mean() <= 1
 
 
-def test_jpeg_baseline_gives_almost_one_tensor(
-    tmp_path: Path, write_dicom: WriteDicom, expected: np.ndarray
-) -> None:
+def test_jpeg_baseline_gives_almost_one_tensor(tmp_path: Path, write_dicom: WriteDicom, expected: np.ndarray) -> None:
     jpeg = io.BytesIO()
     Image.fromarray(SOURCE).save(jpeg, "JPEG", quality=97)
     path = write_dicom(tmp_path / "a", SOURCE, syntax=JPEGBaseline8Bit, PixelData=encapsulate([jpeg.getvalue()]))

@@ -119,7 +119,9 @@ def test_every_mutated_file_is_accounted_for(tmp_path: Path, write_dicom: WriteD
     seconds = time.monotonic() - started
     children = [child.memory_info().rss for child in psutil.Process().children(recursive=True)]
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"\n{FILES} files, {read} images read, {refused}; {seconds:.1f} s, {growth:.0f} MiB more, decoders {children}")
+    print(
+        f"\n{FILES} files, {read} images read, {refused}; {seconds:.1f} s, {growth:.0f} MiB more, decoders {children}"
+    )
     assert read > FILES / 10
     assert growth < 300
     assert all(held < min(MEMORY_BYTES, 2 * 2**30) for held in children)

@@ -80,7 +80,9 @@ def test_volume_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         Volume(bomb, WHOLE)
 
 
-@pytest.mark.parametrize("data", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2, 3), np.uint8), np.zeros((2, 2, 2), "c8")])
+@pytest.mark.parametrize(
+    "data", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2, 3), np.uint8), np.zeros((2, 2, 2), "c8")]
+)
 def test_what_is_no_volume_of_real_numbers_is_refused(tmp_path: Path, data: np.ndarray) -> None:
     with pytest.raises(Refused, match="header"):
         Volume(nifti(tmp_path / "a.nii", data), WHOLE)
