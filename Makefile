@@ -23,7 +23,7 @@ test-slow: $(READY)
 # 2 cuts, a full disk, an expired certificate, an unregistered node and a wrong CA, all drawn from FAULTS_SEED.
 FAULTS_SEED ?= 1
 e2e: $(READY)
-	FEDMEDGAN_E2E=whole FEDMEDGAN_FAULTS_SEED=$(FAULTS_SEED) $(BIN)/pytest -n 0 -s tests/e2e/test_deployment.py -k from_init
+	FEDMEDGAN_E2E=whole FEDMEDGAN_FAULTS_SEED=$(FAULTS_SEED) $(BIN)/pytest -n 0 -s tests/e2e/test_deployment.py
 
 # What needs no test to run: form, types, layers, docstrings and their examples.
 lint: $(READY)

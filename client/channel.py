@@ -23,7 +23,7 @@ MAGIC = b"FMGC\x02\x00\x00\x00"
 MAX_HEADER_BYTES = 1 << 20
 MAX_BODY_BYTES = (1 << 29) + (1 << 20)
 """The weights of the largest model that there may be (common/models) and their listing."""
-MAX_LISTING_BYTES = 1 << 18
+MAX_LISTING_BYTES = 1 << 19
 """Names and shapes of the arrays of a body: a million tiny ones cost nothing but this look."""
 _PREFIX = struct.Struct("<8sIQ")
 
@@ -119,6 +119,7 @@ def _unpack(frame: bytes, keys: set[str]) -> tuple[dict[str, Any], dict[str, npt
         raise WireError(f"Expected a listing of arrays of at most {MAX_LISTING_BYTES} bytes.")
     try:
         header = json.loads(text)
+        json.dumps(header, ensure_ascii=False).encode()  # half a character: nothing could sign it
         arrays = load_tensors(body)
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:
         raise WireError("Expected a JSON header and a safetensors body; one does not decode.") from error

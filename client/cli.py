@@ -29,7 +29,7 @@ from client.home import (
 )
 from client.intake.records import parse_label
 from client.intake.refusals import describe
-from client.joining import has_joined, load_pinned
+from client.joining import load_pinned
 from client.ledger import Ledger, read_ledger
 from client.logs import log_to
 from client.membership import add_commands
@@ -126,10 +126,11 @@ def serve_(
 ) -> None:
     """Answer the relay's requests on a Unix socket until SIGTERM or Ctrl-C.
 
-    A site that has joined a federation answers what its coordinator signed and nothing else.
+    It answers what the pinned coordinator signed and nothing else: a site that has not joined, or has left, refuses.
     """
     opened = Home(home)
-    coordinator = load_pinned(home).coordinator if has_joined(home) else None
+    load_verify_key(opened.key)  # a folder that is no home is told first
+    coordinator = load_pinned(home).coordinator
     site = open_site(opened, coordinator=coordinator, ask=partial(obtain, passphrase_fd))
     log_to(opened.log)
     stop = threading.Event()
@@ -141,7 +142,7 @@ def serve_(
 @app.command("pull", context_settings={"ignore_unknown_options": True}, add_help_option=False)
 def pull_(arguments: Annotated[list[str] | None, typer.Argument(metavar="HOME --from NAME ...")] = None) -> None:
     """Fetch studies from a PACS into the inbox: a process of its own takes over, since this one has no network."""
-    os.execv(sys.executable, [sys.executable, "-m", "client.entry", "pull", *(arguments or ())])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "client.entry", "pull", *(arguments or ())])  # noqa: S606
 
 
 @app.command("ledger")

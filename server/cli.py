@@ -102,7 +102,7 @@ HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
 def start(home: HomeArgument) -> None:
     """Serve the federation until Ctrl-C or SIGTERM: one public port for the sites, all else on loopback."""
     consortium = load_consortium(home.absolute())
-    arguments = [sys.executable, "-m", "server.supervise", str(consortium.folder)]
+    arguments = [sys.executable, "-P", "-m", "server.supervise", str(consortium.folder)]
     os.execve(sys.executable, arguments, flower_environment(consortium.folder))  # noqa: S606 - without torch from here
 
 

@@ -73,7 +73,7 @@ def _acquire(client: RuntimeHttpClient, ours: str) -> str:
 
 
 def _start(consortium: Consortium, token: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "server.run_process", str(consortium.folder), RUN]
+    command = [sys.executable, "-P", "-m", "server.run_process", str(consortium.folder), RUN]
     run = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     if run.stdin is not None:
         with run.stdin as pipe:

@@ -136,7 +136,7 @@ def _keep(child: Child, consortium: Consortium) -> ExitCode | None:
 
 
 def _start(child: Child, consortium: Consortium) -> None:
-    command = [sys.executable, "-m", child.module, str(consortium.folder), _SUPERVISED]
+    command = [sys.executable, "-P", "-m", child.module, str(consortium.folder), _SUPERVISED]
     environment = flower_environment(consortium.folder)
     with child.log.open("ab") as log:
         child.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)

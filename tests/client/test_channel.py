@@ -155,3 +155,9 @@ def test_a_frame_holds_the_largest_model_and_its_listing() -> None:
         frame = pack_reply(Reply(Kind.TRAIN, "run", 1, None, {}, arrays))
         assert frame.count(b"data_offsets") == len(arrays)
         unpack_reply(frame)
+
+
+def test_half_a_character_does_not_decode() -> None:
+    request = Request(Kind.HELLO, "run-1", 0, "\ud800")
+    with pytest.raises(WireError, match="does not decode"):
+        unpack_request(pack_request(request))

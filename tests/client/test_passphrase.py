@@ -16,6 +16,7 @@ from common.crypto import is_sealed, load_key
 from common.errors import ExitCode, PassphraseError, StorageError
 from common.files import write_atomic
 from common.passphrase import _COST, Passphrase
+from tests.pinned import pin
 from tests.tiny_site import POLICY
 
 WORDS, OTHER = "correct horse battery staple", "another one, and as long"
@@ -154,12 +155,14 @@ def test_what_signs_asks_once(run, person, sealed, tmp_path):
 
 
 def test_nobody_is_kept_waiting(run, nobody, sealed, tmp_path):
+    pin(sealed)
     for command in (("enrol",), ("serve", "--socket", tmp_path / "s"), ("passphrase",)):
         code, said = run(command[0], sealed.folder, *command[1:])
         assert (code, "LoadCredentialEncrypted=passphrase" in said) == (ExitCode.PASSPHRASE, True), said
 
 
 def test_the_credential_is_taken_before_anybody_is_asked(run, credential, sealed, tmp_path):
+    pin(sealed)
     credential(WORDS + "\n")
     assert run("enrol", sealed.folder, "--out", tmp_path / "enrolment.json")[0] == 0
     credential(OTHER)

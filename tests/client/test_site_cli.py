@@ -284,6 +284,13 @@ def test_journal_verify_of_a_home_heeds_the_key(run, used):
     assert run("journal", "verify", used.folder, "--key", "ab" * 32)[0] == ExitCode.STORAGE
 
 
+def test_serve_answers_nobody_without_a_pinned_coordinator(run, tiny_home, tmp_path):
+    """Before `join` and after `leave` there is nobody whose signature could be asked for."""
+    code, _, error = run("serve", tiny_home.folder, "--socket", tmp_path / "s")
+    assert (code, "join" in error) == (ExitCode.ENROLMENT, True)
+    assert not (tmp_path / "s").exists()
+
+
 def test_serve_in_a_folder_that_is_no_home_says_so(run, tmp_path):
     code, _, error = run("serve", tmp_path / "nope", "--socket", tmp_path / "s")
     assert (code, "Traceback" in error) == (ExitCode.STORAGE, False)

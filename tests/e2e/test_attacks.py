@@ -26,7 +26,7 @@ import httpx
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -310,6 +310,7 @@ def test_a_run_that_waits_is_not_taken_without_the_secret(federation: Attacked) 
     try:
         with control.connect(federation.hub) as link:
             config, folder = federation.folder / "run.toml", federation.folder / "second"
+            folder.mkdir()
             waiting = control.submit(link, federation.hub.folder, config, folder, resume=False)
             protected = frozenset({"/flwr.proto.Runtime/AcquireTask"})
             version = RuntimeVersionHttpInterceptor(component_name="thief")
@@ -375,10 +376,10 @@ def test_a_reply_of_an_earlier_round_is_none(federation: Attacked) -> None:
 
 def test_a_reply_with_bytes_left_over_costs_the_site_a_round(federation: Attacked) -> None:
     asked, seen = federation.question(), len(federation.rounds())
-    array = Array(np.ones(3, np.float32))
-    array.data += b"left over"
-    header = ConfigRecord({"protocol": 2, "kind": "train", "run": "run", "round": 1, "refusal": "", "signature": ""})
-    reply = Message(RecordDict({"header": header, "arrays": ArrayRecord({"w": array})}), reply_to=asked)
+    reply = wire.encode_reply(Reply(Kind.TRAIN, "run", 1, arrays={"w": np.ones(3, np.float32)}), asked)
+    (record,) = reply.content.array_records.values()
+    (body,) = record.values()
+    body.data += b"left over"
     key = read_node_key(federation.home("st-mary").folder)
     federation.push(key, federation.node("st-mary"), reply)
     federation.round_refuses("malformed-reply", seen)

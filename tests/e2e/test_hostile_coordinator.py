@@ -5,6 +5,7 @@ The list of what it sends stands in tests/hostile_requests. In the end `fedmedga
 
 import dataclasses
 import fcntl
+import re
 import shutil
 import socket
 import struct
@@ -24,9 +25,11 @@ from client.channel import connect, pack_request, read_frame, unpack_reply
 from client.home import Home
 from common.errors import RefusalCode
 from common.greeting import hello_settings
-from common.messages import Kind, Reply, Request
+from common.messages import Kind, Reply, Request, Seal
+from common.seal import seal_request
 from tests.e2e.conftest import ENVIRONMENT
 from tests.hostile_requests import D_STEPS, FRAMES, RUN_IDS, TRAIN, WARMUP
+from tests.pinned import COORDINATOR, pin
 from tests.tiny_site import make_home, train_request, warmup_request
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -40,7 +43,9 @@ WORLD = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_home(tmp_path_factory.mktemp("template")).folder
+    home = make_home(tmp_path_factory.mktemp("template"))
+    pin(home)  # what is hostile below is the pinned coordinator itself
+    return home.folder
 
 
 @pytest.fixture
@@ -72,9 +77,20 @@ def agents(home: Home, count: int = 1) -> Generator[list[Path]]:
 
 def is_up(path: Path) -> bool:
     try:
-        return connect(path, 30.0)(HELLO).refusal is None
+        return connect(path, 30.0)(signed(HELLO)).refusal is None
     except OSError:
         return False
+
+
+def signed(request: Request) -> Request:
+    return seal_request(COORDINATOR, request, time.time() + 600)
+
+
+def pack(request: Request) -> bytes:
+    try:
+        return pack_request(signed(request))
+    except UnicodeEncodeError:  # half a character cannot be signed; it is sent with a signature of nothing
+        return pack_request(dataclasses.replace(request, seal=Seal("00" * 16, int(time.time()) + 600, "00" * 64)))
 
 
 def send(path: Path, content: bytes) -> bytes:
@@ -111,7 +127,7 @@ def test_every_hostile_request_gets_a_code_and_costs_nothing(home: Home) -> None
     ]
     with agents(home) as (path,):
         for request in requests:
-            reply = unpack_reply(send(path, pack_request(request)))
+            reply = dataclasses.replace(unpack_reply(send(path, pack(request))), signature="")
             assert reply.refusal in NOTHING_MORE
             assert reply in (
                 Reply(request.kind, request.run_id, request.round, reply.refusal),
@@ -121,11 +137,11 @@ def test_every_hostile_request_gets_a_code_and_costs_nothing(home: Home) -> None
             assert unpack_reply(send(path, frame)) == Reply(Kind.HELLO, "", 0, RefusalCode.BAD_REQUEST), name
         assert verified(home) == (0.0, 0)
         assert list(home.replies.iterdir()) == []
-        assert connect(path, 30.0)(warmup_request()).refusal is None  # and it still works
+        assert connect(path, 30.0)(signed(warmup_request())).refusal is None  # and it still works
 
 
 def test_a_peer_that_leaves_in_mid_reply_gets_the_same_bytes_again(home: Home) -> None:
-    frame = pack_request(train_request())
+    frame = pack(train_request())
     with agents(home) as (path,):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.connect(str(path))
@@ -142,12 +158,13 @@ def test_two_agents_race_for_the_last_of_the_budget(home: Home) -> None:
     """Two real agents, four runs, all at once, and one request that both get: never over budget, never two answers."""
     same: list[bytes] = []
     replies: list[Reply] = []
+    both = pack(train_request(run_id="both"))
     with agents(home, count=2) as paths:
 
         def run(path: Path, name: str) -> None:
-            same.append(send(path, pack_request(train_request(run_id="both"))))
+            same.append(send(path, both))
             for request in (warmup_request(name), *(train_request(number, name) for number in (1, 2, 3))):
-                replies.append(unpack_reply(send(path, pack_request(request))))
+                replies.append(unpack_reply(send(path, pack(request))))
 
         runs = [threading.Thread(target=run, args=(paths[number % 2], f"run-{number}")) for number in range(4)]
         for thread in runs:
@@ -183,13 +200,13 @@ def test_an_agent_that_dies_with_the_lock_lets_the_other_go_on(home: Home) -> No
                 time.sleep(0.1)
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.connect(str(other))
-                connection.sendall(pack_request(train_request(number)))
+                connection.sendall(pack(train_request(number)))
                 while not is_held(home):
                     time.sleep(0.001)
                 time.sleep(0.3 * (number - 1))
                 process.kill()
                 process.wait()
-            assert connect(path, 60.0)(train_request(number)).refusal is None
+            assert connect(path, 60.0)(signed(train_request(number))).refusal is None
         assert verified(home)[1] == 2
 
 
@@ -200,11 +217,11 @@ def test_nothing_of_the_site_stands_in_a_refusal(home: Home) -> None:
     )
     bad = TRAIN["model: a class that clears the screen"](train_request())
     with agents(home) as (path,):
-        frames = [send(path, pack_request(bad)), send(path, pack_request(TRAIN["privacy: another delta"](loud)))]
+        frames = [send(path, pack(bad)), send(path, pack(TRAIN["privacy: another delta"](loud)))]
     for frame in frames:
-        header = frame[20:-8].rstrip(b"{} ")
+        header = re.sub(rb'"signature": "[0-9a-f]+"', b"", frame[20:-8].rstrip(b"{} "))
         for word in (b"st-mary", b"p1", str(home.folder).encode(), b"Expected", b"delta", b"patients", b"clear", b"40"):
             assert word not in header
-    lines = home.log.read_text().splitlines()
+    lines = [line for line in home.log.read_text().splitlines() if "refused" in line]
     assert len(lines) == 2
     assert all(line.isprintable() for line in lines)
