@@ -176,10 +176,22 @@ def test_the_lifespan_of_the_server_app_begins_after_flowers_preparations() -> N
     assert source.index("install_from_fab(") < source.index("context = run_(")
 
 
-def test_the_grid_looks_for_missing_parts_with_a_pause_that_the_runs_process_sets() -> None:
+def test_the_grid_fetches_parts_by_a_function_that_the_runs_process_replaces() -> None:
+    """What the replacement raises passes the grid, but for ObjectPullError, which becomes that one answer's error."""
     from flwr.supercore.inflatable.inflatable_utils import pull_objects
     from flwr.superlink.grid import http_grid
 
+    from server.run_process import pull_reply
+
     assert http_grid.pull_objects.__code__ is pull_objects.__code__, "server/run_process replaces it in a run's process"
     assert "pull_objects" in http_grid.HttpGrid.pull_messages.__code__.co_names
-    assert {"initial_backoff", "backoff_cap"} <= set(inspect.signature(pull_objects).parameters)
+    source = inspect.getsource(http_grid.HttpGrid.pull_messages)
+    call = source.split("pull_objects(")[1].split("except")[0]
+    names = list(inspect.signature(pull_reply).parameters)
+    assert (
+        [word for word in names if f"{word}=" in call] == names == list(inspect.signature(pull_objects).parameters)[:2]
+    )
+    assert [line.strip() for line in source.splitlines() if line.strip().startswith("except ")] == [
+        "except ObjectPullError as e:",
+        "except httpx.HTTPStatusError as e:",
+    ]
