@@ -44,8 +44,9 @@ from server.supervise import started_process
 
 LOG = logging.getLogger("fedmedgan.link")
 
-PUBLIC_LIMITS = Limits(body_bytes=8 << 20, bodies=16)
-"""Flower sends arrays in chunks of 5 MiB."""
+PUBLIC_LIMITS = Limits(body_bytes=32 << 10, bodies=16, larger={"/v1/fleet/push-object": 8 << 20})
+"""Flower sends arrays in chunks of 5 MB. All else names and asks: the names of a gigabyte's parts take 15 KiB. The link's
+database takes in a list of parts at some hundred a second, and nothing else meanwhile."""
 ADMIN_LIMITS = Limits(body_bytes=16 << 20, bodies=16)
 """A bundle may have 10 MiB."""
 MAX_CONNECTIONS = 512

@@ -53,8 +53,33 @@ def test_arrays_travel_in_chunks_below_the_gates_bound() -> None:
 
     from server.link import ADMIN_LIMITS, PUBLIC_LIMITS
 
-    assert PUBLIC_LIMITS.body_bytes >= FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + (1 << 20)
+    assert PUBLIC_LIMITS.of("/v1/fleet/push-object") >= FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + (1 << 20)
     assert ADMIN_LIMITS.body_bytes >= FAB_MAX_SIZE + (1 << 20)
+
+
+def test_the_names_of_the_largest_messages_parts_pass_the_gate() -> None:
+    """An envelope lists its parts, of a whole gigabyte some 220; only a part itself has content."""
+    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.message_pb2 import ObjectTree
+    from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+
+    from common.wire import MAX_TOTAL_BYTES
+    from server.link import PUBLIC_LIMITS
+
+    count = 8 + MAX_TOTAL_BYTES // FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+    tree = ObjectTree(object_id="0" * 64, children=[ObjectTree(object_id="0" * 64)] * count)
+    assert (
+        PushMessagesRequest(message_object_trees=[tree]).ByteSize() < PUBLIC_LIMITS.of("/v1/fleet/push-messages") / 1.5
+    )
+    fields = {
+        path: {field.type for field in kind.DESCRIPTOR.fields}
+        for (_, path), kind in PROTOBUF_REQUEST_TYPES.items()
+        if path.startswith("/v1/fleet/")
+    }
+    assert {path for path, types in fields.items() if 12 in types} == {  # 12: bytes
+        *("/v1/fleet/push-object", "/v1/fleet/register-node", "/v1/fleet/activate-node"),
+    }, "a path of large bodies needs a bound of its own in server/link"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower uses

@@ -159,7 +159,7 @@ def test_a_gigabyte_is_refused_early(link: Link) -> None:
             except OSError:  # the link closed while we still sent: that is a refusal, too
                 answer = answer or b"HTTP/1.1 413"
         assert answer.startswith(b"HTTP/1.1 413")
-        assert sent < 4 * PUBLIC_LIMITS.body_bytes
+        assert sent < 4 * PUBLIC_LIMITS.of("/v1/fleet/push-object")
     assert process.memory_info().rss - before < 64 << 20
 
 
