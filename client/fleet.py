@@ -1,13 +1,12 @@
 """The line to the coordinator's link, by Flower's Fleet protocol: TLS, node authentication, heartbeats, retries.
 
-The only module of the hospital that uses Flower's internals; tests/contracts/test_fleet.py pins them. Flower's own
-SuperNode would fetch the bundle, read its configuration and offer both to an executor on a local port. Here nothing of
-a bundle is fetched, except to compare its digest when the site keeps a list of bundles, and no port is opened.
-Out of scope: what is done with a message (client/relay).
+With common/parts the only module of the hospital that uses Flower's internals; tests/contracts/test_fleet.py pins them.
+Flower's own SuperNode would fetch the bundle, read its configuration and offer both to an executor on a local port.
+Here nothing of a bundle is fetched, except to compare its digest when the site keeps a list of bundles, and no port is
+opened. Out of scope: what is done with a message (client/relay).
 """
 
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,6 @@ from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPushError,
     ObjectUnavailableError,
     inflate_object_from_contents,
-    pull_objects,
     push_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -43,7 +41,7 @@ from httpx import HTTPError, HTTPStatusError, Request, Response, SyncByteStream
 
 from common.certificates import NodeKey
 from common.errors import FederationError, WireError
-from common.wire import MAX_ARRAYS, MAX_NAME_CHARACTERS, MAX_TOTAL_BYTES
+from common.parts import MAX_OBJECTS, fetch_parts
 
 RunEnded = RunNotRunningException
 """The run is over: its messages and replies are of no use any more."""
@@ -52,10 +50,6 @@ INVALID_BUNDLE = ErrorCode.INVALID_FAB
 UNKNOWN_REQUEST = ErrorCode.LOAD_CLIENT_APP_EXCEPTION
 FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
-_CHUNK_BYTES = 1 << 20  # Flower cuts arrays into chunks of 5 MB; five times as many are taken
-_FIRST_RETRY_S = 0.05  # the link announces a message while its parts still arrive; Flower would wait for 1 s
-MAX_OBJECTS = 2 * MAX_ARRAYS + MAX_TOTAL_BYTES // _CHUNK_BYTES
-MAX_MESSAGE_BYTES = MAX_TOTAL_BYTES + MAX_OBJECTS * (MAX_NAME_CHARACTERS + 1024)
 MAX_BODY_BYTES = 16 << 20
 """Of one answer of the link: a chunk of 5 MB, or a bundle of at most 10 MiB."""
 
@@ -127,20 +121,14 @@ class Fleet:
         return self._receive()
 
     def content(self, envelope: Message, tree: ObjectTree) -> Message:
-        """Fetch a message's content, its size bounded while it comes.
+        """Fetch a message's content, its size bounded while it comes and before it is put together.
 
         Raises:
-            WireError: It has too many parts or bytes, does not decode, or is stale by the time it is here.
+            WireError: It has too many parts or bytes, lists a chunk twice, does not decode, or is stale by the
+                time it is here.
         """
         started, run_id = time.monotonic(), envelope.metadata.run_id
-        ids = _object_ids(tree)
-        parts = pull_objects(
-            ids,
-            _bounded(partial(self._pull, run_id)),
-            max_time=envelope.metadata.ttl,
-            max_tries_per_object=None,
-            initial_backoff=_FIRST_RETRY_S,
-        )
+        parts = fetch_parts(_object_ids(tree), partial(self._pull, run_id), envelope.metadata.ttl)
         self._done(run_id, envelope.metadata.message_id)  # the link drops the parts; only now may it
         if time.monotonic() - started > envelope.metadata.ttl:
             raise WireError(f"The message took longer to come than its {envelope.metadata.ttl:.0f} s to live.")
@@ -257,21 +245,6 @@ def _object_ids(tree: ObjectTree) -> list[str]:
         if len(ids) > MAX_OBJECTS or len(waiting) > MAX_OBJECTS:
             raise WireError(f"Expected a message of at most {MAX_OBJECTS} parts.")
     return ids
-
-
-def _bounded(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
-    total_bytes, lock = 0, threading.Lock()
-
-    def counted(object_id: str) -> bytes:
-        nonlocal total_bytes
-        content = pull(object_id)
-        with lock:
-            total_bytes += len(content)
-            if total_bytes > MAX_MESSAGE_BYTES:
-                raise WireError(f"Expected a message of at most {MAX_MESSAGE_BYTES} bytes.")
-        return content
-
-    return counted
 
 
 def _status(failure: BaseException | None) -> int | None:

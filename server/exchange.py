@@ -5,8 +5,11 @@ With keys, each question is signed for one site, and what a site did not sign fo
 
 import functools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, final
 
@@ -26,8 +29,10 @@ POLL_S, LONGEST_POLL_S = 0.1, 2.0
 OUTAGE_S = 600.0
 """A link that fails otherwise than by being away, for which Flower's grid waits by itself, is waited for this long."""
 LONGEST_PAUSE_S = 10.0
-_NO_MESSAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, DecodeError)
-"""What Flower raises over parts that a site made up."""
+_NO_MESSAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, DecodeError, WireError)
+"""What Flower, or common/parts before it, raises over parts that a site made up."""
+ANSWERS_UNTIL: ContextVar[float] = ContextVar("ANSWERS_UNTIL", default=math.inf)
+"""The deadline of the question under way, on the monotonic clock: for who fetches parts below Flower's grid."""
 
 Result = TypeVar("Result")
 
@@ -143,7 +148,8 @@ def ask(
         del arrived[node_id]
     for node_id, download_bytes in zip(requests, sent_bytes, strict=True):
         while node_id not in arrived:
-            pulled = _pull(link, node_of, requests, names, arrived, asked)
+            with _answers_until(asked + timeout_s):
+                pulled = _pull(link, node_of, requests, names, arrived, asked)
             if pulled or node_id in arrived:
                 continue
             if time.monotonic() > asked + timeout_s:  # looked at last: what is there was in time
@@ -151,6 +157,15 @@ def ask(
             else:
                 time.sleep(pause_s(time.monotonic() - asked))
         yield replace(arrived.pop(node_id), download_bytes=download_bytes)
+
+
+@contextmanager
+def _answers_until(deadline: float) -> Generator[None]:
+    before = ANSWERS_UNTIL.set(deadline)
+    try:
+        yield
+    finally:
+        ANSWERS_UNTIL.reset(before)
 
 
 def _push(grid: Grid, messages: Sequence[wire.Message]) -> list[str]:

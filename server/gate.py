@@ -5,8 +5,8 @@ Plain ASGI, so that it stands before whatever the link is made of. Out of scope:
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, final
 
@@ -32,6 +32,7 @@ class Limits:
 
     Attributes:
         body_bytes: The largest body.
+        larger: The paths whose bodies may be larger, and how large.
         bodies: Bodies that are held at a time, from the first byte until the answer begins.
         body_s: A body must be here after this.
         wait_s: A request waits this long for one of the places before it is refused.
@@ -41,6 +42,11 @@ class Limits:
     bodies: int
     body_s: float = 120.0
     wait_s: float = 10.0
+    larger: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def of(self, path: str) -> int:
+        """Return the bytes of the largest body that a path takes."""
+        return self.larger.get(path, self.body_bytes)
 
 
 @final
@@ -59,7 +65,7 @@ class Gate:
 
     Guarantees:
         - refused_unread: Of a request that is not admitted, or declares a body over the bound, no byte is read.
-        - body_bounded: A body that grows over its bound, declared or not, is refused at that byte.
+        - body_bounded: A body that grows over its path's bound, declared or not, is refused at that byte.
         - bodies_bounded: At most `bodies` are held at a time.
         - slow_body_ends: A body that does not arrive in time is refused, and its place is free again.
         - refusals_are_logged: One line for each refusal, the gate's own and those of the application behind it.
@@ -87,7 +93,7 @@ class Gate:
         if status != HTTPStatus.OK:
             raise Refused(status)
         declared = headers.get("content-length", "0")
-        if not declared.isdecimal() or int(declared) > self._limits.body_bytes:
+        if not declared.isdecimal() or int(declared) > self._limits.of(scope["path"]):
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         if scope["method"] == "GET":
             await self._app(scope, receive, send)
@@ -115,13 +121,13 @@ class Gate:
             await send(message)
 
         try:
-            body = await self._read(receive)
+            body = await self._read(receive, self._limits.of(scope["path"]))
             if body is not None:
                 await self._app(scope, _replay(body, receive), answer)
         finally:
             leave()
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def _read(self, receive: Receive, most_bytes: int) -> bytes | None:
         """Read a body; None if the caller went away."""
         parts: list[bytes] = []
         size_bytes = 0
@@ -133,7 +139,7 @@ class Gate:
                         return None
                     part: bytes = message.get("body", b"")
                     size_bytes += len(part)
-                    if size_bytes > self._limits.body_bytes:
+                    if size_bytes > most_bytes:
                         raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
                     parts.append(part)
                     if not message.get("more_body", False):

@@ -36,6 +36,7 @@ from starlette.concurrency import run_in_threadpool
 from uvicorn.config import LifespanType
 
 from common.errors import ConfigError, ExitCode, FedmedganError
+from server.connections import PromptProtocol
 from server.consortium import Consortium, FederationConfig, enrolled, load_consortium, read_settings
 from server.control import connect, register_sites
 from server.gate import Admit, Application, Gate, Headers, Limits
@@ -44,8 +45,9 @@ from server.supervise import started_process
 
 LOG = logging.getLogger("fedmedgan.link")
 
-PUBLIC_LIMITS = Limits(body_bytes=8 << 20, bodies=16)
-"""Flower sends arrays in chunks of 5 MiB."""
+PUBLIC_LIMITS = Limits(body_bytes=32 << 10, bodies=16, larger={"/v1/fleet/push-object": 8 << 20})
+"""Flower sends arrays in chunks of 5 MB. All else names and asks: the names of a gigabyte's parts take 15 KiB. The
+link's database takes in some hundred names a second, and does nothing else meanwhile."""
 ADMIN_LIMITS = Limits(body_bytes=16 << 20, bodies=16)
 """A bundle may have 10 MiB."""
 MAX_CONNECTIONS = 512
@@ -175,7 +177,7 @@ def _server(gate: Gate, consortium: Consortium, lifespan: LifespanType) -> uvico
             lifespan=lifespan,
             ssl_certfile=str(consortium.server_pem),
             ssl_keyfile=str(consortium.server_key),
-            http="h11",  # bounds the size of headers
+            http=PromptProtocol,  # h11, which bounds the size of headers
             ws="none",
             log_config=None,
             access_log=False,

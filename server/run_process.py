@@ -4,28 +4,42 @@ Apart from the executor, which lives long and holds no torch. What runs is the i
 scope: which runs are started (server/executor), what a run does (server/app).
 """
 
-import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
 from typing import NoReturn
 
 from flwr.app import Context
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.logger import mirror_output_to_queue
 from flwr.superlink.grid import http_grid
 from flwr.superlink.runtime import run_serverapp
 
 from common.errors import ExitCode, FedmedganError
+from common.parts import fetch_parts
 from server.app import app
 from server.consortium import Consortium, load_consortium
+from server.exchange import ANSWERS_UNTIL
 from server.executor import address, certificate
 
-FIRST_RETRY_S = 0.05
-"""A reply is announced while its parts are on their way; Flower would look for them again after 1 s, 2 s, 4 s."""
+
+def pull_reply(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """Fetch the parts of a reply, in the place of Flower's function of these parameters, which knows no bound.
+
+    A reply is announced before its parts are sent: what is waited for is the site's whole upload. It has the time that
+    the round has; at the deadline what is there is taken, and what is not costs its site this round.
+
+    Raises:
+        WireError: They are no parts of a reply, or too many or too large. server/exchange gives the answer up.
+        ObjectPullError: A part is not there by the deadline. Flower's grid gives the answer up.
+
+    Guarantees:
+        - a_half_sent_reply_ends_with_the_round: Parts that do not come are waited for until the round's deadline.
+    """
+    return fetch_parts(object_ids, pull_object_fn, max(0.0, ANSWERS_UNTIL.get() - time.monotonic()))
 
 
 def run_one(consortium: Consortium, token: str) -> None:
@@ -34,7 +48,7 @@ def run_one(consortium: Consortium, token: str) -> None:
     What the run itself prints goes to the link, for whoever follows it; Flower's own words go to the executor's log.
     """
     printed: Queue[str | None] = Queue()
-    http_grid.pull_objects = functools.partial(pull_objects, initial_backoff=FIRST_RETRY_S, backoff_cap=1.0)
+    http_grid.pull_objects = pull_reply
     _log_apart()
 
     @app.lifespan()

@@ -27,7 +27,7 @@ from client.app import make_app
 from client.fleet import Fleet, RunEnded
 from client.paths import Home
 from client.relay_state import State
-from common import wire
+from common import parts, wire
 from common.errors import ConfigError, FederationError, RefusalCode
 from common.greeting import hello_settings
 from common.messages import Kind, Reply, Request
@@ -179,7 +179,7 @@ def test_an_agent_that_stays_away_is_a_code(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_too_much_is_refused_while_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "MAX_MESSAGE_BYTES", 10_000)
+    monkeypatch.setattr(parts, "MAX_MESSAGE_BYTES", 10_000)
     arrays = {f"w{i}": Array(np.full(300, i, np.float32)) for i in range(40)}
     big = Message(RecordDict({"arrays": ArrayRecord(arrays)}), dst_node_id=5, message_type="train.round", ttl=30.0)
     link = Link(big, hello())

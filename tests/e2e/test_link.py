@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 import httpx
@@ -17,7 +18,8 @@ import psutil
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
@@ -30,7 +32,7 @@ from common.files import write_atomic
 from server.consortium import Consortium, read_settings
 from server.control import connect, list_nodes
 from server.enrol import renew
-from server.link import PUBLIC_LIMITS
+from server.link import MAX_CONNECTIONS, PUBLIC_LIMITS
 from tests.coordinator_home import (
     ROOT,
     client,
@@ -159,8 +161,26 @@ def test_a_gigabyte_is_refused_early(link: Link) -> None:
             except OSError:  # the link closed while we still sent: that is a refusal, too
                 answer = answer or b"HTTP/1.1 413"
         assert answer.startswith(b"HTTP/1.1 413")
-        assert sent < 4 * PUBLIC_LIMITS.body_bytes
+        assert sent < 4 * PUBLIC_LIMITS.of("/v1/fleet/push-object")
     assert process.memory_info().rss - before < 64 << 20
+
+
+def test_a_list_of_thousands_of_parts_is_refused(link: Link) -> None:
+    """The link's database would take it in for minutes, and nothing else."""
+    consortium, key, _ = link
+    tree = ObjectTree(object_id="0" * 64, children=[ObjectTree(object_id=f"{number:064x}") for number in range(2000)])
+    request = PushMessagesRequest(message_object_trees=[tree]).SerializeToString()
+    with client(consortium) as http:
+        assert http.post("/v1/fleet/push-messages", content=request, headers=signed_headers(key)).status_code == 413
+
+
+def test_silent_connections_of_a_stranger_shut_nobody_out(link: Link) -> None:
+    consortium, _, _ = link
+    with ExitStack() as stack:
+        for _ in range(MAX_CONNECTIONS + 20):
+            stack.enter_context(raw(consortium))
+        with client(consortium) as http:
+            assert http.get("/health").status_code == 200
 
 
 def test_random_requests_change_nothing(link: Link) -> None:

@@ -1,3 +1,4 @@
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -11,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from common import wire
 from common.crypto import SigningKey
-from common.errors import FederationError, RefusalCode
+from common.errors import FederationError, RefusalCode, WireError
 from common.messages import Kind, Reply, Request
 from common.seal import Trust, check_request, sign_reply
 from server import exchange
@@ -278,9 +279,25 @@ def test_made_up_parts_cost_one_site() -> None:
         def pull_messages(self, ids):
             if "made up" in ids:
                 raise DecodeError("patient 17")
+            if "too large" in ids:
+                raise WireError("a chunk twice")
             return [message] if "good" in ids else []
 
     message = Message(RecordDict(), dst_node_id=5, message_type="train.round")
     message.metadata.__dict__["_reply_to_message_id"] = "good"
-    found = list(exchange._one_by_one(Bad(), ["made up", "good", "late"]))
-    assert found == [("made up", None), ("good", message)]
+    found = list(exchange._one_by_one(Bad(), ["made up", "too large", "good", "late"]))
+    assert found == [("made up", None), ("too large", None), ("good", message)]
+
+
+def test_the_deadline_is_known_below_the_grid() -> None:
+    """While the answers to a question are pulled, and not after."""
+    seen = list[float]()
+
+    class Looking(FakeGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            seen.append(exchange.ANSWERS_UNTIL.get() - time.monotonic())
+            return super().pull_messages(message_ids)
+
+    assert _ask(Looking({1: _ok}), timeout_s=60.0) == {1: ""}
+    assert 0 < max(seen) <= 60
+    assert exchange.ANSWERS_UNTIL.get() == math.inf

@@ -43,7 +43,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def admit(method: str, path: str, headers: dict[str, str]) -> HTTPStatus:
-    return HTTPStatus.OK if path == "/in" else HTTPStatus.NOT_FOUND
+    return HTTPStatus.OK if path in ("/in", "/large") else HTTPStatus.NOT_FOUND
 
 
 def run(test: Callable[[Gate], Awaitable[None]], app: Any = echo, limits: Limits = LIMITS) -> None:
@@ -84,6 +84,23 @@ def test_body_bounded() -> None:
         assert exact.status == 200
 
     run(test)
+
+
+def test_body_bounded_by_its_path() -> None:
+    async def test(gate: Gate) -> None:
+        for path, sizes, status in (
+            ("/in", [11], 413),
+            ("/in", [10], 200),
+            ("/large", [20], 200),
+            ("/large", [21], 413),
+        ):
+            parts = [bytes(size) for size in sizes]
+            for headers in ({}, {"content-length": str(sum(sizes))}):
+                caller = Caller(parts, headers, path)
+                await gate(caller.scope, caller.receive, caller.send)
+                assert caller.status == status, (path, sizes, headers)
+
+    run(test, limits=Limits(body_bytes=10, bodies=1, larger={"/large": 20}))
 
 
 def test_bodies_bounded() -> None:
