@@ -3,7 +3,6 @@
 An archive inside an archive is refused, never opened. Out of scope: other kinds of archive; what the members are.
 """
 
-import lzma
 import struct
 import zipfile
 import zlib
@@ -20,7 +19,10 @@ MAX_RATIO = 200
 """Most bytes in the members for each byte of the archive, beyond `FREE_BYTES`."""
 FREE_BYTES = 64 * 1024**2
 
-_END_BYTES = 22 + 65_535
+_END_BYTES = 56 + 20 + 22 + 65_536
+"""The zip64 record, its locator, and as much of the end as zipfile looks through."""
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Of these zipfile inflates as much as is asked for; of bzip2 and LZMA all that a read of the file gives."""
 _NESTED = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 _DAMAGED = (
@@ -28,11 +30,10 @@ _DAMAGED = (
     EOFError,
     ValueError,
     LookupError,
-    RuntimeError,  # an encrypted member; an unknown compression is a NotImplementedError, also one
+    RuntimeError,  # an encrypted member; a zip version that is too new is a NotImplementedError, also one
     MemoryError,
     struct.error,
     zlib.error,
-    lzma.LZMAError,
     zipfile.BadZipFile,
 )
 
@@ -44,7 +45,9 @@ class Archive:
     Guarantees:
         - expansion_is_bounded: An archive that says it expands beyond `MAX_RATIO` or `MAX_TOTAL_BYTES`, or whose
           directory is beyond `MAX_DIRECTORY_BYTES`, is refused before a member is read.
-        - members_are_bounded: Of a member no more is inflated than its size as stated and the site's limit on a file.
+        - members_are_bounded: Of a member no more is inflated than its size as stated (4 KiB where that is less), which
+          is within the site's limit on a file.
+        - members_that_inflate_without_bound_are_refused: A member packed by anything but deflate is never inflated.
         - nesting_is_refused: A member that is an archive itself is refused.
     """
 
@@ -55,9 +58,8 @@ class Archive:
             Refused: It is damaged, or expands beyond the limits.
         """
         try:
-            with path.open("rb") as handle:
-                size = _check_directory(handle)
-            self._zip = zipfile.ZipFile(path)
+            self._zip = open_zip(path)
+            size = path.stat().st_size
         except _DAMAGED as error:
             raise Refused(Reason.ARCHIVE) from error
         total = sum(member.file_size for member in self._zip.infolist())
@@ -86,12 +88,14 @@ class Archive:
         """Read a member into memory.
 
         Raises:
-            Refused: It is gone, damaged, encrypted, too large, or an archive itself.
+            Refused: It is gone, damaged, encrypted, too large, packed by other means than deflate, or an archive.
         """
         try:
             member = self._zip.getinfo(name)
             if member.file_size > rules.max_bytes:
                 raise Refused(Reason.TOO_LARGE)
+            if not inflates_in_bounds(member):
+                raise Refused(Reason.COMPRESSION)
             with self._zip.open(member) as handle:
                 data = handle.read(member.file_size + 1)
         except _DAMAGED as error:
@@ -101,22 +105,48 @@ class Archive:
         return data
 
 
-def _check_directory(handle: BinaryIO) -> int:
-    """Refuse a directory that is too large to be read whole; return the archive's size in bytes.
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip archive whose directory is within `MAX_DIRECTORY_BYTES`.
+
+    Raises:
+        Refused: The directory is larger.
+        zipfile.BadZipFile: It is damaged, or readers could differ on where its directory is. Other damage raises more.
+
+    Guarantees:
+        - the_end_that_is_checked_is_the_one_that_is_read: The size of the directory is taken from the record that
+          zipfile goes by.
+    """
+    with path.open("rb") as handle:
+        if _directory_bytes(handle) > MAX_DIRECTORY_BYTES:
+            raise Refused(Reason.ARCHIVE_LIMITS)
+    return zipfile.ZipFile(path)
+
+
+def inflates_in_bounds(member: zipfile.ZipInfo) -> bool:
+    """Tell whether a read of so many bytes inflates no more than these."""
+    return member.compress_type in _BOUNDED
+
+
+def _directory_bytes(handle: BinaryIO) -> int:
+    """Return the size of the directory as stated in the record that zipfile goes by.
+
+    Some releases of Python look for the zip64 record where its locator points, some just before the locator: both have
+    to be the same place. So a zip64 archive with something before it, or with extensible data, is refused.
 
     Source: PKWARE APPNOTE 4.3.14 (zip64 end of central directory), 4.3.15 (its locator), 4.3.16 (end of directory).
     """
     size = handle.seek(0, 2)
-    handle.seek(max(0, size - _END_BYTES - 20))
-    tail = handle.read()
+    handle.seek(max(0, size - _END_BYTES))
+    tail = handle.read(_END_BYTES)
     end = tail.rfind(b"PK\x05\x06")
-    if end < 0:
-        raise Refused(Reason.ARCHIVE)
-    (directory,) = struct.unpack("<L", tail[end + 12 : end + 16])
-    if end >= 20 and tail[end - 20 : end - 16] == b"PK\x06\x07":
-        (place,) = struct.unpack("<Q", tail[end - 12 : end - 4])
-        handle.seek(min(place, size))
-        (directory,) = struct.unpack("<Q", handle.read(56)[40:48])
-    if directory > MAX_DIRECTORY_BYTES:
-        raise Refused(Reason.ARCHIVE_LIMITS)
-    return size
+    if not 0 <= end <= len(tail) - 22:
+        raise zipfile.BadZipFile
+    (directory,) = struct.unpack_from("<L", tail, end + 12)
+    locator = tail[max(0, end - 20) : end]
+    if locator.startswith(b"PK\x06\x07"):
+        (place,) = struct.unpack_from("<Q", locator, 8)
+        record = tail[max(0, end - 76) : end - 20]
+        if not record.startswith(b"PK\x06\x06") or place != size - len(tail) + end - 76:
+            raise zipfile.BadZipFile
+        (directory,) = struct.unpack_from("<Q", record, 40)
+    return directory

@@ -8,7 +8,7 @@ all colours together, since the depth is not stated; floats in [-1, 1] when a va
 is above 1, else in [0, 255]. Store uint8 where this rule could guess wrong.
 """
 
-import lzma
+import io
 import math
 import struct
 import tokenize
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from jaxtyping import Float, Num
 from numpy.lib import format as npy
 
+from client.intake.archives import inflates_in_bounds, open_zip
 from client.intake.pixels import Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag, stamp_of
 from client.intake.refusals import Reason, Refused
@@ -31,6 +32,8 @@ from common.errors import IntakeError
 
 MAX_DECODED_BYTES = 2 * 1024**3
 MAX_IMAGES = 4 * 1024**2
+_HEADER_BYTES = 16 * 1024
+"""Read of an array for its header: numpy takes none above 10,000 characters, but reads it whole before it says so."""
 
 # zipfile, zlib and the npy header parser raise all of these for damaged files; OSError covers an unreadable one,
 # RuntimeError encryption and recursion, MemoryError a header that lies within the limits.
@@ -47,7 +50,6 @@ _DAMAGED = (
     struct.error,
     tokenize.TokenError,
     zlib.error,
-    lzma.LZMAError,
     zipfile.BadZipFile,
 )
 
@@ -206,9 +208,10 @@ def _count(shape: tuple[int, ...]) -> int:
 def _header(archive: zipfile.ZipFile, name: str) -> _Header:
     """Read an array's shape and type, and refuse types that are not expected or would be unpickled."""
     with archive.open(f"{name}.npy") as member:
-        version = npy.read_magic(member)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, kind = read(member)
+        start = io.BytesIO(member.read(_HEADER_BYTES))
+    version = npy.read_magic(start)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, kind = read(start)
     pixels = (kind.kind == "u" and kind.itemsize <= 2) or kind.kind == "f"
     if not (pixels if name in _STACKS else kind.kind in "USiubf") or kind.itemsize == 0:
         raise IntakeError(f"Expected uint8, uint16 or float images and text or numbers beside, got {kind} in {name}.")
@@ -228,10 +231,22 @@ def _read(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
         return npy.read_array(member, allow_pickle=False)
 
 
+def _checked(path: Path) -> zipfile.ZipFile:
+    """Open an NPZ whose directory is within the limits and whose members inflate no further than is asked for."""
+    try:
+        archive = open_zip(path)
+        if not all(inflates_in_bounds(member) for member in archive.infolist()):
+            archive.close()
+            raise Refused(Reason.COMPRESSION)
+    except Refused as refusal:
+        raise IntakeError(f"The NPZ is refused: {refusal}. Export it again with numpy.savez_compressed.") from None
+    return archive
+
+
 @contextmanager
 def _opened(path: Path) -> Generator[zipfile.ZipFile, None, None]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _checked(path) as archive:
             yield archive
     except _DAMAGED:  # the cause quotes the file, so it is dropped
         raise IntakeError("The NPZ is damaged or not an NPZ. Export it again with numpy.savez_compressed.") from None

@@ -23,6 +23,7 @@ class Reason(StrEnum):
     NO_PICTURE = "segmentation, map of labels or dose, not a picture"
     ARCHIVE = "archive damaged, encrypted or in another one"
     ARCHIVE_LIMITS = "archive expands beyond the limits"
+    COMPRESSION = "archive member neither stored nor compressed by deflate"
     NOT_PNG_JPEG = "neither PNG nor JPEG nor TIFF nor NIfTI"
     HEADER = "header not readable"
     NO_IMAGE = "no image in the file"

@@ -45,7 +45,7 @@ def pull(
     """Fetch the studies of a list from a PACS into the inbox folder; run again to go on after an interruption.
 
     Exits 0 where all is here; 3 a setting, or a bound of pacs.toml reached; 4 the list, or lines of it that the PACS
-    has nothing for; 7 files or disk; 9 the PACS libraries are missing; 12 the PACS is out of reach, refuses us, or did
+    has nothing for; 7 files or disk; 9 the PACS libraries are missing; 13 the PACS is out of reach, refuses us, or did
     not send all.
     """
     if (asked is None) != echo or (echo and dry_run):

@@ -60,7 +60,7 @@ class Tally:
         return self.expected - self.were_here - self.received
 
     def exit_code(self, *, fetched: bool) -> ExitCode:
-        """Return 12 where instances are missing or a query failed, 4 where the list alone is wrong, else 0.
+        """Return 13 where instances are missing or a query failed, 4 where the list alone is wrong, else 0.
 
         Args:
             fetched: False where nothing was to be fetched.

@@ -1,5 +1,6 @@
 import io
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,65 @@ def test_a_directory_beyond_the_limit_in_zip64_is_seen(tmp_path: Path) -> None:
     path.write_bytes(whole[:end] + record + struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1) + whole[end:])
     with pytest.raises(Refused, match="expands"):
         Archive(path)
+
+
+def end_of(path: Path, monkeypatch: pytest.MonkeyPatch, *, zip64: bool) -> tuple[bytes, int]:
+    """Return an archive of one member without a comment, in zip64 if asked, and where its last record begins."""
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 0 if zip64 else 1)
+        whole = zipped(path, {"one": b"1"}).read_bytes()
+    assert (b"PK\x06\x07" in whole) is zip64
+    return whole, len(whole) - 22
+
+
+@pytest.mark.parametrize("zip64", [True, False])
+@pytest.mark.parametrize("after", [b"", b"a comment"])
+def test_honest_ends_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bytes, *, zip64: bool) -> None:
+    whole, end = end_of(tmp_path / "a.zip", monkeypatch, zip64=zip64)
+    (tmp_path / "a.zip").write_bytes(whole[: end + 20] + struct.pack("<H", len(after)) + after)
+    with Archive(tmp_path / "a.zip") as archive:
+        assert archive.read("one", RULES) == b"1"
+
+
+@pytest.mark.parametrize("fault", ["locator", "no record", "disks", "cut record"])
+def test_the_end_that_is_checked_is_the_one_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Ends of which zipfile reads another record than a reader of the locator, or of the last signature, would."""
+    whole, end = end_of(tmp_path / "a.zip", monkeypatch, zip64=fault != "disks")
+    small = b"PK\x06\x06" + bytes(52)
+    elsewhere = whole[: end - 20] + struct.pack("<4sLQL", b"PK\x06\x07", 0, end + 22, 1) + whole[end : end + 20]
+    (tmp_path / "a.zip").write_bytes(
+        {
+            "locator": elsewhere + struct.pack("<H", len(small)) + small,
+            "no record": whole[: end - 76] + bytes(4) + whole[end - 72 :],
+            "disks": whole[: end + 4] + b"PK\x05\x06" + whole[end + 8 :],
+            "cut record": whole + b"PK\x05\x06",
+        }[fault]
+    )
+    with pytest.raises(Refused, match="damaged"):
+        Archive(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_that_inflate_without_bound_are_refused(tmp_path: Path, write_dicom: WriteDicom, method: int) -> None:
+    """zipfile inflates bzip2 and LZMA as far as they go, whatever is asked for."""
+    path = zipped(tmp_path / "a.zip", {"good": write_dicom(tmp_path / "good").read_bytes()})
+    with zipfile.ZipFile(path, "a", method) as archive:
+        archive.writestr("packed", bytes(2**25))
+    lying = bytearray(path.read_bytes())
+    place = lying.rindex(b"PK\x01\x02")
+    lying[place + 24 : place + 28] = struct.pack("<L", 1000)
+    path.write_bytes(lying)
+    tracemalloc.start()
+    try:
+        found = scan(path, "none")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [record.member for record in found.records] == ["good"]
+    assert [(refusal.member, refusal.reason) for refusal in found.refusals] == [("packed", Reason.COMPRESSION)]
+    assert peak < 2**24
 
 
 def test_members_are_bounded(tmp_path: Path) -> None:

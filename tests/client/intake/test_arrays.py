@@ -1,5 +1,6 @@
 import io
 import tempfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.intake import Reason, read, scan
+from client.intake import Reason, archives, read, scan
 from client.intake.arrays import MAX_DECODED_BYTES
 from common.errors import ConfigError, IntakeError
 
@@ -168,6 +169,41 @@ def test_a_header_that_claims_too_much_is_refused_before_allocation(tmp_path: Pa
         with pytest.raises(IntakeError, match=match):
             scan(path)
     assert MAX_DECODED_BYTES == 2 * 1024**3
+
+
+def test_a_header_without_end_is_read_no_further_than_a_header_goes(tmp_path: Path) -> None:
+    """From version 2 on, a header states its length in 32 bits."""
+    with zipfile.ZipFile(tmp_path / "images.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\x01" + b" " * 2**25)
+    tracemalloc.start()
+    try:
+        with pytest.raises(IntakeError, match="damaged"):
+            scan(tmp_path / "images.npz")
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_that_inflate_without_bound_are_refused(tmp_path: Path, method: int) -> None:
+    """Even one that is not an array of ours; numpy itself stores or deflates."""
+    path = write(tmp_path, images=stack(), patient_id=np.arange(4))
+    with zipfile.ZipFile(path, "a", method) as archive:
+        archive.writestr("labels.npy", b"")
+    with pytest.raises(IntakeError, match=r"deflate.*savez_compressed"):
+        scan(path, "none")
+
+
+def test_the_directory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, images=stack(), patient_id=np.arange(4))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-18] + b"PK\x05\x06" + whole[-14:])  # two ends, of which zipfile reads the first
+    with pytest.raises(IntakeError, match="damaged"):
+        scan(path, "none")
+    path.write_bytes(whole)
+    monkeypatch.setattr(archives, "MAX_DIRECTORY_BYTES", 10)
+    with pytest.raises(IntakeError, match="expands"):
+        scan(path, "none")
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)

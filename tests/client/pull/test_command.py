@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from client import entry
+from client.pull import command
+from common.errors import ExitCode
 from tests.real_pacs import REPOSITORY, write_home, write_list
 
 pytestmark = pytest.mark.filterwarnings(
@@ -31,9 +33,9 @@ def test_process_holds_no_torch_and_no_flower() -> None:
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
-        (["--from", "web", "--echo"], 12), (["--from", "dimse", "--echo"], 12), (["--from", "other", "--echo"], 3),
+        (["--from", "web", "--echo"], 13), (["--from", "dimse", "--echo"], 13), (["--from", "other", "--echo"], 3),
         (["--from", "web"], 3), (["--from", "web", "--echo", "--dry-run"], 3), (["--echo"], 2),
-        (["--from", "web", "--list", "LIST"], 12), (["--from", "web", "--list", "/none.csv"], 4),
+        (["--from", "web", "--list", "LIST"], 13), (["--from", "web", "--list", "/none.csv"], 4),
     ],
 )  # fmt: skip
 def test_exit_codes(
@@ -47,6 +49,12 @@ def test_exit_codes(
         entry.main(["pull", str(home), *named])
     assert ended.value.code == code
     assert "CANARY" not in "".join(capsys.readouterr())
+
+
+def test_help_states_the_code_of_the_pacs() -> None:
+    codes = "".join((command.pull.__doc__ or "").partition("Exits")[1:])
+    assert f"{ExitCode.PACS:d} the PACS is out of reach" in " ".join(codes.split())
+    assert f"**{ExitCode.PACS:d} the PACS is out of reach" in (REPOSITORY / "docs" / "pull.md").read_text()
 
 
 def test_missing_extra_names_the_pip_line(

@@ -1,7 +1,10 @@
 """DICOMweb against a server that lies, on loopback."""
 
+import gzip
 import json
 import threading
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -215,6 +218,30 @@ def test_answers_without_end(archive: WebArchive, server: Server, monkeypatch: p
     with pytest.raises(Refused) as caught:
         archive.find_series(ROW)
     assert caught.value.reason is Reason.QUERY
+
+
+@pytest.mark.parametrize(
+    ("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity, gzip", gzip.compress)]
+)
+def test_packed_answers_are_refused(
+    coding: str, pack: Callable[[bytes], bytes], archive: WebArchive, server: Server, tmp_path: Path
+) -> None:
+    """Before a byte of them is unpacked, whose number nobody knows."""
+    packed = pack(b" " * 2**25)
+    server.answer = lambda *_: (200, {"Content-Type": part(b"")[1]["Content-Type"], "Content-Encoding": coding}, packed)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refused) as query:
+            archive.find_series(ROW)
+        with pytest.raises(Refused) as retrieval:
+            deliver(archive, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+    assert [caught.value.reason for caught in (query, retrieval)] == [Reason.QUERY, Reason.QUERY]
+    assert "packed" in query.value.detail
+    assert {headers["Accept-Encoding"] for _, headers in server.asked} == {"identity"}
+    assert kept(tmp_path) == []
 
 
 def test_no_identifier_or_secret_in_messages(archive: WebArchive, server: Server) -> None:
