@@ -20,7 +20,8 @@ test-slow: $(READY)
 	$(BIN)/pytest -n 2 --dist loadgroup -m slow -rP
 
 # A coordinator and three hospitals as they are run, from `init` to a generator: when all is well, and then with 20 kills,
-# 2 cuts, a full disk, an expired certificate, an unregistered node and a wrong CA, all drawn from FAULTS_SEED.
+# 2 cuts, a full disk, an expired certificate, an unregistered node and a wrong CA, all drawn from FAULTS_SEED; then behind
+# a bad line. `make test` has the first of the three.
 FAULTS_SEED ?= 1
 e2e: $(READY)
 	FEDMEDGAN_E2E=whole FEDMEDGAN_FAULTS_SEED=$(FAULTS_SEED) $(BIN)/pytest -n 0 -s tests/e2e/test_deployment.py

@@ -1,6 +1,7 @@
 """Three hospitals and a coordinator as they are run: from `init` to a generator, when all is well and when it is not.
 
-`make e2e` runs this file with the whole schedule of faults; FEDMEDGAN_FAULTS_SEED draws another one.
+`make e2e` runs this file with the whole schedule of faults, which takes half an hour; `make test` runs the first test.
+FEDMEDGAN_E2E=short: all of it with few faults; FEDMEDGAN_FAULTS_SEED draws others.
 """
 
 import json
@@ -25,7 +26,9 @@ from tests.e2e.slow_proxy import Weather, slow_proxy
 from tests.e2e.x_rays import PATIENTS, REAL
 
 WHOLE = os.environ.get("FEDMEDGAN_E2E") == "whole"
-ON_DEMAND = pytest.mark.skipif("FEDMEDGAN_E2E" not in os.environ, reason="minutes long: FEDMEDGAN_E2E=short, or `make e2e`")
+ON_DEMAND = pytest.mark.skipif(
+    "FEDMEDGAN_E2E" not in os.environ, reason="minutes long: FEDMEDGAN_E2E=short, or `make e2e`"
+)
 SEED = int(os.environ.get("FEDMEDGAN_FAULTS_SEED", "41"))  # kills relay, agent, `start` and link
 OUTAGE_S = float(os.environ.get("FEDMEDGAN_OUTAGE_S", "0"))
 WHOLE_LINE = os.environ.get("FEDMEDGAN_BAD_LINE") == "full"

@@ -38,7 +38,7 @@ from tests.tiny_site import POLICY, PROPOSAL, make_home, train_request, warmup_r
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = int(os.environ.get("FEDMEDGAN_KILLS", "400"))
+KILLS = int(os.environ.get("FEDMEDGAN_KILLS", "1000"))
 LONG = PROPOSAL.model_copy(update={"federation": PROPOSAL.federation.model_copy(update={"rounds": 6})})
 REQUESTS = (warmup_request(proposal=LONG), *(train_request(number, proposal=LONG) for number in range(1, 7)))
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -117,6 +118,7 @@ def test_modules_are_timed_as_they_are_loaded_and_only_if_wanted(
     assert again.ask.__wrapped__ is not again.ask
 
 
+@pytest.mark.skipif("FEDMEDGAN_E2E" not in os.environ, reason="minutes long: FEDMEDGAN_E2E=short")
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(400)
