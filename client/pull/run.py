@@ -60,14 +60,14 @@ class Tally:
         return self.expected - self.were_here - self.received
 
     def exit_code(self, *, fetched: bool) -> ExitCode:
-        """Return 13 where instances are missing or a query failed, 4 where the list alone is wrong, else 0.
+        """Return 13 where instances are missing or anything failed but the list, 4 where that alone is wrong, else 0.
 
         Args:
             fetched: False where nothing was to be fetched.
         """
         reasons = {failure.reason for failure in self.failures}
-        unanswered = reasons & {Reason.QUERY, Reason.CUT}
-        if unanswered or (fetched and self.missing):
+        harmless = _OF_THE_LIST | {Reason.NOT_ASKED}  # thrown away, and all that was asked for may be here
+        if reasons - harmless or (fetched and self.missing):
             return ExitCode.PACS
         return ExitCode.DATA if reasons & _OF_THE_LIST else ExitCode.OK
 

@@ -10,7 +10,7 @@ from client.pull.asked import Row
 from client.pull.delivery import Delivery
 from client.pull.inbox import Inbox
 from client.pull.pace import Pace
-from client.pull.run import Pull, clock
+from client.pull.run import Failure, Pull, Tally, clock
 from client.pull.sources import Bounds
 from client.pull.state import State
 from common.errors import ConfigError, ExitCode, PacsError
@@ -138,3 +138,11 @@ def test_progress_says_how_much_is_left(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_reason_has_advice() -> None:
     assert set(ADVICE) == set(Reason)
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_what_failed_but_was_not_missed_is_told_by_the_exit_code(reason: Reason) -> None:
+    """A query that gets HTTP 500 expects nothing, so nothing is missing: it is no success all the same."""
+    code = Tally(failures=[Failure(Row(2), reason)]).exit_code(fetched=True)
+    of_the_list = {Reason.NOT_FOUND, Reason.OTHERS, Reason.NO_ISSUER}
+    assert code == (ExitCode.DATA if reason in of_the_list else ExitCode.OK if reason is Reason.NOT_ASKED else 13)
