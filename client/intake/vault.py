@@ -1,0 +1,328 @@
+"""The training set on disk: encrypted pixels, pseudonyms and class numbers, and nothing else of any file.
+
+A vault is a folder:
+
+    manifest        sealed: what the images are, which files were seen, and a row for each image
+    pixels-00000    chunks of images, each sealed for its place; one file for each import that brought images
+
+A row counts
+while the manifest knows its file with the stamp that it had: an import appends first and writes the manifest last, so
+that one which is interrupted leaves the old set whole and its own chunks for the next to take up.
+
+Out of scope: reading images for training (client/intake/sealed), when a file counts as changed
+(client/intake/importing).
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import UInt8
+
+from client.intake.dataset import Form
+from common.crypto import PSEUDONYM_BYTES, SealingKey
+from common.errors import StorageError, WireError
+from common.files import make_folder, read_bounded, sync_folder, write_atomic
+
+VERSION = 1
+CHUNK_BYTES = 64 * 1024
+"""About the pixels of a chunk: what is decrypted for one image that is asked for."""
+MAX_MANIFEST_BYTES = 2 * 1024**3
+
+ROW = np.dtype(
+    [("file", f"V{PSEUDONYM_BYTES}"), ("stamp", f"V{PSEUDONYM_BYTES}"), ("patient", f"V{PSEUDONYM_BYTES}"),
+     ("part", "<u4"), ("label", "<u2")]
+)  # fmt: skip
+"""One image: its file and what that looked like, its patient, which image of the file, its class number."""
+
+Rows = npt.NDArray[np.void]
+
+
+@final
+@dataclass(frozen=True)
+class Seen:
+    """A file that an import has looked at.
+
+    Attributes:
+        stamp: What the file looked like; another stamp is another file.
+        refused: How many of its images were refused, by reason.
+    """
+
+    stamp: bytes
+    refused: Mapping[str, int]
+
+
+@final
+@dataclass(frozen=True)
+class Segment:
+    """A file of chunks: its number, how many images each chunk holds, and its size in bytes."""
+
+    number: int
+    counts: tuple[int, ...]
+    size_bytes: int
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """What a vault holds.
+
+    Attributes:
+        id: 16 random bytes: what is sealed for one vault does not open in another.
+        form: Of its images.
+        rules: Digest of the rules by which pixels were made; under other rules every file is read again.
+        segments: The files of chunks, in the order of `rows`.
+        rows: A row for each image of the segments.
+        seen: Every file that was looked at, by its pseudonym.
+    """
+
+    id: bytes
+    form: Form
+    rules: str
+    segments: tuple[Segment, ...] = ()
+    rows: Rows = field(default_factory=lambda: np.empty(0, ROW), repr=False)
+    seen: Mapping[bytes, Seen] = field(default_factory=dict[bytes, Seen], repr=False)
+
+    def current(self) -> npt.NDArray[np.bool_]:
+        """Return which rows count: those whose file is known with the stamp that it had."""
+        stamps = {file: seen.stamp for file, seen in self.seen.items()}
+        pairs = zip(self.rows["file"].tolist(), self.rows["stamp"].tolist(), strict=True)
+        return np.fromiter((stamps.get(file) == stamp for file, stamp in pairs), bool, len(self.rows))
+
+
+@final
+class Appender:
+    """Writes the chunks of one import into a new file of a vault.
+
+    Args:
+        vault: The folder.
+        key: The site's.
+        manifest: As it stands.
+        number: Of the new file; one that no file of this vault ever had.
+
+    Guarantees:
+        - whole_chunks: After a crash at any line the file holds whole chunks, and at its end perhaps a part of one,
+          which `recover` drops.
+    """
+
+    def __init__(self, vault: Path, key: SealingKey, manifest: Manifest, number: int) -> None:
+        """Start the file with its first chunk."""
+        self._path, self._key, self._manifest, self._number = segment_path(vault, number), key, manifest, number
+        self._images = chunk_images(manifest.form)
+        self._rows, self._pixels = list[np.void](), list[npt.NDArray[np.uint8]]()
+        self._counts, self._size = list[int](), 0
+        self.rows = list[Rows]()
+
+    def add(self, rows: Rows, pixels: UInt8[np.ndarray, "images channels size size"]) -> None:
+        """Add images; they reach the disk a chunk at a time.
+
+        Raises:
+            StorageError: The disk is full or the folder cannot be written.
+        """
+        self._rows += list(rows)
+        self._pixels += list(pixels)
+        while len(self._rows) >= self._images:
+            self._write(self._images)
+
+    def finish(self) -> Segment | None:
+        """Write what is left and return the file; None where nothing was added.
+
+        Raises:
+            StorageError: As `add`.
+        """
+        if self._rows:
+            self._write(len(self._rows))
+        return Segment(self._number, tuple(self._counts), self._size) if self._counts else None
+
+    def _write(self, count: int) -> None:
+        rows = np.array(self._rows[:count], ROW)
+        content = struct.pack("<I", count) + rows.tobytes() + np.stack(self._pixels[:count]).tobytes()
+        sealed = self._key.seal(content, _place(self._manifest, self._number, len(self._counts)))
+        frame = struct.pack("<I", len(sealed)) + sealed
+        _append(self._path, frame)
+        del self._rows[:count], self._pixels[:count]
+        self.rows.append(rows)
+        self._counts.append(count)
+        self._size += len(frame)
+
+
+def create_vault(vault: Path, key: SealingKey, form: Form, rules: str) -> Manifest:
+    """Make an empty vault.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    make_folder(vault, 0o700)
+    manifest = Manifest(os.urandom(PSEUDONYM_BYTES), form, rules)
+    write_manifest(vault, key, manifest)
+    return manifest
+
+
+def read_manifest(vault: Path, key: SealingKey) -> Manifest:
+    """Read what a vault holds.
+
+    Raises:
+        StorageError: There is none, it was changed, or the key is another's.
+    """
+    try:
+        content = key.open(read_bounded(vault / "manifest", MAX_MANIFEST_BYTES), b"manifest")
+        (length,) = struct.unpack_from("<I", content)
+        tree = json.loads(content[4 : 4 + length])
+        rows = np.frombuffer(content, ROW, offset=4 + length)
+        form = Form(tuple(tree["classes"]), tree["size"], tree["channels"])
+        segments = tuple(Segment(number, tuple(counts), size) for number, counts, size in tree["segments"])
+        seen = {
+            bytes.fromhex(file): Seen(bytes.fromhex(stamp), refused) for file, (stamp, refused) in tree["seen"].items()
+        }
+        manifest = Manifest(bytes.fromhex(tree["id"]), form, tree["rules"], segments, rows, seen)
+    except (WireError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise damaged() from error
+    if tree["version"] != VERSION or len(rows) != sum(sum(segment.counts) for segment in segments):
+        raise damaged()
+    return manifest
+
+
+def write_manifest(vault: Path, key: SealingKey, manifest: Manifest) -> None:
+    """Make a state of the vault the one that counts.
+
+    Raises:
+        StorageError: It cannot be written; the state before stands.
+    """
+    tree: dict[str, Any] = {
+        "version": VERSION,
+        "id": manifest.id.hex(),
+        "classes": manifest.form.classes,
+        "size": manifest.form.size,
+    }
+    tree |= {"channels": manifest.form.channels, "rules": manifest.rules}
+    tree["segments"] = [[part.number, part.counts, part.size_bytes] for part in manifest.segments]
+    tree["seen"] = {file.hex(): [seen.stamp.hex(), dict(seen.refused)] for file, seen in manifest.seen.items()}
+    head = json.dumps(tree, separators=(",", ":")).encode()
+    content = struct.pack("<I", len(head)) + head + manifest.rows.tobytes()
+    write_atomic(vault / "manifest", key.seal(content, b"manifest"), 0o600)
+
+
+def recover(vault: Path, key: SealingKey, manifest: Manifest) -> Manifest:
+    """Take up the chunks of an import that was interrupted, and delete what no manifest names and nothing can use.
+
+    Returns:
+        The manifest with these chunks; their files count as seen once an import says so.
+
+    Raises:
+        StorageError: A file cannot be read or cut.
+    """
+    named = {segment.number for segment in manifest.segments}
+    segments, rows = list(manifest.segments), [manifest.rows]
+    for path in sorted(vault.glob("pixels-*")):
+        number = int(path.name.removeprefix("pixels-"))
+        if number in named:
+            continue
+        found = list(_whole_chunks(path, key, manifest, number))
+        if not found:
+            path.unlink()
+            continue
+        size = sum(length for _, length in found)
+        os.truncate(path, size)
+        segments.append(Segment(number, tuple(len(part) for part, _ in found), size))
+        rows += [part for part, _ in found]
+    return Manifest(manifest.id, manifest.form, manifest.rules, tuple(segments), np.concatenate(rows), manifest.seen)
+
+
+def next_number(manifest: Manifest) -> int:
+    """Return the number of the next file of chunks; none is used twice."""
+    return max((segment.number for segment in manifest.segments), default=-1) + 1
+
+
+def image_bytes(form: Form) -> int:
+    """Return the bytes of one image."""
+    return form.channels * form.size**2
+
+
+def chunk_images(form: Form) -> int:
+    """Return how many images a chunk holds."""
+    return max(1, CHUNK_BYTES // image_bytes(form))
+
+
+def _whole_chunks(path: Path, key: SealingKey, manifest: Manifest, number: int) -> Iterator[tuple[Rows, int]]:
+    try:
+        content = memoryview(path.read_bytes())
+    except OSError as error:
+        raise StorageError(
+            f"Could not read {path.name} of the vault: {error.strerror}. Mend its permissions."
+        ) from error
+    offset = index = 0
+    while offset < len(content):
+        try:
+            rows, _ = open_chunk(key, manifest, (number, index), content[offset:])
+        except StorageError:  # the part that a crash left
+            return
+        (length,) = struct.unpack_from("<I", content, offset)
+        yield rows, 4 + length
+        offset, index = offset + 4 + length, index + 1
+
+
+def open_chunk(
+    key: SealingKey, manifest: Manifest, place: tuple[int, int], frame: memoryview
+) -> tuple[Rows, UInt8[np.ndarray, "images channels size size"]]:
+    """Open one chunk.
+
+    Args:
+        key: The site's.
+        manifest: Of the vault; its id and form.
+        place: Number of the file, and of the chunk in it.
+        frame: From the start of the chunk on.
+
+    Raises:
+        StorageError: It was changed, is cut short, or belongs elsewhere.
+    """
+    try:
+        (length,) = struct.unpack_from("<I", frame)
+        content = key.open(frame[4 : 4 + length], _place(manifest, *place))
+        (count,) = struct.unpack_from("<I", content)
+        rows = np.frombuffer(content, ROW, count, 4)
+        form = manifest.form
+        pixels = np.frombuffer(content, np.uint8, offset=4 + count * ROW.itemsize)
+        return rows, pixels.reshape(count, form.channels, form.size, form.size)
+    except (WireError, ValueError, struct.error) as error:
+        raise damaged() from error
+
+
+def _place(manifest: Manifest, segment: int, index: int) -> bytes:
+    form = manifest.form
+    return b"chunk" + manifest.id + struct.pack("<IIHB", segment, index, form.size, form.channels)
+
+
+def _append(path: Path, frame: bytes) -> None:
+    new = not path.exists()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(frame)
+            handle.flush()
+            os.fsync(handle.fileno())
+        if new:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"Could not write {len(frame)} bytes to the vault: {error.strerror}. Free space, then run the import "
+            "again: it goes on."
+        ) from error
+
+
+def segment_path(vault: Path, number: int) -> Path:
+    """Return the path of a file of chunks."""
+    return vault / f"pixels-{number:05d}"
+
+
+def damaged() -> StorageError:
+    """Return the error for whatever does not open."""
+    return StorageError(
+        "The imported images of this home are damaged, or sealed with another key than keys/vault.json. Restore both "
+        "from one backup, or delete the folder of the vault and run the import again."
+    )
