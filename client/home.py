@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from client import journal
 from client import policy as policies
-from client.intake import Dataset, Form, load, read, read_form, save, scan
+from client.intake import Dataset, Form, IntakeRules, load, read, read_form, save, scan
 from client.joining import make_node_key
 from client.ledger import open_ledger
 from client.paths import Home as Home
@@ -56,6 +56,8 @@ class SiteConfig(BaseModel):
     extra_ca: str | None = None
     """File with the root certificate of a proxy that inspects TLS, which the relay then trusts beside the pinned one;
     what that gives away: client/trust. Absolute."""
+    intake: IntakeRules = IntakeRules()
+    """How images are read: client/intake/rules."""
 
     @field_validator("head_copy", "extra_ca")
     @classmethod
@@ -80,8 +82,10 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy) -> Home:
     home = Home(make_folder(folder, 0o700))
     for part in (home.key.parent, home.ledger, home.journal, home.replies, home.log.parent):
         make_folder(part, 0o700)
-    values = site.model_dump(exclude_none=True)
+    values = site.model_dump(exclude_none=True, exclude={"intake"})
+    rules = site.intake.model_dump(exclude_none=True, exclude_defaults=True)
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    lines += ["[intake]", *(f"{key} = {json.dumps(value)}" for key, value in rules.items())] if rules else []
     write_atomic(folder / "site.toml", ("\n".join(lines) + "\n").encode(), 0o600)
     if not home.key.exists():
         save_key(home.key, SigningKey.generate())
@@ -173,7 +177,8 @@ def import_images(
         ConfigError: site.toml is missing or wrong.
     """
     site = read_site_config(home)
-    dataset, refused = read(scan(home.folder / site.data, site.label), classes, size, channels)
+    found = scan(home.folder / site.data, site.label, site.intake)
+    dataset, refused = read(found, classes, size, channels, site.intake)
     if dataset.number_of_patients < min_patients:
         raise IntakeError(
             f"Expected at least min_patients={min_patients} usable patients at this site, found "

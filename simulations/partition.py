@@ -7,12 +7,15 @@ import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
 from client.intake.arrays import load_stack
-from client.intake.dicom import LABELS_FILE, is_dicom
+from client.intake.folders import LABELS_FILE
+from client.intake.headers import is_dicom
 from client.intake.records import Record, Scan
 from client.intake.table import write_table
 from common.errors import ConfigError, IntakeError, StorageError
@@ -130,7 +133,7 @@ def place(scan: Scan, folder: Path) -> None:
         folder: Its folder: new or empty.
 
     Raises:
-        IntakeError: The scan is empty, or the NPZ cannot be read again.
+        IntakeError: The scan is empty or of an archive, or the NPZ cannot be read again.
         StorageError: The folder holds something, or cannot be written.
 
     Guarantees:
@@ -142,14 +145,14 @@ def place(scan: Scan, folder: Path) -> None:
     make_folder(folder, mode=0o700)
     if any(folder.iterdir()):
         raise StorageError(f"The folder {folder} of a virtual hospital is not empty. Choose another or clear it.")
-    if scan.records[0].row is not None:
+    if scan.records[0].path.suffix.lower() == ".npz":
         _place_rows(scan.records, folder)
     else:
         _place_links(scan.records, folder)
 
 
 def _place_rows(records: Sequence[Record], folder: Path) -> None:
-    rows = [record.row for record in records if record.row is not None]
+    rows = [record.frame for record in records if record.frame is not None]
     content = io.BytesIO()
     np.savez(
         content,
@@ -163,7 +166,10 @@ def _place_rows(records: Sequence[Record], folder: Path) -> None:
 
 
 def _place_links(records: Sequence[Record], folder: Path) -> None:
+    if any(record.member is not None for record in records):
+        raise IntakeError("Virtual hospitals cannot be given members of an archive. Unpack the archives into a folder.")
     dicom = is_dicom(records[0].path)
+    records = [next(group) for _, group in groupby(records, key=attrgetter("path"))]  # a file of many frames once
     names = [f"{number:07d}{'.dcm' if dicom else record.path.suffix.lower()}" for number, record in enumerate(records)]
     try:
         for name, record in zip(names, records, strict=True):
@@ -176,6 +182,11 @@ def _place_links(records: Sequence[Record], folder: Path) -> None:
         for name, record in zip(names, records, strict=True)
     ]
     write_atomic(folder / (LABELS_FILE if dicom else "index.csv"), write_table(columns, rows), mode=0o600)
+
+
+def _suffix(path: Path) -> str:
+    """Return a file's last suffixes by which the intake knows it: of a packed volume both."""
+    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
 
 
 def _patients_by_class(records: Iterable[Record]) -> dict[str, list[Patient]]:

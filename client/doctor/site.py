@@ -72,7 +72,7 @@ def check_policy(home: Home) -> Finding:
 def check_data(home: Home, rules: Policy) -> Finding:
     """Scan the data folder as `import` does, without decoding a pixel: how much is usable, what is skipped and why."""
     site = read_site_config(home)
-    found = scan(home.folder / site.data, site.label)
+    found = scan(home.folder / site.data, site.label, site.intake)
     usable = [record for record in found.records if record.label is not None]
     patients, refused = len({record.patient for record in usable}), dict(found.refused)
     if unlabelled := len(found.records) - len(usable):

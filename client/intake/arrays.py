@@ -14,7 +14,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ import numpy.typing as npt
 from jaxtyping import Float, Num
 from numpy.lib import format as npy
 
-from client.intake.pixels import Levels, Square, check_size, fit, full_range
-from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag
+from client.intake.pixels import Levels, check_size, full_range
+from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag, stamp_of
 from client.intake.refusals import Reason, Refused
 from common.errors import IntakeError
 
@@ -72,8 +72,9 @@ def scan_arrays(path: Path, label: LabelSource) -> Scan:
         issuers = _column(archive, "issuer", count) if _has(archive, "issuer") else [""] * count
         sites = _column(archive, "site", count) if _has(archive, "site") else [""] * count
     named = zip(issuers, patients, labels, sites, strict=True)
+    stamp = stamp_of(path)
     records = tuple(
-        Record(path, row, (issuer, patient), name or None, site or None)
+        Record(path, row, (issuer, patient), name or None, site or None, stamp=stamp)
         for row, (issuer, patient, name, site) in enumerate(named)
         if patient
     )
@@ -93,20 +94,13 @@ def load_stack(path: Path) -> npt.NDArray[Any]:
         return _read(archive, name)
 
 
-def decode_rows(path: Path, rows: Sequence[int], size: int, channels: int = 1) -> Iterator[Square | str]:
-    """Yield each image, resized, or the reason why it is refused.
+def levels_of(image: Num[np.ndarray, "..."]) -> Levels:
+    """Turn one image of the array into levels.
 
     Raises:
-        IntakeError: The array as a whole cannot be read.
+        Refused: A value is not finite or in no range that is known.
     """
-    stack = load_stack(path)
-    for row in rows:
-        image = stack[row]
-        try:
-            as_it_is = image.dtype == np.uint8 and image.shape == (size, size) and channels == 1
-            yield image[None] if as_it_is else fit(_levels(_picture(image)), size, channels)
-        except Refused as refusal:
-            yield refusal.reason
+    return _levels(_picture(image))
 
 
 def _picture(image: Num[np.ndarray, "..."]) -> Num[np.ndarray, "rows columns *colours"]:

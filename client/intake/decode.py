@@ -1,25 +1,27 @@
-"""Decode, resize and group what a scan found. Out of scope: finding it (sources.py)."""
+"""Decode, resize and group what a scan found. Out of scope: finding it (client/intake/sources)."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from operator import attrgetter
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
 
-from client.intake import arrays, dicom, images
 from client.intake.dataset import Dataset
-from client.intake.isolation import DecoderProcess
-from client.intake.pixels import Square, fit
+from client.intake.isolation import DecoderPool
+from client.intake.pixels import Square
 from client.intake.records import Record, Scan
-from client.intake.refusals import Reason, Refused, describe, quiet
+from client.intake.refusals import Reason, describe
+from client.intake.rules import IntakeRules
+from client.intake.worker import Form, Job
 from common.config import IMAGE_CHANNELS, IMAGE_SIZES
 from common.errors import ConfigError, IntakeError
 
 
-def read(scan: Scan, classes: Sequence[str], size: int, channels: int = 1) -> tuple[Dataset, Mapping[str, int]]:
+def read(
+    scan: Scan, classes: Sequence[str], size: int, channels: int = 1, rules: IntakeRules | None = None
+) -> tuple[Dataset, Mapping[str, int]]:
     """Decode and resize the images of a scan, one patient after the other.
 
     Args:
@@ -27,6 +29,7 @@ def read(scan: Scan, classes: Sequence[str], size: int, channels: int = 1) -> tu
         classes: Class names in the order of their numbers.
         size: Side of the images in pixels, one of `IMAGE_SIZES`.
         channels: 1 for grey, colour becomes luminance; 3 for colour, grey becomes three equal channels.
+        rules: How images are read; the scan's.
 
     Returns:
         The data set, and the count of refused images by reason, those of the scan included.
@@ -47,13 +50,12 @@ def read(scan: Scan, classes: Sequence[str], size: int, channels: int = 1) -> tu
     wanted = _wanted(scan.records, classes, refused)
     pixels = np.empty((len(wanted), channels, size, size), dtype=np.uint8)
     kept: list[Record] = []
-    with quiet(), DecoderProcess() as decoder:
-        for record, square in zip(wanted, _squares(wanted, size, channels, decoder), strict=True):
-            if isinstance(square, str):
-                refused[square] += 1
-            else:
-                pixels[len(kept)] = square
-                kept.append(record)
+    for record, square in decode_records(wanted, size, channels, rules):
+        if isinstance(square, str):
+            refused[square] += 1
+        else:
+            pixels[len(kept)] = square
+            kept.append(record)
     counts = {reason: count for reason, count in sorted(refused.items()) if count}
     if not kept:
         raise IntakeError(f"No image could be used ({describe(counts) or 'nothing found'}). Mend these and run again.")
@@ -62,36 +64,42 @@ def read(scan: Scan, classes: Sequence[str], size: int, channels: int = 1) -> tu
     return Dataset(pixels[: len(kept)], labels, _patient_numbers(kept)), counts
 
 
+def decode_records(
+    records: Iterable[Record], size: int, channels: int = 1, rules: IntakeRules | None = None
+) -> Iterator[tuple[Record, Square | str]]:
+    """Decode records in processes of their own, in order, few at a time.
+
+    Args:
+        records: From a scan by the same rules. Those of one file should be adjacent: it is then read once.
+        size: Side of the images in pixels.
+        channels: 1 for grey, 3 for colour.
+        rules: How images are read.
+
+    Yields:
+        Each record with its pixels, or with the reason why it is refused.
+
+    Guarantees:
+        - every_record_once: Each record comes once and in its place, whatever is wrong with the others.
+    """
+    waiting: deque[Record] = deque()
+
+    def jobs() -> Iterator[Job]:
+        for (path, member), group in groupby(records, key=attrgetter("path", "member")):
+            same = list(group)
+            waiting.extend(same)
+            yield Job(path, member, tuple(record.frame for record in same))
+
+    with DecoderPool(Form(size, channels, rules or IntakeRules())) as pool:
+        for square in pool.squares(jobs()):
+            yield waiting.popleft(), square
+
+
 def _wanted(records: Sequence[Record], classes: Sequence[str], refused: Counter[str]) -> list[Record]:
     """Return the records of the asked classes by patient, each patient's in the order of the scan."""
     known = set(classes)
     refused[Reason.NO_LABEL] += sum(record.label is None for record in records)
     refused[Reason.OTHER_LABEL] += sum(record.label is not None and record.label not in known for record in records)
     return sorted((record for record in records if record.label in known), key=attrgetter("patient"))
-
-
-def _squares(records: Sequence[Record], size: int, channels: int, decoder: DecoderProcess) -> Iterator[Square | str]:
-    """Yield for each record its pixels or the reason why it is refused; an NPZ is opened once."""
-    for path, group in groupby(records, key=attrgetter("path")):
-        rows = [record.row for record in group]
-        in_array = [row for row in rows if row is not None]
-        if in_array:
-            yield from arrays.decode_rows(path, in_array, size, channels)
-        else:
-            yield from (_square(path, size, channels, decoder) for _ in rows)
-
-
-def _square(path: Path, size: int, channels: int, decoder: DecoderProcess) -> Square | str:
-    try:
-        if not dicom.is_dicom(path):
-            return fit(images.decode(path), size, channels)
-        if dicom.is_compressed(path):
-            return decoder.square(path, size, channels)
-        return fit(dicom.decode(path), size, channels)
-    except Refused as refusal:
-        return refusal.reason
-    except OSError:  # the file went away since the scan
-        return str(Reason.MISSING)
 
 
 def _patient_numbers(records: Sequence[Record]) -> Int64[np.ndarray, "images"]:

@@ -1,288 +1,240 @@
-"""A folder of DICOM files, single-frame. Out of scope: multi-frame, deflated data sets, PACS, de-identification.
+"""One DICOM image: from a file in memory to grey or colour levels. Runs in the decoders' processes.
 
-From stored values to grey levels, image by image: modality LUT or rescale, then the first VOI LUT or window, else the
-image's own full range; MONOCHROME1 is inverted last and once. Colours (RGB, YBR, a palette) become red, green and blue,
-from none to full; windows are for grey images.
+Of each frame: stored values as stated (bits above BitsStored, which may hold overlays, are cleared; signs are
+extended), then modality, window and presentation (client/intake/windows). Functional groups, the frame's own before
+the shared ones, win over the header's top level. Colours (RGB, YBR, a palette) become red, green and blue, from none
+to full; windows are for grey images.
 
-Source: DICOM PS3.3 C.11.1 (modality LUT), C.11.2 (VOI LUT), C.7.6.3.1.2 (photometric interpretation).
+Source: DICOM PS3.3 C.7.6.3 (image pixel), C.7.6.16 (functional groups), PS3.5 8 (encoding of pixels).
+Out of scope: finding files (client/intake/folders), who may be used.
 """
 
-import io
-import os
-import struct
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, final
 
 import numpy as np
-from jaxtyping import Float64, Num
-from pydicom import Dataset, dcmread
-from pydicom.datadict import tag_for_keyword
-from pydicom.errors import BytesLengthException, InvalidDicomError
-from pydicom.filereader import read_file_meta_info
+from jaxtyping import Num
+from pydicom import Dataset
 from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, JPEGExtended12Bit, RLELossless, UID_dictionary
+from pydicom.uid import (
+    UID,
+    JPEG2000TransferSyntaxes,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLSTransferSyntaxes,
+    RLELossless,
+    UID_dictionary,
+)
 
-from client.intake.pixels import MAX_FILE_BYTES, Grey, Levels, check_size, full_range
-from client.intake.records import ALL, LabelSource, Record, Scan
+from client.intake.headers import DAMAGED, parse
+from client.intake.pixels import Levels
 from client.intake.refusals import Reason, Refused
-from client.intake.table import Row, read_table
-from common.errors import ConfigError, IntakeError
-
-LABELS_FILE = "labels.csv"
-AUTO_TAG = "AdmittingDiagnosesDescription"
+from client.intake.rules import IntakeRules
+from client.intake.windows import Lut, Stages, Window, show
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 """What pydicom hands over as red, green and blue, as its decoders or itself convert it."""
 
-_HEADER = ["PatientID", "IssuerOfPatientID", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"]
-
-# What pydicom, its decoders and NumPy raise for damaged files, found by the fuzz test and by reading pydicom:
-# lengths beyond the file (EOFError, struct.error, MemoryError), values of a wrong type (TypeError, AttributeError,
-# ValueError, ArithmeticError), unknown VRs (NotImplementedError, a RuntimeError), nesting (RecursionError, also one).
-_DAMAGED = (
-    InvalidDicomError,
-    BytesLengthException,
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    MemoryError,
-    RuntimeError,
-    AssertionError,
-    struct.error,
-    zlib.error,
-)
+_FLOATS = ("FloatPixelData", "DoubleFloatPixelData")
 
 
-def scan_folder(folder: Path, label: LabelSource) -> Scan:
-    """List the images of all DICOM files below a folder, from their headers.
+@final
+class DicomImage:
+    """A DICOM file in memory, of which frames are decoded one by one.
 
-    Raises:
-        IntakeError: `labels.csv` is needed and missing, or cannot be read.
-        ConfigError: The label's tag is not a DICOM keyword.
+    Guarantees:
+        - frame_groups_win: Rescale and window of a frame's functional groups win over shared ones and the top level.
+        - high_bits_are_cleared: What stands beside the stored bits changes nothing.
     """
-    table, column = _labels_file(folder, label)
-    keyword = label.name if label.kind == "tag" else AUTO_TAG
-    if tag_for_keyword(keyword) is None:
-        raise ConfigError(f"Expected a DICOM keyword such as {AUTO_TAG} in --label tag:KEYWORD, got {keyword!r}.")
-    records: list[Record] = []
-    refused = Counter[str]()
-    for path in _walk(folder, refused):
+
+    def __init__(self, data: bytes, rules: IntakeRules) -> None:
+        """Parse the file.
+
+        Raises:
+            Refused: Damaged, too large, without an image, or without its decoder.
+        """
+        self._rules = rules
         try:
-            patient, diagnosis = _header(path, keyword)
-        except Refused as refusal:
-            refused[refusal.reason] += 1
-            continue
-        row = table.get(path.relative_to(folder).as_posix(), {})
-        text = ALL if label.kind == "none" else row.get(column) if column else diagnosis
-        records.append(Record(path, None, patient, text or None, row.get("site") or None))
-    return Scan(tuple(records), {reason: count for reason, count in refused.items() if count})
+            self._dataset = parse(data, rules)
+            if not any(name in self._dataset for name in ("PixelData", *_FLOATS)):
+                raise Refused(Reason.NO_IMAGE)
+            self._plugin = _plugin(self._dataset)
+        except DAMAGED as error:
+            raise Refused(Reason.PIXELS) from error
+
+    def levels(self, frame: int) -> Levels:
+        """Decode a frame, from 0.
+
+        Raises:
+            Refused: Damaged, or of a form that nobody converts.
+        """
+        dataset = self._dataset
+        try:
+            # Unused bits are cleared here: pydicom does not look at HighBit.
+            stored = pixel_array(
+                dataset, index=frame, decoding_plugin=self._plugin, correct_unused_bits=not _as_it_is(dataset)
+            )
+            photometric = str(dataset.get("PhotometricInterpretation", ""))
+            if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
+                return show(_stored_bits(stored, dataset), stages(dataset, frame, self._rules))
+            levels = _colours(stored, dataset, photometric)
+        except DAMAGED as error:
+            raise Refused(Reason.PIXELS) from error
+        if levels.shape[2:] != (3,):  # such as a palette for pixels that are colours already
+            raise Refused(Reason.PIXELS)
+        return levels
 
 
-def is_dicom(path: Path) -> bool:
-    """Return whether a file has the DICOM preamble.
-
-    Source: DICOM PS3.10 7.1.
-    """
-    with path.open("rb") as handle:
-        return handle.read(132)[128:] == b"DICM"
-
-
-def is_compressed(path: Path) -> bool:
-    """Return whether a file's pixels need a compiled decoder, which is not trusted with this process."""
-    try:
-        syntax = read_file_meta_info(path).get("TransferSyntaxUID")
-        return isinstance(syntax, UID) and syntax.is_compressed and syntax != RLELossless
-    except _DAMAGED:  # `decode` will say what is wrong, or not a transfer syntax: it will find no decoder
-        return False
-
-
-def decode(path: Path) -> Levels:
-    """Read the image of one DICOM file as grey or colour levels.
+def stages(dataset: Dataset, frame: int, rules: IntakeRules) -> Stages:
+    """Read what a header says about a frame's values.
 
     Raises:
-        Refused: Damaged, too large, without an image, of several frames, or without its decoder.
+        Exception: One of `DAMAGED`, where a value is not what it should be.
     """
-    try:
-        _check_file(path)
-        with path.open("rb") as handle:
-            # In memory, a length that the header makes up cannot allocate more than the file has.
-            dataset = dcmread(io.BytesIO(handle.read(MAX_FILE_BYTES + 1)))
-        _check_header(dataset)
-        if "PixelData" not in dataset:
-            raise Refused(Reason.NO_IMAGE)
-        _check_decoder(dataset)
-        levels = _present(pixel_array(dataset), dataset)
-    except _DAMAGED as error:
-        raise Refused(Reason.PIXELS) from error
-    if levels.ndim != 2 and levels.shape[2:] != (3,):  # such as a palette for pixels that are colours already
-        raise Refused(Reason.PIXELS)
-    return levels
+    modality = _group(dataset, frame, "PixelValueTransformationSequence")
+    slope, intercept = modality.get("RescaleSlope"), modality.get("RescaleIntercept")
+    scale = None if slope is None or intercept is None else (float(slope), float(intercept))
+    table = dataset.get("ModalityLUTSequence")
+    hounsfield = scale is not None and not table and modality.get("RescaleType", "HU") in ("HU", "", None)
+    shape = str(dataset.get("PresentationLUTShape", ""))
+    return Stages(
+        *(scale or (1.0, 0.0)),
+        modality=_lut(table[0], dataset) if table else None,
+        view=_view(dataset, frame, rules, hounsfield),
+        percentiles=rules.percentiles,
+        inverse=dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE",
+        padding=_padding(dataset),
+    )
 
 
-def _walk(folder: Path, refused: Counter[str]) -> Iterator[Path]:
-    """Yield every regular file in a fixed order; count what is no file and what cannot be entered."""
-    unreadable: list[OSError] = []
-    for root, folders, names in os.walk(folder, onerror=unreadable.append):
-        folders.sort()
-        refused[Reason.NOT_A_FILE] += sum((Path(root) / name).is_symlink() for name in folders)
-        for name in sorted(names):
-            path = Path(root) / name
-            if path.is_file():
-                if path != folder / LABELS_FILE:
-                    yield path
-            else:
-                refused[Reason.NOT_A_FILE] += 1
-    refused[Reason.FOLDER] += len(unreadable)
+def _view(dataset: Dataset, frame: int, rules: IntakeRules, hounsfield: bool) -> Lut | Window | None:
+    preset = rules.hounsfield_window()
+    if preset is not None and hounsfield and dataset.get("Modality") == "CT":
+        return Window(*preset)
+    if isinstance(rules.window, str):
+        return None
+    if luts := dataset.get("VOILUTSequence"):
+        return _lut(luts[min(rules.window, len(luts) - 1)], dataset)
+    group = _group(dataset, frame, "FrameVOILUTSequence")
+    pairs = list(zip(_numbers(group.get("WindowCenter")), _numbers(group.get("WindowWidth")), strict=False))
+    if not pairs:
+        return None
+    window = Window(*pairs[min(rules.window, len(pairs) - 1)], str(group.get("VOILUTFunction") or "LINEAR"))
+    return window if window.makes_sense() else None
 
 
-def _header(path: Path, keyword: str) -> tuple[tuple[str, str], str]:
-    """Return (issuer, id) and the value of the tag `keyword`."""
-    try:
-        _check_file(path)
-        header = dcmread(path, stop_before_pixels=True, specific_tags=[*_HEADER, keyword])
-        _check_header(header)
-        patient = (_text(header.get("IssuerOfPatientID")), _text(header.get("PatientID")))
-        diagnosis = _text(header.get(keyword))
-    except _DAMAGED as error:
-        raise Refused(Reason.HEADER) from error
-    if not patient[1]:
-        raise Refused(Reason.NO_PATIENT)
-    return patient, diagnosis
+def _group(dataset: Dataset, frame: int, name: str) -> Dataset:
+    """Return the item that holds attributes for a frame: its functional group, a shared one, or the top level."""
+    frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    for groups in (frames[frame : frame + 1], dataset.get("SharedFunctionalGroupsSequence") or []):
+        for group in groups:
+            if items := group.get(name):
+                return items[0]
+    return dataset
 
 
-def _check_file(path: Path) -> None:
-    if not is_dicom(path):
-        raise Refused(Reason.NOT_DICOM)
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise Refused(Reason.TOO_LARGE)
-    if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-        raise Refused(Reason.DEFLATED)  # pydicom inflates the whole data set without a bound
+def _lut(item: Dataset, dataset: Dataset) -> Lut:
+    entries, first, bits = (int(number) for number in item.LUTDescriptor)
+    order = "<" if dataset.original_encoding[1] else ">"
+    data = item.LUTData
+    table = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
+    return Lut(first, table.astype(np.float64)[: entries or 2**16], bits)
 
 
-def _check_header(dataset: Dataset) -> None:
-    rows, columns = dataset.get("Rows"), dataset.get("Columns")
-    if rows is None or columns is None:
-        raise Refused(Reason.NO_IMAGE)
-    check_size(int(rows), int(columns))
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise Refused(Reason.MULTI_FRAME)
-    if dataset.get("BitsAllocated") not in (1, 8, 16, 32) or dataset.get("SamplesPerPixel", 1) not in (1, 3):
+def _padding(dataset: Dataset) -> tuple[float, float] | None:
+    """Return the range of stored values that mean "no image here".
+
+    Source: DICOM PS3.3 C.7.5.1.1.2: one value, or with PixelPaddingRangeLimit all between the two.
+    """
+    integer = "PixelData" in dataset
+    name = "PixelPaddingValue" if integer else f"{next(n for n in _FLOATS if n in dataset)[:-4]}PaddingValue"
+    value = dataset.get(name)
+    if value is None:
+        return None
+    limit = dataset.get(name.replace("Value", "RangeLimit"))
+    ends = [value, value if limit is None else limit]
+    if integer:
+        ends = [int(_clear(np.array(int(end)), dataset, 64)) for end in ends]
+    low, high = sorted(float(end) for end in ends)
+    return low, high
+
+
+def _stored_bits(values: Num[np.ndarray, "rows columns"], dataset: Dataset) -> Num[np.ndarray, "rows columns"]:
+    """Clear what stands beside the stored bits, where the file holds pixels as they are; decoders do it for others."""
+    if values.dtype.kind not in "iu" or not _as_it_is(dataset):
+        return values
+    bits, shift = _bits(dataset)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.PixelRepresentation else (0, 2**bits - 1)
+    if shift == 0 and values.size and values.min() >= low and values.max() <= high:
+        return values
+    return _clear(values >> shift, dataset, values.itemsize * 8)
+
+
+def _as_it_is(dataset: Dataset) -> bool:
+    """Return whether the file holds grey values or places in a palette bit by bit, not as a codec made them."""
+    syntax: UID = dataset.file_meta.TransferSyntaxUID
+    return dataset.get("SamplesPerPixel", 1) == 1 and (not syntax.is_compressed or syntax == RLELossless)
+
+
+def _bits(dataset: Dataset) -> tuple[int, int]:
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    shift = int(dataset.get("HighBit", stored - 1)) + 1 - stored
+    if not 1 <= stored <= allocated:
         raise Refused(Reason.HEADER)
+    return stored, shift if 0 <= shift <= allocated - stored else 0
 
 
-def _check_decoder(dataset: Dataset) -> None:
+def _clear(values: Num[np.ndarray, "..."], dataset: Dataset, width: int) -> Num[np.ndarray, "..."]:
+    """Keep the lowest BitsStored bits of values of `width` bits and, where they are signed, extend the sign."""
+    stored = int(dataset.BitsStored)
+    if dataset.PixelRepresentation:
+        signed = values.view(f"i{width // 8}")
+        return (signed << (width - stored)) >> (width - stored)
+    return values & values.dtype.type(2**stored - 1)
+
+
+def _colours(stored: Num[np.ndarray, "..."], dataset: Dataset, photometric: str) -> Levels:
+    if photometric == "PALETTE COLOR":
+        colour = apply_color_lut(_stored_bits(stored, dataset), dataset)
+        return colour[..., :3].astype(np.float32) * np.float32(255 / np.iinfo(colour.dtype).max)
+    bits = int(dataset.BitsStored)
+    if stored.ndim != 3 or photometric not in _COLOURS or (photometric != "RGB" and bits != 8):
+        raise Refused(Reason.PIXELS)  # pydicom knows no other as colours
+    return stored.astype(np.float32) * np.float32(255 / (2**bits - 1))
+
+
+def _plugin(dataset: Dataset) -> str:
+    """Return which decoder reads the pixels; "" where pydicom itself does.
+
+    GDCM comes last: it is the one that ends its process on some damaged files.
+    """
     syntax: UID = dataset.file_meta.TransferSyntaxUID
     # Only a registered name may be shown: a private UID is text of the file.
     name = syntax.name if syntax in UID_dictionary else "an unregistered transfer syntax"
     try:
-        plugins = get_decoder(syntax).available_plugins if syntax.is_compressed else ("native",)
+        decoder = get_decoder(syntax)
     except (NotImplementedError, ValueError) as error:  # ValueError: not the UID of a transfer syntax
         raise Refused(Reason.NO_DECODER, name) from error
-    twelve_bit = syntax == JPEGExtended12Bit and int(dataset.get("BitsStored", 0)) > 8
-    if not plugins or (twelve_bit and plugins == ("pillow",)):  # Pillow reads 8 of the 12 bits, so it refuses
-        raise Refused(Reason.NO_DECODER, name)
-
-
-def _present(stored: Num[np.ndarray, "..."], dataset: Dataset) -> Levels:
-    photometric = str(dataset.PhotometricInterpretation)
-    if photometric == "PALETTE COLOR":
-        colour = apply_color_lut(stored, dataset)
-        return colour[..., :3].astype(np.float32) * np.float32(255 / np.iinfo(colour.dtype).max)
-    if stored.ndim == 3:
-        bits = int(dataset.BitsStored)
-        if photometric not in _COLOURS or (photometric != "RGB" and bits != 8):  # pydicom knows no other as colours
-            raise Refused(Reason.PIXELS)
-        return stored.astype(np.float32) * np.float32(255 / (2**bits - 1))
-    grey = _view(_modality(stored, dataset), dataset)
-    return np.float32(255) - grey if photometric == "MONOCHROME1" else grey
-
-
-def _modality(stored: Num[np.ndarray, "rows columns"], dataset: Dataset) -> Float64[np.ndarray, "rows columns"]:
-    if sequence := dataset.get("ModalityLUTSequence"):
-        return _look_up(stored.astype(np.float64), sequence[0], dataset)
-    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
-    values = stored.astype(np.float64)
-    return values if slope is None or intercept is None else values * float(slope) + float(intercept)
-
-
-def _view(values: Float64[np.ndarray, "rows columns"], dataset: Dataset) -> Grey:
-    """Apply the first VOI LUT or window that makes sense, else the full range."""
-    if not np.isfinite(values).all():
-        raise Refused(Reason.NOT_FINITE)
-    if sequence := dataset.get("VOILUTSequence"):
-        top = 2.0 ** int(sequence[0].LUTDescriptor[2]) - 1
-        return np.clip(_look_up(values, sequence[0], dataset) * (255 / top), 0, 255).astype(np.float32)
-    centre, width = _first(dataset.get("WindowCenter")), _first(dataset.get("WindowWidth"))
-    function = str(dataset.get("VOILUTFunction") or "LINEAR")
-    if centre is None or width is None or not width > (0.999 if function == "LINEAR" else 0):
-        return full_range(values)
-    return _window(values, centre, width, function)
-
-
-def _window(values: Float64[np.ndarray, "rows columns"], centre: float, width: float, function: str) -> Grey:
-    """Map a window to [0, 255].
-
-    Written here because pydicom's own maps to a range that depends on BitsStored and the rescale.
-
-    Source: DICOM PS3.3 C.11.2.1.2.1 (LINEAR) and C.11.2.1.3 (LINEAR_EXACT, SIGMOID).
-    """
-    if function == "SIGMOID":
-        share = 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
-    elif function == "LINEAR_EXACT":
-        share = (values - centre) / width + 0.5
-    else:
-        share = (values - (centre - 0.5)) / max(width - 1, 1e-9) + 0.5
-    return (np.clip(share, 0, 1) * 255).astype(np.float32)
-
-
-def _look_up(
-    values: Float64[np.ndarray, "rows columns"], item: Dataset, dataset: Dataset
-) -> Float64[np.ndarray, "rows columns"]:
-    """Send values through a LUT; those outside take its first or last entry.
-
-    Written here because pydicom's own wraps around where values exceed the type of the entries.
-
-    Source: DICOM PS3.3 C.11.1.1.1.
-    """
-    entries, first = int(item.LUTDescriptor[0]) or 2**16, int(item.LUTDescriptor[1])
-    data = item.LUTData
-    order = "<" if dataset.original_encoding[1] else ">"
-    table = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.asarray(data)
-    index = np.clip(np.rint(values) - first, 0, min(entries, len(table)) - 1)
-    return table.astype(np.float64)[index.astype(np.int64)]
-
-
-def _first(value: Any) -> float | None:
-    if value is None or isinstance(value, str):
-        return None
-    return float(value[0] if hasattr(value, "__getitem__") else value)
-
-
-def _text(value: Any) -> str:
-    """Return a tag's value as text; several values are joined as DICOM writes them."""
-    if value is None or isinstance(value, bytes | Dataset):
+    if not syntax.is_compressed:
         return ""
-    several = not isinstance(value, str) and hasattr(value, "__getitem__")
-    return ("\\".join(str(item) for item in value) if several else str(value)).strip().strip("\0").strip()
+    twelve_bit = syntax == JPEGExtended12Bit and int(dataset.get("BitsStored", 0)) > 8
+    for plugin in _preferred(syntax):
+        # Of 12 bits, Pillow would read 8, and GDCM is refused by pydicom.
+        if plugin in decoder.available_plugins and not (twelve_bit and plugin != "pylibjpeg"):
+            return plugin
+    raise Refused(Reason.NO_DECODER, name)
 
 
-def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], str]:
-    """Return the rows of `labels.csv` by file, and the column that holds labels ("" where a tag does)."""
-    path = folder / LABELS_FILE
-    if not path.is_file():
-        if label.kind == "column":
-            raise IntakeError(f"--label column:{label.name} needs {LABELS_FILE} (file, {label.name}) beside the DICOM.")
-        return {}, ""
-    table = read_table(path)
-    file = table.column("file")
-    by_file = {PurePosixPath(row[file]).as_posix(): row for row in table.rows}
-    if len(by_file) != len(table.rows):
-        raise IntakeError(f"{LABELS_FILE} names a file more than once. Keep one row for each file.")
-    return by_file, table.column(label.name or "label") if label.kind in ("auto", "column") else ""
+def _preferred(syntax: UID) -> tuple[str, ...]:
+    if syntax in JPEG2000TransferSyntaxes:
+        return ("pylibjpeg", "pillow", "gdcm")
+    if syntax in JPEGLSTransferSyntaxes:
+        return ("pyjpegls", "gdcm")
+    if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit):
+        return ("pillow", "pylibjpeg", "gdcm")
+    return ("pydicom", "pylibjpeg", "gdcm")
+
+
+def _numbers(value: Any) -> list[float]:
+    if value is None or isinstance(value, str):
+        return []
+    return [float(item) for item in (value if hasattr(value, "__getitem__") else [value])]

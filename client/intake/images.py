@@ -1,26 +1,28 @@
-"""A folder of PNG or JPEG files with a CSV index. Out of scope: colour management, EXIF orientation.
+"""A folder of PNG, JPEG or TIFF files or NIfTI volumes with a CSV index. Out of scope: colour management, EXIF.
 
-The index has the columns `file`, `patient` (or `patient_id`), `label` and, if wanted, `issuer` and `site`; capitals do
+A TIFF has one page; a volume gives the slices that the site's rules choose, all of the row's patient and label. The
+index has the columns `file`, `patient` (or `patient_id`), `label` and, if wanted, `issuer` and `site`; capitals do
 not count. Files are named relative to the folder. A file of the folder may be a symbolic link, a folder in it not.
 """
 
 import struct
 import zlib
-from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from client.intake.pixels import MAX_FILE_BYTES, Levels, check_size, full_range
-from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag
+from client.intake.pixels import Levels, check_size, full_range
+from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of
 from client.intake.refusals import Reason, Refused
-from client.intake.table import Row, Table, read_table
+from client.intake.rules import IntakeRules
+from client.intake.table import Table, read_table
+from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
 
-_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 
-# What Pillow raises for damaged PNG and JPEG files; UnidentifiedImageError is an OSError.
+# What Pillow raises for damaged files; UnidentifiedImageError is an OSError.
 _DAMAGED = (
     OSError,
     EOFError,
@@ -37,7 +39,7 @@ _DAMAGED = (
 )
 
 
-def scan_index(folder: Path, index: Path, label: LabelSource) -> Scan:
+def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules) -> Scan:
     """List the images that a CSV index names, looking at the first bytes of each.
 
     Raises:
@@ -50,35 +52,37 @@ def scan_index(folder: Path, index: Path, label: LabelSource) -> Scan:
     patient = _patient_column(table)
     name = "" if label.kind == "none" else table.column(label.name or "label")
     records: list[Record] = []
-    refused = Counter[str]()
+    refusals: list[Refusal] = []
     root = folder.resolve()
     for row in table.rows:
+        path = root
         try:
             path = _inside(root, row[file])
             if not row[patient]:
                 raise Refused(Reason.NO_PATIENT)
+            frames = rules.chosen(Volume(path, rules).slices) if is_volume(path) else (None,)
         except Refused as refusal:
-            refused[refusal.reason] += 1
+            refusals.append(Refusal(path, None, refusal.reason))
             continue
-        text = row[name] if name else ALL
-        records.append(
-            Record(path, None, (_optional(row, "issuer"), row[patient]), text or None, row.get("site") or None)
-        )
-    return Scan(tuple(records), dict(refused))
+        text, patients = row[name] if name else ALL, (row.get("issuer", ""), row[patient])
+        for frame in frames:
+            site = row.get("site") or None
+            records.append(Record(path, frame, patients, text or None, site, stamp=stamp_of(path)))
+    return scan_of(records, refusals)
 
 
-def decode(path: Path) -> Levels:
-    """Read one PNG or JPEG file as grey or colour levels.
+def decode(path: Path, rules: IntakeRules) -> Levels:
+    """Read one PNG, JPEG or TIFF file as grey or colour levels.
 
     8-bit files as they are (alpha is dropped), deeper ones stretched between the image's own minimum and maximum.
 
     Raises:
-        Refused: It is damaged, too large, of several frames, or neither PNG nor JPEG.
+        Refused: It is damaged, too large, of several frames, or none of these.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        if path.stat().st_size > rules.max_bytes:
             raise Refused(Reason.TOO_LARGE)
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
+        with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
             check_size(image.height, image.width)
             if getattr(image, "n_frames", 1) != 1:
                 raise Refused(Reason.MULTI_FRAME)
@@ -116,7 +120,7 @@ def _inside(root: Path, name: str) -> Path:
             start = handle.read(8)
     except (OSError, RuntimeError) as error:  # a name too long, no permission; RuntimeError: links in a circle
         raise Refused(Reason.MISSING) from error
-    if not start.startswith(_MAGIC):
+    if not (start.startswith(_MAGIC) or is_volume(path)):
         raise Refused(Reason.NOT_PNG_JPEG)
     return path
 
@@ -129,7 +133,3 @@ def _patient_column(table: Table) -> str:
         "The CSV index has no column patient (or patient_id). Privacy is promised to each patient as a whole, so every "
         "image must name its patient. If the folder holds DICOM files, name the CSV file labels.csv."
     )
-
-
-def _optional(row: Row, name: str) -> str:
-    return row.get(name, "")

@@ -1,21 +1,31 @@
-"""Find the images of a source: which kind it is, and whether it can be used. Out of scope: pixels (decode.py)."""
+"""Find the images of a source: which kind it is, and whether it can be used. Out of scope: pixels (decode.py).
+
+A file: an NPZ, a zip archive of DICOM, a DICOMDIR or one DICOM file. A folder: with an index CSV, PNG, JPEG, TIFF and
+NIfTI; with one NPZ, that; else a tree of DICOM files and zip archives.
+"""
 
 from pathlib import Path
 
 from client.intake.arrays import scan_arrays
-from client.intake.dicom import LABELS_FILE, scan_folder
+from client.intake.directory import is_directory
+from client.intake.folders import LABELS_FILE, scan_directory, scan_file, scan_folder
+from client.intake.headers import is_dicom
 from client.intake.images import scan_index
 from client.intake.records import LabelSource, Scan, parse_label
 from client.intake.refusals import Reason, describe, quiet
+from client.intake.rules import IntakeRules
 from common.errors import IntakeError
 
 
-def scan(path: Path, label: str = "auto") -> Scan:
+def scan(path: Path, label: str = "auto", rules: IntakeRules | None = None, known: Scan | None = None) -> Scan:
     """List the images of a source from headers and indexes; no pixel is decoded.
 
     Args:
-        path: An NPZ file or a folder holding one, a folder of PNG/JPEG with a CSV index, or a folder of DICOM.
+        path: A file or folder as above.
         label: `auto`, `none`, `tag:KEYWORD` (DICOM) or `column:NAME` (CSV column or NPZ array).
+        rules: Which frames are read, and the limits.
+        known: An earlier scan of this source with the same label and rules. DICOM files and archives whose stamp is
+            the same are not opened again: what it says of them holds.
 
     Returns:
         The images in a fixed order, and the count of refused files by reason.
@@ -27,23 +37,36 @@ def scan(path: Path, label: str = "auto") -> Scan:
     Guarantees:
         - one_bad_file_stops_nothing: A file that cannot be used is counted with its reason, and the rest is read.
         - deterministic_order: The same folder gives the same records in the same order.
+        - known_files_are_not_opened: With `known`, files of an unchanged stamp give the same without being read.
     """
-    source = parse_label(label)
+    source, rules = parse_label(label), rules or IntakeRules()
     if not path.exists():
         raise IntakeError(f"{path} does not exist. Check the path of the images.")
     with quiet():
-        found = _scan_file(path, source) if path.is_file() else _scan_folder(path, source)
+        found = (_scan_file if path.is_file() else _scan_folder)(path, source, rules, known)
     _check(found)
     return found
 
 
-def _scan_file(path: Path, label: LabelSource) -> Scan:
-    if path.suffix.lower() != ".npz":
-        raise IntakeError(f"Expected an NPZ file or a folder, got a file of type {path.suffix!r}. Give its folder.")
-    return scan_arrays(path, label)
+def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, known: Scan | None) -> Scan:
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return scan_arrays(path, label)
+    try:
+        dicom = is_dicom(path)
+    except OSError as error:
+        raise IntakeError(f"The file of the images cannot be read: {error.strerror}. Mend its permissions.") from error
+    if dicom and is_directory(path):
+        return scan_directory(path, label, rules, known)
+    if dicom or suffix == ".zip":
+        return scan_file(path, label, rules, known)
+    raise IntakeError(
+        f"Expected an NPZ file or a folder, a zip archive, a DICOMDIR or a DICOM file, got a file of type {suffix!r}. "
+        "Give its folder."
+    )
 
 
-def _scan_folder(folder: Path, label: LabelSource) -> Scan:
+def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, known: Scan | None) -> Scan:
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
@@ -54,13 +77,13 @@ def _scan_folder(folder: Path, label: LabelSource) -> Scan:
         raise IntakeError("The folder of the images is empty. Put DICOM files, or images with index.csv, into it.")
     tables = [name for name in names if name.lower().endswith(".csv") and name != LABELS_FILE]
     if "index.csv" in tables or (len(tables) == 1 and LABELS_FILE not in names):
-        return scan_index(folder, folder / ("index.csv" if "index.csv" in tables else tables[0]), label)
+        return scan_index(folder, folder / ("index.csv" if "index.csv" in tables else tables[0]), label, rules)
     if len(tables) > 1 and LABELS_FILE not in names:
         raise IntakeError("The folder has several CSV files. Name one index.csv (PNG/JPEG) or labels.csv (DICOM).")
     arrays = [name for name in names if name.lower().endswith(".npz")]
     if len(arrays) == 1:
         return scan_arrays(folder / arrays[0], label)
-    return scan_folder(folder, label)
+    return scan_folder(folder, label, rules, known)
 
 
 def _check(found: Scan) -> None:
@@ -71,8 +94,8 @@ def _check(found: Scan) -> None:
         )
     if not found.records:
         raise IntakeError(
-            f"No usable image ({describe(found.refused) or 'nothing found'}). Expected single-frame DICOM, "
-            "PNG/JPEG with index.csv, or an NPZ."
+            f"No usable image ({describe(found.refused) or 'nothing found'}). Expected DICOM, PNG, "
+            "JPEG, TIFF or NIfTI with index.csv, or an NPZ."
         )
     if all(record.label is None for record in found.records):
         raise IntakeError(

@@ -9,11 +9,11 @@ import typer
 
 from common.command import run_command
 from common.config_text import parse_changes
-from simulations.benchmark import dp_step, federation, quality
+from simulations.benchmark import dp_step, federation, intake, quality
 from simulations.benchmark.report import print_result, write_result
 from simulations.benchmark.samples import as_table
 
-BENCHMARKS = ("dp-step", "federation", "quality")
+BENCHMARKS = ("dp-step", "federation", "intake", "quality")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -38,6 +38,8 @@ def run(
         raise typer.Exit(2)
     if name == "federation":
         result = federation.measure()
+    elif name == "intake":
+        result = intake.measure()
     elif name == "quality":
         result = quality.measure(config, data, json, parse_changes(set_ or []))
     else:

@@ -50,9 +50,9 @@ def test_every_patient_once(cohort: list[tuple[int, str]], partition: str, seed:
     """Nobody and no image is lost or doubled, and each part keeps the order."""
     source = make(cohort)
     for divided in (assign(source, 3, partition, seed), hold_out(source, fraction, seed)):
-        rows = [record.row for part in divided for record in part.records]
-        assert sorted(rows) == [record.row for record in source.records]
-        assert all(list(part.records) == sorted(part.records, key=lambda it: it.row or 0) for part in divided)
+        rows = [record.frame for part in divided for record in part.records]
+        assert sorted(rows) == [record.frame for record in source.records]
+        assert all(list(part.records) == sorted(part.records, key=lambda it: it.frame or 0) for part in divided)
         assert not any(part.refused for part in divided)
 
 
@@ -106,7 +106,7 @@ def test_one_class_keeps_sizes(partition: str) -> None:
     for seed in range(5):
         without, divided = assign(source, 3, partition, seed), assign(source, 3, partition, seed, one_class_site=True)
         assert [len(patients(part)) for part in divided] == [len(patients(part)) for part in without]
-        assert sorted(row.row or 0 for part in divided for row in part.records) == list(range(60))
+        assert sorted(row.frame or 0 for part in divided for row in part.records) == list(range(60))
         assert {record.label for record in divided[0].records} == {"a"}
         # nobody but those who were swapped has moved
         assert all(patients(part) & patients(same) for part, same in zip(divided[1:], without[1:], strict=True))
@@ -153,7 +153,7 @@ def test_dirichlet_shares_follow_their_law(alpha: float) -> None:
 def test_by_site_column() -> None:
     source = make([(0, "a"), (1, "a"), (2, "a"), (4, "b")])
     divided = assign(source, 3, "by-site-column", 0)
-    assert [[record.row for record in part.records] for part in divided] == [[0], [1, 3], [2]]
+    assert [[record.frame for record in part.records] for part in divided] == [[0], [1, 3], [2]]
     with pytest.raises(ConfigError, match=r"sites=2 .* 3\."):
         assign(source, 2, "by-site-column", 0)
     visitor = Record(Path("images.npz"), 9, ("", "0"), "a", "1")

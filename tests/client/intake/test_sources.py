@@ -1,11 +1,14 @@
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from client.intake import Reason, read, scan
+from client.intake import Reason, folders, read, scan
+from client.intake.folders import read_header as real
 from common.errors import ConfigError, IntakeError
 
 WriteDicom = Callable[..., Path]
@@ -42,6 +45,29 @@ def test_deterministic_order(tmp_path: Path, write_dicom: WriteDicom) -> None:
         write_dicom(tmp_path / name)
     names = [record.path.relative_to(tmp_path).as_posix() for record in scan(tmp_path, "none").records]
     assert names == ["a", "b", "c/a", "c/d/e", "z/a"]
+
+
+def test_known_files_are_not_opened(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """What is unchanged could be unreadable by now; what is new or changed is read, what is gone is gone."""
+    for name in ("a", "b", "c"):
+        write_dicom(tmp_path / name, PatientID=name)
+    (tmp_path / "d").write_text("no image")
+    with zipfile.ZipFile(tmp_path / "e.zip", "w") as archive:
+        archive.write(tmp_path / "a", "one")
+    (tmp_path / "labels.csv").write_text("file,label\na,x\nb,x\nc,x\ne.zip/one,x\n")
+    first = scan(tmp_path)
+    write_dicom(tmp_path / "b", PatientID="changed", Modality="CR")
+    (tmp_path / "c").unlink()
+    write_dicom(tmp_path / "new", PatientID="new")
+    (tmp_path / "labels.csv").write_text("file,label\na,y\nb,x\n")
+    opened: list[str] = []
+    with patch.object(folders, "read_header", side_effect=lambda *all_: (opened.append(all_[0].name), real(*all_))[1]):
+        second = scan(tmp_path, known=first)
+    assert [Path(name).name for name in opened] == ["b", "new"]
+    assert second == scan(tmp_path)
+    assert [record.patient[1] for record in second.records] == ["a", "changed", "a", "new"]
+    assert [record.label for record in second.records] == ["y", "x", None, None]
+    assert [record.header["Modality"] for record in second.records if "Modality" in record.header] == ["CR"]
 
 
 def test_an_npz_alone_in_a_folder_is_the_source(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""DICOMDIR: the index of a medium. Read for what it names, and for nothing outside its own folder.
+
+Written here, and not by pydicom's FileSet, since that wants whole media without a fault.
+
+Source: DICOM PS3.3 F.3 (directory records), PS3.10 8 (file ids).
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydicom import dcmread
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from client.intake.headers import DAMAGED, file_meta
+from client.intake.refusals import Reason, Refused
+from client.intake.rules import IntakeRules
+
+_NAME = "DICOMDIR"
+
+
+def is_directory(path: Path) -> bool:
+    """Return whether a file is called as PS3.10 8.6 wants a DICOMDIR to be called; capitals do not count."""
+    return path.name.upper() == _NAME
+
+
+def named_files(path: Path, rules: IntakeRules) -> Iterator[Path | Reason]:
+    """Yield each file that a DICOMDIR names, in its order, or why one cannot be used.
+
+    Media written with small letters are common: where a name is not found, its small letters are tried.
+
+    Raises:
+        Refused: The DICOMDIR cannot be read, or is too large.
+
+    Guarantees:
+        - never_outside: What is yielded lies in the DICOMDIR's folder, symbolic links followed.
+    """
+    root = path.parent.resolve()
+    for parts in _file_ids(path, rules):
+        if not parts or any(part in ("", ".", "..") or "/" in part or "\0" in part for part in parts):
+            yield Reason.OUTSIDE
+            continue
+        tries = (root.joinpath(*parts), root.joinpath(*(part.lower() for part in parts)))
+        try:
+            found = next((one for one in tries if one.is_file()), None)
+            outside = found is not None and not found.resolve().is_relative_to(root)
+        except OSError:  # a name that is too long
+            found, outside = None, False
+        if outside:
+            yield Reason.OUTSIDE
+        else:
+            yield Reason.MISSING if found is None else path.parent / found.relative_to(root)
+
+
+def _file_ids(path: Path, rules: IntakeRules) -> list[list[str]]:
+    try:
+        with path.open("rb") as handle:
+            data = handle.read(rules.max_bytes + 1)
+        if len(data) > rules.max_bytes:
+            raise Refused(Reason.TOO_LARGE)
+        if file_meta(io.BytesIO(data)).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            raise Refused(Reason.HEADER)  # pydicom would inflate it without a bound, and PS3.10 8.6 knows no such
+        records = dcmread(io.BytesIO(data)).get("DirectoryRecordSequence") or []
+        return [_parts(value) for record in records if (value := record.get("ReferencedFileID"))]
+    except DAMAGED as error:
+        raise Refused(Reason.HEADER) from error
+
+
+def _parts(value: Any) -> list[str]:
+    return [str(part) for part in ([value] if isinstance(value, str) else value)]

@@ -1,0 +1,213 @@
+"""Where DICOM files stand: a folder tree, zip archives in it or alone, or what a DICOMDIR names. Headers only.
+
+A tree is walked whole, whatever a DICOMDIR in it says; files that this one names and that are not there are counted.
+Labels come from a tag, or from `labels.csv` beside the files: `file` is relative to the folder, of a member of an
+archive `ARCHIVE.zip/MEMBER`.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import final
+
+from pydicom.datadict import tag_for_keyword
+
+from client.intake.archives import Archive
+from client.intake.directory import named_files
+from client.intake.headers import Header, read_header
+from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, Stamp, scan_of, stamp_of
+from client.intake.refusals import Reason, Refused
+from client.intake.rules import IntakeRules
+from client.intake.table import Row, read_table
+from common.errors import ConfigError, IntakeError
+
+LABELS_FILE = "labels.csv"
+AUTO_TAG = "AdmittingDiagnosesDescription"
+
+Found = Record | Refusal
+
+
+@final
+@dataclass(frozen=True)
+class _Search:
+    """What one scan looks for. `known` holds what an earlier scan found in each file."""
+
+    rules: IntakeRules
+    label: LabelSource
+    keyword: str
+    table: Mapping[str, Row] = field(repr=False)
+    column: str
+    known: Mapping[Path, list[Found]] = field(repr=False)
+
+
+def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, known: Scan | None = None) -> Scan:
+    """List the images of all DICOM files below a folder, from their headers.
+
+    Raises:
+        IntakeError: `labels.csv` is needed and missing, or cannot be read.
+        ConfigError: The label's tag is not a DICOM keyword.
+    """
+    search = _search(folder, label, rules, known)
+    found: list[Found] = []
+    for path in _walk(folder):
+        if isinstance(path, Refusal):
+            found.append(path)
+            continue
+        items = list(_in_file(path, folder, search))
+        found += items
+        if any(isinstance(item, Refusal) and item.reason == Reason.INDEX for item in items):
+            found += [item for item in _missing(path, rules) if item.reason == Reason.MISSING]
+    return _as_scan(found)
+
+
+def scan_file(path: Path, label: LabelSource, rules: IntakeRules, known: Scan | None = None) -> Scan:
+    """List the images of one file: a zip archive, or a DICOM file.
+
+    Raises:
+        IntakeError, ConfigError: As in `scan_folder`.
+    """
+    return _as_scan(list(_in_file(path, path.parent, _search(path.parent, label, rules, known))))
+
+
+def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, known: Scan | None = None) -> Scan:
+    """List the images of the files that a DICOMDIR names.
+
+    Raises:
+        IntakeError, ConfigError: As in `scan_folder`; also where the DICOMDIR itself cannot be read.
+    """
+    search = _search(path.parent, label, rules, known)
+    found: list[Found] = []
+    try:
+        for named in named_files(path, rules):
+            if isinstance(named, Reason):
+                found.append(Refusal(path, None, named))
+            else:
+                found += _in_file(named, path.parent, search)
+    except Refused as refusal:
+        raise IntakeError(f"The DICOMDIR cannot be read: {refusal}. Give the folder instead.") from refusal
+    return _as_scan(found)
+
+
+def _search(folder: Path, label: LabelSource, rules: IntakeRules, known: Scan | None) -> _Search:
+    table, column = _labels_file(folder, label)
+    keyword = label.name if label.kind == "tag" else AUTO_TAG
+    if tag_for_keyword(keyword) is None:
+        raise ConfigError(f"Expected a DICOM keyword such as {AUTO_TAG} in --label tag:KEYWORD, got {keyword!r}.")
+    earlier: dict[Path, list[Found]] = {}
+    for item in (*known.records, *known.refusals) if known else ():
+        earlier.setdefault(item.path, []).append(item)
+    return _Search(rules, label, keyword, table, column, earlier)
+
+
+def _in_file(path: Path, folder: Path, search: _Search) -> Iterator[Found]:
+    """Yield what a file holds; an unchanged file that is known is not opened."""
+    stamp = stamp_of(path)
+    place = path.relative_to(folder).as_posix()
+    earlier = search.known.get(path, [])
+    if earlier and all(item.stamp == stamp for item in earlier):
+        yield from (_relabelled(item, place, search) for item in earlier)
+    elif path.suffix.lower() == ".zip":
+        yield from _in_archive(path, place, stamp, search)
+    else:
+        try:
+            with path.open("rb") as handle:
+                header = read_header(handle, stamp[0], search.keyword, search.rules)
+        except (Refused, OSError) as error:
+            yield Refusal(path, None, error.reason if isinstance(error, Refused) else Reason.MISSING, stamp)
+        else:
+            yield from _records(path, None, stamp, header, place, search)
+
+
+def _in_archive(path: Path, place: str, stamp: Stamp, search: _Search) -> Iterator[Found]:
+    try:
+        archive = Archive(path)
+    except Refused as refusal:
+        yield Refusal(path, None, refusal.reason, stamp)
+        return
+    with archive:
+        for name, unique in archive.members():
+            try:
+                if not unique:  # another member has this name and would be read in its place
+                    raise Refused(Reason.ARCHIVE)
+                data = archive.read(name, search.rules)
+                header = read_header(io.BytesIO(data), len(data), search.keyword, search.rules)
+            except Refused as refusal:
+                yield Refusal(path, name, refusal.reason, stamp)
+            else:
+                yield from _records(path, name, stamp, header, f"{place}/{name}", search)
+
+
+def _records(
+    path: Path, member: str | None, stamp: Stamp, header: Header, place: str, search: _Search
+) -> Iterator[Record]:
+    label, site = _label(header.label, place, search)
+    frames = (None,) if header.frames is None else search.rules.chosen(header.frames)
+    for frame in frames:
+        yield Record(path, frame, header.patient, label, site, member, stamp, header.facts)
+
+
+def _label(stated: str | None, place: str, search: _Search) -> tuple[str | None, str | None]:
+    """Return the label and the site of a file, of which the header states a label."""
+    row = search.table.get(place, {})
+    text = ALL if search.label.kind == "none" else row.get(search.column) if search.column else stated
+    return text or None, row.get("site") or None
+
+
+def _relabelled(item: Found, place: str, search: _Search) -> Found:
+    """Take label and site of a known record from the table as it is now; a header has not changed."""
+    if isinstance(item, Refusal):
+        return item
+    name = place if item.member is None else f"{place}/{item.member}"
+    label, site = _label(item.label, name, search)
+    return replace(item, label=label, site=site)
+
+
+def _walk(folder: Path) -> Iterator[Path | Refusal]:
+    """Yield every regular file in a fixed order, and a refusal for what is no file and what cannot be entered."""
+    unreadable: list[OSError] = []
+    for root, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders.sort()
+        places = [Path(root) / name for name in (*folders, *sorted(names))]
+        for number, path in enumerate(places):
+            if number < len(folders):
+                if path.is_symlink():
+                    yield Refusal(path, None, Reason.NOT_A_FILE)
+            elif not path.is_file():
+                yield Refusal(path, None, Reason.NOT_A_FILE)
+            elif path != folder / LABELS_FILE:
+                yield path
+    for error in unreadable:
+        yield Refusal(Path(error.filename or folder), None, Reason.FOLDER)
+
+
+def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:
+    """Yield a refusal for each file that a DICOMDIR names and that cannot be had."""
+    try:
+        for named in named_files(path, rules):
+            if isinstance(named, Reason):
+                yield Refusal(path, None, named)
+    except Refused:  # it is counted as what it is
+        return
+
+
+def _as_scan(found: list[Found]) -> Scan:
+    return scan_of(
+        (item for item in found if isinstance(item, Record)), (item for item in found if isinstance(item, Refusal))
+    )
+
+
+def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], str]:
+    """Return the rows of `labels.csv` by file, and the column that holds labels ("" where a tag does)."""
+    path = folder / LABELS_FILE
+    if not path.is_file():
+        if label.kind == "column":
+            raise IntakeError(f"--label column:{label.name} needs {LABELS_FILE} (file, {label.name}) beside the DICOM.")
+        return {}, ""
+    table = read_table(path)
+    file = table.column("file")
+    by_file = {PurePosixPath(row[file]).as_posix(): row for row in table.rows}
+    if len(by_file) != len(table.rows):
+        raise IntakeError(f"{LABELS_FILE} names a file more than once. Keep one row for each file.")
+    return by_file, table.column(label.name or "label") if label.kind in ("auto", "column") else ""

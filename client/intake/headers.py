@@ -1,0 +1,223 @@
+"""The headers of DICOM files: which file holds a picture, of whom, and how many. Pure Python, no pixel is decoded.
+
+A header is read once by the scan, with the elements of `FACTS` alone, and once more where the image is decoded. A
+deflated data set is inflated within the site's limit before pydicom inflates it without one.
+
+Source: DICOM PS3.10 7.1 (preamble and file meta), PS3.3 C.7.6.6 (multi-frame). Out of scope: pixels
+(client/intake/dicom), which of the pictures may be used.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, final
+
+from pydicom import Dataset, dcmread
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.filereader import read_dataset
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+    RTDoseStorage,
+    SegmentationStorage,
+)
+
+from client.intake.pixels import check_size
+from client.intake.refusals import Reason, Refused
+from client.intake.rules import IntakeRules
+
+FACTS = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "AccessionNumber",
+    "Modality",
+    "PatientBirthDate",
+    "PatientSex",
+    "BurnedInAnnotation",
+    "ImageType",
+    "ConversionType",
+    "Manufacturer",
+    "ManufacturerModelName",
+    "PhotometricInterpretation",
+    "Rows",
+    "Columns",
+)
+"""What a `Record.header` holds, as far as it is there; `TransferSyntaxUID` of the file meta comes with it."""
+
+_FORM = ("PatientID", "IssuerOfPatientID", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
+
+# What pydicom, its decoders and NumPy raise for damaged files, found by the fuzz test and by reading pydicom:
+# lengths beyond the file (EOFError, struct.error, MemoryError), values of a wrong type (TypeError, AttributeError,
+# ValueError, ArithmeticError), unknown VRs (NotImplementedError, a RuntimeError), nesting (RecursionError, also one).
+DAMAGED = (
+    InvalidDicomError,
+    BytesLengthException,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
+
+_LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
+_NO_PICTURES = (SegmentationStorage, _LABEL_MAP_STORAGE, RTDoseStorage)
+
+
+@final
+@dataclass(frozen=True)
+class Header:
+    """What the scan needs of a header. Its repr shows nothing.
+
+    Attributes:
+        patient: (issuer, id).
+        label: The value of the label's tag.
+        frames: Number of frames; None where the file does not say, so that it is one.
+        facts: See `FACTS`.
+    """
+
+    patient: tuple[str, str] = field(repr=False)
+    label: str = field(repr=False)
+    frames: int | None = field(repr=False)
+    facts: Mapping[str, str] = field(repr=False)
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file has the DICOM preamble.
+
+    Source: DICOM PS3.10 7.1.
+    """
+    with path.open("rb") as handle:
+        return handle.read(132)[128:] == b"DICM"
+
+
+def read_header(source: BinaryIO, size: int, keyword: str, rules: IntakeRules) -> Header:
+    """Read a header for the scan.
+
+    Args:
+        source: The file, or a member of an archive in memory.
+        size: Its bytes.
+        keyword: The tag that holds the label.
+        rules: The limits.
+
+    Raises:
+        Refused: There is no picture in it, it is damaged or too large, or names no patient.
+    """
+    try:
+        check_file(source, size, rules)
+        header = dcmread(source, stop_before_pixels=True, specific_tags=[*_FORM, *FACTS, keyword])
+        frames = check_header(header, rules)
+        patient = (as_text(header.get("IssuerOfPatientID")), as_text(header.get("PatientID")))
+        label = as_text(header.get(keyword))
+        facts = {name: text for name in FACTS if (text := as_text(header.get(name)))}
+        facts["TransferSyntaxUID"] = str(header.file_meta.TransferSyntaxUID)
+    except DAMAGED as error:
+        raise Refused(Reason.HEADER) from error
+    if not patient[1]:
+        raise Refused(Reason.NO_PATIENT)
+    return Header(patient, label, frames, facts)
+
+
+def check_file(source: BinaryIO, size: int, rules: IntakeRules) -> None:
+    """Refuse what is not a DICOM file of PS3.10, or too large now or when inflated; leaves `source` at its start.
+
+    Raises:
+        Refused: With the reason.
+
+    Guarantees:
+        - inflates_within_the_limit: A deflated data set is refused when it would take more than the rules allow.
+    """
+    start = source.read(132)
+    if start[128:] != b"DICM":
+        raise Refused(Reason.NO_PREAMBLE if _is_bare_data_set(start) else Reason.NOT_DICOM)
+    if size > rules.max_bytes:
+        raise Refused(Reason.TOO_LARGE)
+    # At 132 now; not pydicom's read_file_meta_info, which takes names of files alone.
+    meta = read_dataset(source, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+    if meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        raise Refused(Reason.INDEX)
+    syntax = meta.get("TransferSyntaxUID")
+    if not syntax:
+        raise Refused(Reason.NO_SYNTAX)
+    if syntax == DeflatedExplicitVRLittleEndian:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        if len(inflater.decompress(source.read(), rules.max_bytes + 1)) > rules.max_bytes:
+            raise Refused(Reason.TOO_LARGE)
+    source.seek(0)
+
+
+def file_meta(source: BinaryIO) -> Dataset:
+    """Read the file meta of a file that has the preamble, and nothing behind it.
+
+    Raises:
+        Exception: One of `DAMAGED`.
+    """
+    source.seek(132)
+    # Not pydicom's read_file_meta_info, which takes names of files alone.
+    return read_dataset(source, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+
+
+def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
+    """Refuse a header without a picture, or with one beyond the limits; return how many frames it states.
+
+    Raises:
+        Refused: With the reason.
+    """
+    if dataset.get("SOPClassUID") in _NO_PICTURES:
+        raise Refused(Reason.NO_PICTURE)
+    rows, columns = dataset.get("Rows"), dataset.get("Columns")
+    if rows is None or columns is None:
+        raise Refused(Reason.NO_IMAGE)
+    check_size(int(rows), int(columns))
+    if dataset.get("BitsAllocated") not in (1, 8, 16, 32, 64) or dataset.get("SamplesPerPixel", 1) not in (1, 3):
+        raise Refused(Reason.HEADER)
+    stated = dataset.get("NumberOfFrames")
+    if stated is None or str(stated) == "":
+        return None
+    frames = int(stated)
+    if frames < 1:
+        raise Refused(Reason.NO_IMAGE)
+    if frames > rules.max_frames:
+        raise Refused(Reason.TOO_MANY_FRAMES)
+    return frames if frames > 1 else None
+
+
+def parse(data: bytes, rules: IntakeRules) -> Dataset:
+    """Read a whole file from memory, where a length that the header makes up cannot allocate more than the file has.
+
+    Raises:
+        Refused: As in `read_header`.
+    """
+    source = io.BytesIO(data)
+    check_file(source, len(data), rules)
+    dataset = dcmread(source)
+    check_header(dataset, rules)
+    return dataset
+
+
+def as_text(value: Any) -> str:
+    """Return a tag's value as text; several values are joined as DICOM writes them."""
+    if value is None or isinstance(value, bytes | Dataset):
+        return ""
+    several = not isinstance(value, str | UID) and hasattr(value, "__getitem__")
+    return ("\\".join(str(item) for item in value) if several else str(value)).strip().strip("\0").strip()
+
+
+def _is_bare_data_set(start: bytes) -> bool:
+    """Return whether bytes begin like a data set, or file meta without a preamble: a low element of group 2 or 8."""
+    if len(start) < 8:
+        return False
+    little, big = struct.unpack("<HH", start[:4]), struct.unpack(">HH", start[:4])
+    return (little[0] in (2, 8) and little[1] < 0x100) or (big[0] == 8 and big[1] < 0x100)

@@ -1,0 +1,224 @@
+"""What a decoder's process does: take a job, decode, resize, answer. Nothing here runs in the agent's own process.
+
+A job is one file, or one member of an archive, and the frames that are asked of it; it is read and parsed once.
+Out of scope: starting and watching these processes (client/intake/isolation).
+"""
+
+import contextlib
+import json
+import os
+import resource
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from client.intake import arrays, images
+from client.intake.archives import Archive
+from client.intake.dicom import DicomImage
+from client.intake.pixels import Levels, Square, fit
+from client.intake.records import Record
+from client.intake.refusals import Reason, Refused, quiet
+from client.intake.rules import IntakeRules
+from client.intake.volumes import Volume, is_volume
+from common.errors import IntakeError
+
+MEMORY_BYTES = 6 * 1024**3
+"""Address space of one decoder's process: what a damaged file may make it ask for, before it is refused."""
+MAX_REASON_BYTES = 200
+_ROWS_A_REPLY = 256
+
+
+@final
+@dataclass(frozen=True)
+class Job:
+    """A file or member, and which of its frames are asked. Its repr shows nothing."""
+
+    path: Path = field(repr=False)
+    member: str | None = field(repr=False)
+    frames: tuple[int | None, ...] = field(repr=False)
+
+    def frames_a_reply(self) -> int:
+        """Return how many frames are answered together: rows of an NPZ are small and need no decoder."""
+        return _ROWS_A_REPLY if is_npz(self.path) else 1
+
+
+@final
+@dataclass(frozen=True)
+class Form:
+    """What is asked of every image."""
+
+    size: int
+    channels: int
+    rules: IntakeRules
+
+    def square_bytes(self) -> int:
+        """Return the bytes of one image."""
+        return self.channels * self.size * self.size
+
+
+class Source:
+    """One opened file or member, of which frames are decoded one after the other."""
+
+    def __init__(self, path: Path, member: str | None, rules: IntakeRules) -> None:
+        """Read and parse it.
+
+        Raises:
+            Refused: It cannot be used.
+        """
+        self._path, self._rules = path, rules
+        self._opened: DicomImage | Volume | Any = None
+        try:
+            if is_npz(path):
+                self._opened = arrays.load_stack(path)
+            elif member is not None:
+                self._opened = DicomImage(_archive(path, path.stat().st_mtime_ns).read(member, rules), rules)
+            elif is_volume(path):
+                self._opened = Volume(path, rules)
+            else:
+                self._opened = _dicom(path, rules)
+        except IntakeError as error:
+            raise Refused(Reason.PIXELS) from error
+        except OSError as error:  # the file went away since the scan
+            raise Refused(Reason.MISSING) from error
+
+    def levels(self, frame: int | None) -> Levels:
+        """Decode a frame.
+
+        Raises:
+            Refused: It cannot be used.
+        """
+        if self._opened is None:
+            return images.decode(self._path, self._rules)
+        if isinstance(self._opened, np.ndarray):
+            return arrays.levels_of(self._opened[frame])
+        return self._opened.levels(frame or 0)
+
+    def square(self, frame: int | None, form: Form) -> Square:
+        """Decode and resize a frame.
+
+        Raises:
+            Refused: It cannot be used.
+        """
+        if isinstance(self._opened, np.ndarray) and form.channels == 1:
+            image = self._opened[frame]
+            if image.dtype == np.uint8 and image.shape == (form.size, form.size):
+                return image[None]
+        return fit(self.levels(frame), form.size, form.channels)
+
+
+def is_npz(path: Path) -> bool:
+    """Return whether a file is called like an NPZ."""
+    return path.suffix.lower() == ".npz"
+
+
+def decode(record: Record, rules: IntakeRules) -> Levels:
+    """Decode one record, in its own size and in this process: a damaged file may end it.
+
+    Raises:
+        Refused: It cannot be used.
+    """
+    with quiet():
+        return Source(record.path, record.member, rules).levels(record.frame)
+
+
+def pack_job(job: Job, form: Form) -> bytes:
+    """Return a job as JSON."""
+    what = {"path": str(job.path), "member": job.member, "frames": job.frames}
+    return json.dumps([what, form.size, form.channels, form.rules.model_dump_json()]).encode()
+
+
+def serve(connection: Connection) -> None:
+    """Do one job after the other until the other end hangs up; runs in the child.
+
+    A reply is, for each of a few frames, `+` and the pixels, or `-`, a length and the reason; never a pickle.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the image
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing is ever written
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with quiet(), contextlib.suppress(BrokenPipeError):
+        while True:
+            try:
+                request = connection.recv_bytes()
+            except EOFError:
+                return
+            what, size, channels, rules = json.loads(request)
+            job = Job(Path(what["path"]), what["member"], tuple(what["frames"]))
+            for reply in _replies(job, Form(size, channels, _rules(rules))):
+                connection.send_bytes(reply)
+
+
+def _replies(job: Job, form: Form) -> Iterator[bytes]:
+    step = job.frames_a_reply()
+    try:
+        source = Source(job.path, job.member, form.rules)
+    except Refused as refusal:
+        for start in range(0, len(job.frames), step):
+            yield _refusal(refusal) * len(job.frames[start : start + step])
+        return
+    for start in range(0, len(job.frames), step):
+        yield b"".join(_answer(source, frame, form) for frame in job.frames[start : start + step])
+
+
+def _answer(source: Source, frame: int | None, form: Form) -> bytes:
+    try:
+        return b"+" + source.square(frame, form).tobytes()
+    except Refused as refusal:
+        return _refusal(refusal)
+    except OSError:
+        return _refusal(Refused(Reason.MISSING))
+    except MemoryError:
+        return _refusal(Refused(Reason.TOO_LARGE))
+
+
+def _refusal(refusal: Refused) -> bytes:
+    reason = refusal.reason.encode("ascii", "replace")[:MAX_REASON_BYTES]
+    return struct.pack(">cB", b"-", len(reason)) + reason
+
+
+def unpack_reply(reply: bytes, frames: int, form: Form) -> list[Square | str]:
+    """Read a reply for so many frames.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    found: list[Square | str] = []
+    place, length = 0, form.square_bytes()
+    for _ in range(frames):
+        kind = reply[place : place + 1]
+        if kind == b"+" and len(reply) >= place + 1 + length:
+            pixels = np.frombuffer(reply, np.uint8, length, place + 1)
+            found.append(pixels.reshape(form.channels, form.size, form.size))
+            place += 1 + length
+        elif kind == b"-" and len(reply) >= place + 2 + reply[place + 1]:
+            found.append(reply[place + 2 : place + 2 + reply[place + 1]].decode("ascii"))
+            place += 2 + reply[place + 1]
+        else:
+            raise ValueError("not a reply of a decoder")
+    return found
+
+
+def _dicom(path: Path, rules: IntakeRules) -> DicomImage | None:
+    with path.open("rb") as handle:
+        if handle.read(132)[128:] != b"DICM":
+            return None
+        if os.fstat(handle.fileno()).st_size > rules.max_bytes:
+            raise Refused(Reason.TOO_LARGE)
+        handle.seek(0)
+        return DicomImage(handle.read(rules.max_bytes + 1), rules)
+
+
+@lru_cache(maxsize=2)
+def _archive(path: Path, _changed_ns: int) -> Archive:
+    """Keep the last archives open: the directory of one with many members takes long to read."""
+    return Archive(path)
+
+
+@lru_cache(maxsize=2)
+def _rules(text: str) -> IntakeRules:
+    return IntakeRules.model_validate_json(text)

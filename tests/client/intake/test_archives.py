@@ -1,0 +1,129 @@
+import io
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client.intake import IntakeRules, Reason, Refused, archives, read, scan
+from client.intake.archives import Archive
+from common.errors import IntakeError
+
+WriteDicom = Callable[..., Path]
+RULES = IntakeRules(max_file_mb=1)
+
+
+def zipped(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_members_are_named_and_every_one_is_accounted_for(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    good = write_dicom(tmp_path / "good").read_bytes()
+    folder = tmp_path / "source"
+    folder.mkdir()
+    inner = zipped(tmp_path / "inner.zip", {"a": good}).read_bytes()
+    members = {"deep/b": good, "../../c": good, "notes.txt": b"no image", "inner.zip": inner, "empty/": b""}
+    path = zipped(folder / "a.ZIP", members)
+    (folder / "labels.csv").write_text("file,label\na.ZIP/deep/b,sick\na.ZIP/../../c,well\n")
+    found = scan(folder)
+    assert [(record.path, record.member, record.frame) for record in found.records] == [
+        (path, "deep/b", None),
+        (path, "../../c", None),
+    ]
+    assert [record.label for record in found.records] == ["sick", "well"]
+    assert {(refusal.member, refusal.reason) for refusal in found.refusals} == {
+        ("notes.txt", Reason.NOT_DICOM),
+        ("inner.zip", Reason.ARCHIVE),
+    }
+    dataset, _ = read(found, ["sick", "well"], 28)
+    assert len(dataset.images) == 2
+    assert not list(tmp_path.rglob("c"))  # nothing is unpacked, there or elsewhere
+
+
+def test_an_archive_alone_is_a_source(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    path = zipped(tmp_path / "a.zip", {"one": write_dicom(tmp_path / "one").read_bytes()})
+    assert [record.member for record in scan(path, "none").records] == ["one"]
+
+
+@pytest.mark.parametrize("fault", ["empty", "text", "cut", "no end"])
+def test_damaged_archives_are_refused(tmp_path: Path, write_dicom: WriteDicom, fault: str) -> None:
+    whole = zipped(tmp_path / "a.zip", {"one": write_dicom(tmp_path / "one").read_bytes()}).read_bytes()
+    content = {"empty": b"", "text": b"PK, but text", "cut": whole[100:], "no end": whole[:-30]}[fault]
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(IntakeError, match="archive damaged"):
+        scan(tmp_path / "a.zip", "none")
+
+
+def test_expansion_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = zipped(tmp_path / "bomb.zip", {"zeros": bytes(2**22)})
+    with Archive(path) as archive:
+        assert archive.members() == [("zeros", True)]
+    monkeypatch.setattr(archives, "FREE_BYTES", 2**20)
+    with pytest.raises(Refused, match="expands"):
+        Archive(path)
+    monkeypatch.setattr(archives, "MAX_DIRECTORY_BYTES", 10)
+    with pytest.raises(Refused, match="expands"):
+        Archive(path)
+
+
+def test_a_directory_beyond_the_limit_in_zip64_is_seen(tmp_path: Path) -> None:
+    """zipfile follows the locator of a zip64 directory wherever there is one, so the limit has to."""
+    path = zipped(tmp_path / "a.zip", {"one": b"1"})
+    whole = path.read_bytes()
+    end = whole.index(b"PK\x05\x06")
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, 2**40, 0)
+    path.write_bytes(whole[:end] + record + struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1) + whole[end:])
+    with pytest.raises(Refused, match="expands"):
+        Archive(path)
+
+
+def test_members_are_bounded(tmp_path: Path) -> None:
+    """By the site's limit, and by what the archive says of the member; a lie ends in a refusal."""
+    path = zipped(tmp_path / "a.zip", {"large": bytes(2**20 + 1), "liar": bytes(2**19)})
+    with Archive(path) as archive, pytest.raises(Refused, match="larger"):
+        archive.read("large", RULES)
+    lying = bytearray(path.read_bytes())
+    place = lying.rindex(b"PK\x01\x02")
+    lying[place + 24 : place + 28] = struct.pack("<L", 10)
+    path.write_bytes(lying)
+    with Archive(path) as archive, pytest.raises(Refused, match="archive"):
+        archive.read("liar", RULES)
+    with Archive(path) as archive, pytest.raises(Refused, match="archive"):
+        archive.read("nothing", RULES)
+
+
+@pytest.mark.parametrize("start", archives._NESTED)
+def test_nesting_is_refused(tmp_path: Path, start: bytes) -> None:
+    path = zipped(tmp_path / "a.zip", {"one": start + bytes(200)})
+    with Archive(path) as archive, pytest.raises(Refused, match="archive"):
+        archive.read("one", RULES)
+
+
+def test_encrypted_and_repeated_members_are_refused(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    good = write_dicom(tmp_path / "good").read_bytes()
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("twice", good)
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("twice", good)
+        archive.writestr("secret", good)
+    data = bytearray(content.getvalue())
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    found = scan(tmp_path / "a.zip", "none")
+    assert [record.member for record in found.records] == ["twice"]
+    assert [refusal.member for refusal in found.refusals] == ["twice", "secret"]
+    assert found.refused == {Reason.ARCHIVE: 2}
+
+
+def test_an_archive_is_read_once_for_many_members(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    for number in range(5):
+        write_dicom(tmp_path / str(number), np.full((8, 8), number, np.uint16), PatientID=str(number))
+    path = zipped(tmp_path / "a.zip", {str(n): (tmp_path / str(n)).read_bytes() for n in range(5)})
+    dataset, _ = read(scan(path, "none"), ["all"], 28)
+    assert dataset.number_of_patients == 5
