@@ -170,7 +170,7 @@ def _place_links(records: Sequence[Record], folder: Path) -> None:
         raise IntakeError("Virtual hospitals cannot be given members of an archive. Unpack the archives into a folder.")
     dicom = is_dicom(records[0].path)
     records = [next(group) for _, group in groupby(records, key=attrgetter("path"))]  # a file of many frames once
-    names = [f"{number:07d}{'.dcm' if dicom else record.path.suffix.lower()}" for number, record in enumerate(records)]
+    names = [f"{number:07d}{'.dcm' if dicom else _suffix(record.path)}" for number, record in enumerate(records)]
     try:
         for name, record in zip(names, records, strict=True):
             (folder / name).symlink_to(record.path.resolve())

@@ -268,3 +268,14 @@ def test_place_refuses_a_folder_in_use_and_an_empty_scan(tmp_path: Path) -> None
         place(found, tmp_path)
     with pytest.raises(IntakeError, match="without images"):
         place(Scan((), {}), tmp_path / "new")
+
+
+def test_a_file_of_many_frames_is_placed_once_and_an_archive_not_at_all(tmp_path: Path) -> None:
+    film = tmp_path / "film"
+    film.write_bytes(b"\0" * 128 + b"DICM")
+    records = [Record(film, frame, ("", "p"), "a", None) for frame in range(3)]
+    place(Scan(tuple(records), {}), tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["0000000.dcm", "labels.csv"]
+    member = Record(tmp_path / "a.zip", None, ("", "p"), "a", None, "member")
+    with pytest.raises(IntakeError, match="Unpack"):
+        place(Scan((member,), {}), tmp_path / "two")

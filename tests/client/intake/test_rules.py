@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from client.home import Home, read_site_config
+from client.home import Home, SiteConfig, create_home, read_site_config
 from client.intake import IntakeRules
+from client.policy import Policy
 from common.errors import ConfigError
 
 
@@ -54,3 +55,13 @@ def test_middle_all_nth() -> None:
 def test_rules_are_frozen() -> None:
     with pytest.raises(ValidationError):
         IntakeRules().frames = "all"  # type: ignore[misc]
+
+
+def test_a_new_home_keeps_the_rules(tmp_path: Path) -> None:
+    rules = IntakeRules(frames="all", ct_window="lung", percentiles=(1, 99), workers=3, decode_seconds=7.5)
+    policy = Policy(site="north", declared_patients=40, max_epsilon=10, delta=1e-5)
+    home = create_home(tmp_path / "home", SiteConfig(data="images", intake=rules), policy)
+    assert read_site_config(home).intake == rules
+    assert (
+        "[intake]" not in (create_home(tmp_path / "b", SiteConfig(data="x"), policy).folder / "site.toml").read_text()
+    )
