@@ -101,7 +101,7 @@ def import_(
     opened = Home(home)
     minimum = policy.load(opened.policy).min_patients
     names = [name.strip() for name in classes.split(",")]
-    refused = import_images(opened, names, size, minimum, channels)
+    refused = import_images(opened, names, size, minimum, channels).refused
     found = load_images(opened, names, size, channels)
     counts = {name: int((found.labels == number).sum()) for number, name in enumerate(names)}
     by_class = ", ".join(f"{name} {count}" for name, count in counts.items())

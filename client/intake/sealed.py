@@ -12,9 +12,21 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Int64, UInt8
 
-from client.intake.dataset import Form
-from client.intake.vault import CHUNK_BYTES, ROW, Manifest, Segment, damaged, image_bytes, open_chunk, segment_path
+from client.intake.dataset import Dataset, Form
+from client.intake.vault import (
+    CHUNK_BYTES,
+    ROW,
+    Manifest,
+    Rows,
+    Segment,
+    damaged,
+    image_bytes,
+    open_chunk,
+    read_manifest,
+    segment_path,
+)
 from common.crypto import SEAL_BYTES, SealingKey
+from common.errors import IntakeError
 
 CACHE_BYTES = 256 * 1024**2
 """Decrypted chunks that a reader keeps, at most."""
@@ -83,6 +95,32 @@ class SealedPixels:
         if len(self._cache) > self._kept:
             self._cache.popitem(last=False)
         return pixels
+
+
+def open_dataset(vault: Path, key: SealingKey) -> Dataset:
+    """Open the training set of a vault; pixels are decrypted where they are read.
+
+    Patients are numbered in the order of their first images, and one's images are adjacent.
+
+    Raises:
+        StorageError: The vault is gone, was changed, or is sealed with another key.
+        IntakeError: It holds no image that counts.
+    """
+    manifest = read_manifest(vault, key)
+    places = np.flatnonzero(manifest.current())
+    if not len(places):
+        raise IntakeError("No image is imported, or fewer patients than the policy asks for. Run the import again.")
+    patients = patient_numbers(manifest.rows[places])
+    order = np.argsort(patients, kind="stable")
+    places = places[order]
+    labels = manifest.rows["label"][places].astype(np.int64)
+    return Dataset(SealedPixels(vault, key, manifest, places), labels, patients[order])
+
+
+def patient_numbers(rows: Rows) -> Int64[np.ndarray, " images"]:
+    """Number patients in the order in which they first appear."""
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(one, len(numbers)) for one in rows["patient"].tolist()], np.int64)
 
 
 def _offsets(segment: Segment, form: Form) -> list[int]:

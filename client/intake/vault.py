@@ -3,11 +3,12 @@
 A vault is a folder:
 
     manifest        sealed: what the images are, which files were seen, and a row for each image
-    pixels-00000    chunks of images, each sealed for its place; one file for each import that brought images
+    pixels-00000    chunks of images, each sealed for its place
 
-A row counts
-while the manifest knows its file with the stamp that it had: an import appends first and writes the manifest last, so
-that one which is interrupted leaves the old set whole and its own chunks for the next to take up.
+A row counts while the manifest knows its file with the stamp that it had: an import appends first and writes the
+manifest last, so that one which is interrupted leaves the old set whole and its own chunks for the next to take up.
+Files that hold rows which no longer count are written anew without them, so that the pixels of a patient who is gone
+are gone.
 
 Out of scope: reading images for training (client/intake/sealed), when a file counts as changed
 (client/intake/importing).
@@ -17,7 +18,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -33,13 +34,15 @@ from common.files import make_folder, read_bounded, sync_folder, write_atomic
 VERSION = 1
 CHUNK_BYTES = 64 * 1024
 """About the pixels of a chunk: what is decrypted for one image that is asked for."""
+SEGMENT_BYTES = 256 * 1024**2
+"""About the most of a file of chunks: what is rewritten when one of its images no longer counts."""
 MAX_MANIFEST_BYTES = 2 * 1024**3
+MAX_CLASSES = 2**16
 
-ROW = np.dtype(
-    [("file", f"V{PSEUDONYM_BYTES}"), ("stamp", f"V{PSEUDONYM_BYTES}"), ("patient", f"V{PSEUDONYM_BYTES}"),
-     ("part", "<u4"), ("label", "<u2")]
-)  # fmt: skip
-"""One image: its file and what that looked like, its patient, which image of the file, its class number."""
+_NAMES = ("file", "stamp", "part", "patient", "instance")
+ROW = np.dtype([*((name, f"V{PSEUDONYM_BYTES}") for name in _NAMES), ("label", "<u2")])
+"""One image, by pseudonyms: its file and what that looked like, which image of the file it is, its patient, its DICOM
+instance (zeros where there is none); and its class number."""
 
 Rows = npt.NDArray[np.void]
 
@@ -76,7 +79,7 @@ class Manifest:
     Attributes:
         id: 16 random bytes: what is sealed for one vault does not open in another.
         form: Of its images.
-        rules: Digest of the rules by which pixels were made; under other rules every file is read again.
+        next: Number of the next file of chunks; none is used twice.
         segments: The files of chunks, in the order of `rows`.
         rows: A row for each image of the segments.
         seen: Every file that was looked at, by its pseudonym.
@@ -84,16 +87,25 @@ class Manifest:
 
     id: bytes
     form: Form
-    rules: str
+    next: int = 0
     segments: tuple[Segment, ...] = ()
     rows: Rows = field(default_factory=lambda: np.empty(0, ROW), repr=False)
     seen: Mapping[bytes, Seen] = field(default_factory=dict[bytes, Seen], repr=False)
 
     def current(self) -> npt.NDArray[np.bool_]:
-        """Return which rows count: those whose file is known with the stamp that it had."""
-        stamps = {file: seen.stamp for file, seen in self.seen.items()}
-        pairs = zip(self.rows["file"].tolist(), self.rows["stamp"].tolist(), strict=True)
-        return np.fromiter((stamps.get(file) == stamp for file, stamp in pairs), bool, len(self.rows))
+        """Return which rows count: those whose file is known with the stamp that it had, each image once."""
+        there = np.zeros(len(self.rows), bool)
+        once: set[bytes] = set()
+        for place, (file, stamp, part) in enumerate(self.images()):
+            seen = self.seen.get(file)
+            if seen is not None and seen.stamp == stamp and file + part not in once:
+                once.add(file + part)
+                there[place] = True
+        return there
+
+    def images(self) -> Iterator[tuple[bytes, bytes, bytes]]:
+        """Return file, stamp and part of each row."""
+        return zip(*(self.rows[name].tolist() for name in ("file", "stamp", "part")), strict=True)
 
 
 @final
@@ -103,20 +115,20 @@ class Appender:
     Args:
         vault: The folder.
         key: The site's.
-        manifest: As it stands.
-        number: Of the new file; one that no file of this vault ever had.
+        manifest: As it stands; the new file has its `next` number.
 
     Guarantees:
         - whole_chunks: After a crash at any line the file holds whole chunks, and at its end perhaps a part of one,
           which `recover` drops.
     """
 
-    def __init__(self, vault: Path, key: SealingKey, manifest: Manifest, number: int) -> None:
+    def __init__(self, vault: Path, key: SealingKey, manifest: Manifest) -> None:
         """Start the file with its first chunk."""
-        self._path, self._key, self._manifest, self._number = segment_path(vault, number), key, manifest, number
+        self._path, self._key, self._manifest = segment_path(vault, manifest.next), key, manifest
         self._images = chunk_images(manifest.form)
         self._rows, self._pixels = list[np.void](), list[npt.NDArray[np.uint8]]()
-        self._counts, self._size = list[int](), 0
+        self._counts = list[int]()
+        self.size_bytes = 0
         self.rows = list[Rows]()
 
     def add(self, rows: Rows, pixels: UInt8[np.ndarray, "images channels size size"]) -> None:
@@ -130,36 +142,42 @@ class Appender:
         while len(self._rows) >= self._images:
             self._write(self._images)
 
-    def finish(self) -> Segment | None:
-        """Write what is left and return the file; None where nothing was added.
+    def finish(self) -> Manifest:
+        """Write what is left, and return the manifest with this file behind the others.
 
         Raises:
             StorageError: As `add`.
         """
         if self._rows:
             self._write(len(self._rows))
-        return Segment(self._number, tuple(self._counts), self._size) if self._counts else None
+        if not self._counts:
+            return self._manifest
+        _flush(self._path)
+        before = self._manifest
+        segment = Segment(before.next, tuple(self._counts), self.size_bytes)
+        rows = np.concatenate([before.rows, *self.rows])
+        return replace(before, next=before.next + 1, segments=(*before.segments, segment), rows=rows)
 
     def _write(self, count: int) -> None:
         rows = np.array(self._rows[:count], ROW)
         content = struct.pack("<I", count) + rows.tobytes() + np.stack(self._pixels[:count]).tobytes()
-        sealed = self._key.seal(content, _place(self._manifest, self._number, len(self._counts)))
+        sealed = self._key.seal(content, _place(self._manifest, self._manifest.next, len(self._counts)))
         frame = struct.pack("<I", len(sealed)) + sealed
         _append(self._path, frame)
         del self._rows[:count], self._pixels[:count]
         self.rows.append(rows)
         self._counts.append(count)
-        self._size += len(frame)
+        self.size_bytes += len(frame)
 
 
-def create_vault(vault: Path, key: SealingKey, form: Form, rules: str) -> Manifest:
+def create_vault(vault: Path, key: SealingKey, form: Form) -> Manifest:
     """Make an empty vault.
 
     Raises:
         StorageError: The folder cannot be written.
     """
     make_folder(vault, 0o700)
-    manifest = Manifest(os.urandom(PSEUDONYM_BYTES), form, rules)
+    manifest = Manifest(os.urandom(PSEUDONYM_BYTES), form)
     write_manifest(vault, key, manifest)
     return manifest
 
@@ -180,7 +198,7 @@ def read_manifest(vault: Path, key: SealingKey) -> Manifest:
         seen = {
             bytes.fromhex(file): Seen(bytes.fromhex(stamp), refused) for file, (stamp, refused) in tree["seen"].items()
         }
-        manifest = Manifest(bytes.fromhex(tree["id"]), form, tree["rules"], segments, rows, seen)
+        manifest = Manifest(bytes.fromhex(tree["id"]), form, tree["next"], segments, rows, seen)
     except (WireError, ValueError, KeyError, TypeError, struct.error) as error:
         raise damaged() from error
     if tree["version"] != VERSION or len(rows) != sum(sum(segment.counts) for segment in segments):
@@ -200,7 +218,7 @@ def write_manifest(vault: Path, key: SealingKey, manifest: Manifest) -> None:
         "classes": manifest.form.classes,
         "size": manifest.form.size,
     }
-    tree |= {"channels": manifest.form.channels, "rules": manifest.rules}
+    tree |= {"channels": manifest.form.channels, "next": manifest.next}
     tree["segments"] = [[part.number, part.counts, part.size_bytes] for part in manifest.segments]
     tree["seen"] = {file.hex(): [seen.stamp.hex(), dict(seen.refused)] for file, seen in manifest.seen.items()}
     head = json.dumps(tree, separators=(",", ":")).encode()
@@ -217,12 +235,12 @@ def recover(vault: Path, key: SealingKey, manifest: Manifest) -> Manifest:
     Raises:
         StorageError: A file cannot be read or cut.
     """
-    named = {segment.number for segment in manifest.segments}
-    segments, rows = list(manifest.segments), [manifest.rows]
-    for path in sorted(vault.glob("pixels-*")):
-        number = int(path.name.removeprefix("pixels-"))
-        if number in named:
+    delete_unnamed(vault, manifest)
+    segments, rows, after = list(manifest.segments), [manifest.rows], manifest.next
+    for number, path in _files(vault):
+        if number < manifest.next:
             continue
+        after = number + 1
         found = list(_whole_chunks(path, key, manifest, number))
         if not found:
             path.unlink()
@@ -231,12 +249,54 @@ def recover(vault: Path, key: SealingKey, manifest: Manifest) -> Manifest:
         os.truncate(path, size)
         segments.append(Segment(number, tuple(len(part) for part, _ in found), size))
         rows += [part for part, _ in found]
-    return Manifest(manifest.id, manifest.form, manifest.rules, tuple(segments), np.concatenate(rows), manifest.seen)
+    return replace(manifest, next=after, segments=tuple(segments), rows=np.concatenate(rows))
 
 
-def next_number(manifest: Manifest) -> int:
-    """Return the number of the next file of chunks; none is used twice."""
-    return max((segment.number for segment in manifest.segments), default=-1) + 1
+def compact(vault: Path, key: SealingKey, manifest: Manifest) -> Manifest:
+    """Write files of chunks without the rows that do not count, in place of those that hold such rows.
+
+    Returns:
+        The manifest that names them; once it is written, `delete_unnamed` deletes the others.
+
+    Raises:
+        StorageError: A file cannot be read or written, or does not open.
+
+    Guarantees:
+        - gone: What does not count stands in no file that the manifest names.
+        - order_stays: Rows that count stay in their order.
+    """
+    counts, place = manifest.current(), 0
+    result = replace(manifest, segments=(), rows=manifest.rows[:0])
+    for segment in manifest.segments:
+        end = place + sum(segment.counts)
+        there, rows = counts[place:end], manifest.rows[place:end]
+        place = end
+        if there.all():
+            result = replace(result, segments=(*result.segments, segment), rows=np.concatenate([result.rows, rows]))
+            continue
+        appender = Appender(vault, key, result)
+        start = 0
+        for chunk, pixels in _chunks(vault, key, manifest, segment):
+            kept = there[start : start + len(chunk)]
+            appender.add(chunk[kept], pixels[kept])
+            start += len(chunk)
+        result = appender.finish()
+    return result
+
+
+def delete_unnamed(vault: Path, manifest: Manifest) -> None:
+    """Delete files of chunks that this manifest and those before it no longer name.
+
+    Raises:
+        StorageError: A file cannot be deleted.
+    """
+    named = {segment.number for segment in manifest.segments}
+    try:
+        for number, path in _files(vault):
+            if number < manifest.next and number not in named:
+                path.unlink()
+    except OSError as error:
+        raise StorageError(f"Could not delete a file of the vault: {error.strerror}. Mend its permissions.") from error
 
 
 def image_bytes(form: Form) -> int:
@@ -247,6 +307,26 @@ def image_bytes(form: Form) -> int:
 def chunk_images(form: Form) -> int:
     """Return how many images a chunk holds."""
     return max(1, CHUNK_BYTES // image_bytes(form))
+
+
+def _files(vault: Path) -> list[tuple[int, Path]]:
+    return sorted((int(path.name.removeprefix("pixels-")), path) for path in vault.glob("pixels-*"))
+
+
+def _chunks(
+    vault: Path, key: SealingKey, manifest: Manifest, segment: Segment
+) -> Iterator[tuple[Rows, UInt8[np.ndarray, "images channels size size"]]]:
+    try:
+        content = memoryview(segment_path(vault, segment.number).read_bytes())
+    except OSError as error:
+        raise damaged() from error
+    offset = 0
+    for index, count in enumerate(segment.counts):
+        rows, pixels = open_chunk(key, manifest, (segment.number, index), content[offset:])
+        if len(rows) != count:
+            raise damaged()
+        yield rows, pixels
+        offset += 4 + struct.unpack_from("<I", content, offset)[0]
 
 
 def _whole_chunks(path: Path, key: SealingKey, manifest: Manifest, number: int) -> Iterator[tuple[Rows, int]]:
@@ -299,20 +379,25 @@ def _place(manifest: Manifest, segment: int, index: int) -> bytes:
 
 
 def _append(path: Path, frame: bytes) -> None:
-    new = not path.exists()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "wb") as handle:
             handle.write(frame)
-            handle.flush()
-            os.fsync(handle.fileno())
-        if new:
-            sync_folder(path.parent)
     except OSError as error:
         raise StorageError(
             f"Could not write {len(frame)} bytes to the vault: {error.strerror}. Free space, then run the import "
             "again: it goes on."
         ) from error
+
+
+def _flush(path: Path) -> None:
+    """Bring a file to the disk; until then a power cut may cost its end, which shows when it is opened."""
+    try:
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(f"Could not write to the vault: {error.strerror}. Free space, then run it again.") from error
 
 
 def segment_path(vault: Path, number: int) -> Path:

@@ -1,5 +1,6 @@
 """The vault: what is written comes back, and nothing that was changed does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,18 @@ FORM = Form(("a", "b"), 28, 1)
 
 def filled(folder: Path, key: SealingKey, count: int, form: Form = FORM) -> tuple[Manifest, np.ndarray]:
     """Make a vault of random images, one a file."""
-    manifest = vault.create_vault(folder, key, form, "rules")
+    manifest = vault.create_vault(folder, key, form)
     rng = np.random.default_rng(count)
     pixels = rng.integers(0, 256, (count, form.channels, form.size, form.size), dtype=np.uint8)
     rows = np.zeros(count, ROW)
     rows["file"] = [number.to_bytes(16, "big") for number in range(count)]
     rows["stamp"] = rows["file"]
-    appender = Appender(folder, key, manifest, vault.next_number(manifest))
+    appender = Appender(folder, key, manifest)
     for start in range(0, count, 50):
         appender.add(rows[start : start + 50], pixels[start : start + 50])
-    segment = appender.finish()
+    manifest = appender.finish()
     seen = {bytes(row["file"]): Seen(bytes(row["stamp"]), {}) for row in rows}
-    manifest = Manifest(manifest.id, form, "rules", (segment,) if segment else (), rows, seen)
+    manifest = replace(manifest, seen=seen)
     vault.write_manifest(folder, key, manifest)
     return manifest, pixels
 
@@ -93,13 +94,13 @@ def test_another_vaults_chunks_do_not_open(tmp_path: Path):
 def test_an_interrupted_import_is_taken_up(tmp_path: Path, lost: int):
     key = SealingKey.generate()
     manifest, pixels = filled(tmp_path, key, 200)
-    empty = Manifest(manifest.id, FORM, "rules")
+    empty = Manifest(manifest.id, FORM)
     vault.write_manifest(tmp_path, key, empty)  # as an import leaves it that was killed
     path = tmp_path / "pixels-00000"
     path.write_bytes(path.read_bytes()[:-lost])
     found = vault.recover(tmp_path, key, empty)
     assert len(found.rows) == {1: 166, 20_000: 166, 70_000: 83}[lost]
-    vault.write_manifest(tmp_path, key, Manifest(found.id, FORM, "rules", found.segments, found.rows, manifest.seen))
+    vault.write_manifest(tmp_path, key, replace(found, seen=manifest.seen))
     assert np.array_equal(opened(tmp_path, key)[:], pixels[: len(found.rows)])
 
 
@@ -109,7 +110,7 @@ def test_rows_of_changed_files_do_not_count(tmp_path: Path):
     seen = dict(manifest.seen)
     seen[bytes(manifest.rows["file"][3])] = Seen(bytes(16), {})
     del seen[bytes(manifest.rows["file"][7])]
-    vault.write_manifest(tmp_path, key, Manifest(manifest.id, FORM, "rules", manifest.segments, manifest.rows, seen))
+    vault.write_manifest(tmp_path, key, replace(manifest, seen=seen))
     assert np.array_equal(opened(tmp_path, key)[:], np.delete(pixels, [3, 7], axis=0))
 
 
@@ -120,3 +121,47 @@ def test_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     images = opened(tmp_path, key)
     assert np.array_equal(images[:], pixels)
     assert len(images._cache) <= 2
+
+
+def test_gone_order_stays(tmp_path: Path):
+    """After compaction nothing of a row that does not count stands in any file, and the others keep their order."""
+    key = SealingKey.generate()
+    manifest, pixels = filled(tmp_path, key, 200)
+    gone = {bytes(manifest.rows["file"][place]) for place in (0, 90, 199)}
+    manifest = replace(manifest, seen={file: seen for file, seen in manifest.seen.items() if file not in gone})
+    result = vault.compact(tmp_path, key, manifest)
+    vault.write_manifest(tmp_path, key, result)
+    vault.delete_unnamed(tmp_path, result)
+    assert [path.name for path in tmp_path.glob("pixels-*")] == ["pixels-00001"]
+    assert result.current().all()
+    assert len(result.rows) == 197
+    assert np.array_equal(opened(tmp_path, key)[:], np.delete(pixels, [0, 90, 199], axis=0))
+    assert vault.compact(tmp_path, key, result).segments == result.segments
+
+
+def test_an_interrupted_compaction_doubles_nothing(tmp_path: Path):
+    key = SealingKey.generate()
+    manifest, pixels = filled(tmp_path, key, 200)
+    gone = bytes(manifest.rows["file"][5])
+    smaller = replace(manifest, seen={file: seen for file, seen in manifest.seen.items() if file != gone})
+    vault.compact(tmp_path, key, smaller)  # killed before the manifest is written
+    found = vault.recover(tmp_path, key, smaller)
+    assert len(found.rows) == 399
+    result = vault.compact(tmp_path, key, found)
+    vault.write_manifest(tmp_path, key, result)
+    vault.delete_unnamed(tmp_path, result)
+    assert len(result.rows) == 199
+    assert np.array_equal(opened(tmp_path, key)[:], np.delete(pixels, 5, axis=0))
+
+
+def test_no_number_twice(tmp_path: Path):
+    """What an older state of the vault named does not come back under the number of a newer file."""
+    key = SealingKey.generate()
+    manifest, _ = filled(tmp_path, key, 100)
+    old = (tmp_path / "pixels-00000").read_bytes()
+    empty = vault.compact(tmp_path, key, replace(manifest, seen={}))
+    vault.write_manifest(tmp_path, key, empty)
+    (tmp_path / "pixels-00000").write_bytes(old)
+    found = vault.recover(tmp_path, key, vault.read_manifest(tmp_path, key))
+    assert (len(found.rows), found.next) == (0, 1)
+    assert not list(tmp_path.glob("pixels-*"))
