@@ -24,6 +24,7 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
     RTDoseStorage,
     SegmentationStorage,
+    UID_dictionary,
 )
 
 from client.intake.pixels import check_size
@@ -205,6 +206,11 @@ def parse(data: bytes, rules: IntakeRules) -> Dataset:
     dataset = dcmread(source)
     check_header(dataset, rules)
     return dataset
+
+
+def syntax_name(uid: str) -> str:
+    """Return a transfer syntax's registered name; a private UID is text of the file, so it is not shown."""
+    return UID(uid).name if uid in UID_dictionary else "an unregistered transfer syntax"
 
 
 def as_text(value: Any) -> str:

@@ -128,7 +128,7 @@ def import_source(
             delete_unnamed(vault, manifest)
     refused = sum((Counter(one.refused) for one in seen.values()), Counter[str]())
     if few:
-        raise _too_few(len(patients), min_patients, refused)
+        raise too_few(len(patients), min_patients, refused)
     labels = tuple(np.bincount(rows["label"], minlength=len(form.classes)).tolist())
     return Imported(patients, labels, dict(sorted(refused.items())), len(kept), added, found, choice, lost)
 
@@ -244,7 +244,8 @@ def _locked(vault: Path) -> Generator[None]:
         yield
 
 
-def _too_few(patients: int, least: int, refused: Mapping[str, int]) -> IntakeError | TooFewPatients | MissingExtra:
+def too_few(patients: int, least: int, refused: Mapping[str, int]) -> IntakeError | TooFewPatients | MissingExtra:
+    """Return the error for a source with fewer usable patients than there have to be, perhaps none."""
     said = describe(refused) or "nothing found"
     if patients:
         return TooFewPatients(

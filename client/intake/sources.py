@@ -40,13 +40,22 @@ def scan(path: Path, label: str = "auto", rules: IntakeRules | None = None, skip
         - deterministic_order: The same folder gives the same records in the same order.
         - known_files_are_not_opened: A file that `skip` knows is neither opened nor refused, but named in `skipped`.
     """
+    found = find(path, label, rules, skip)
+    require_usable(found)
+    return found
+
+
+def find(path: Path, label: str, rules: IntakeRules | None = None, skip: Skip | None = None) -> Scan:
+    """Do the same without asking whether anything is usable.
+
+    Raises:
+        UnreadableSource, IntakeError, ConfigError: The source cannot be listed at all.
+    """
     source, rules = parse_label(label), rules or IntakeRules()
     if not path.exists():
         raise UnreadableSource(f"{path} does not exist. Check the path of the images, and that its disk is mounted.")
     with quiet():
-        found = (_scan_file if path.is_file() else _scan_folder)(path, source, rules, skip)
-    _check(found)
-    return found
+        return (_scan_file if path.is_file() else _scan_folder)(path, source, rules, skip)
 
 
 def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
@@ -89,7 +98,12 @@ def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Ski
     return scan_folder(folder, label, rules, skip)
 
 
-def _check(found: Scan) -> None:
+def require_usable(found: Scan) -> None:
+    """Refuse a source of which no image can be used at all, by its headers.
+
+    Raises:
+        IntakeError: No record, no patient, or no label.
+    """
     if found.skipped:
         return
     if not found.records and Reason.NO_PATIENT in found.refused:

@@ -9,13 +9,13 @@ from PIL import Image
 
 from client.intake import Reason, folders, read, scan
 from client.intake.folders import read_header as real
-from common.errors import ConfigError, IntakeError
+from common.errors import ConfigError, IntakeError, UnreadableSource
 
 WriteDicom = Callable[..., Path]
 
 
 def test_paths_that_hold_nothing(tmp_path: Path) -> None:
-    with pytest.raises(IntakeError, match="does not exist"):
+    with pytest.raises(UnreadableSource, match="does not exist"):
         scan(tmp_path / "nothing")
     with pytest.raises(IntakeError, match="empty"):
         scan(tmp_path)
