@@ -72,7 +72,8 @@ def survey(
     choice = choose(found, practice, classes)
     listing = Listing(found, practice.source if practice.source.is_dir() else practice.source.parent, show_files)
     seen = _decode(choice, practice, progress)
-    warnings = [Caution(GROUPING), *cautions(found.records, choice, practice), *seen.twin_cautions()]
+    pairs = [(seen.used[one], seen.used[other]) for one, other in seen.twins.pairs()]
+    warnings = [Caution(GROUPING), *cautions(found.records, choice, practice), *_twins(pairs)]
     rows = [Row("usable, drawn at random", tuple(_named(seen.sample, listing)))]
     rows.append(Row("blanked in part", tuple(_named(seen.blanked, listing))))
     rows.append(
@@ -103,14 +104,10 @@ class _Seen:
     sample: list[tuple[Record, Square]] = field(default_factory=list[tuple[Record, Square]])
     blanked: list[tuple[Record, Square]] = field(default_factory=list[tuple[Record, Square]])
 
-    def twin_cautions(self) -> list[Caution]:
-        pairs = self.twins.pairs()
-        files = tuple(self.used[place].path for pair in pairs for place in pair)
-        said = f"{len(pairs)} pairs of nearly the same pictures under two patients: one person with two ids?"
-        return [Caution(said, files)] if pairs else []
 
-    def twin_records(self) -> list[Record]:
-        return [self.used[place] for pair in self.twins.pairs()[: SHOWN // 4] for place in pair]
+def _twins(pairs: Sequence[tuple[Record, Record]]) -> list[Caution]:
+    said = f"{len(pairs)} pairs of nearly the same pictures under two patients: one person with two ids?"
+    return [Caution(said, tuple(record.path for pair in pairs for record in pair))] if pairs else []
 
 
 def _decode(choice: Choice, practice: Practice, progress: Progress | None) -> _Seen:

@@ -122,7 +122,8 @@ def test_two_users_and_no_network(folder: Path, tmp_path: Path) -> None:
             wait_for(socket.is_socket, 1, "the socket")
             interfaces = Path(f"/proc/{agent.pid}/net/dev").read_text().splitlines()[2:]
             assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
-            secrets = [agents.key, agents.policy, agents.ledger / "ledger.head.json", *agents.folder.glob("vault-*/manifest")]
+            secrets = [agents.key, agents.policy, agents.ledger / "ledger.head.json"]
+            secrets += agents.folder.glob("vault-*/manifest")
             secrets += [Path(f"/proc/{agent.pid}/mem"), Path(f"/proc/{agent.pid}/environ")]
             assert len(secrets) == 6
             tried = subprocess.run(
