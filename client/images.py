@@ -55,7 +55,7 @@ def check(
     """
     practice, minimum = _practice(path, home, label)
     names = [name.strip() for name in classes.split(",")] if classes is not None else None
-    found = survey(practice, names, show_files, ocr, _progress())
+    found = survey(practice, names, show_files, ocr, progress())
     said = replace(found.report, cost=tuple(cost(found.report.patients)))
     print("\n".join(said.lines()))
     for written in save_page(report, said, found.rows):
@@ -84,7 +84,7 @@ def import_(
         require_outside(home, json_file)
     minimum = policy.load(opened.policy).min_patients
     names = [name.strip() for name in classes.split(",")]
-    done = import_images(opened, names, size, minimum, channels, _progress())
+    done = import_images(opened, names, size, minimum, channels, progress())
     counts = dict(zip(names, done.labels, strict=True))
     by_class = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"imported {done.images} images of {len(done.patients)} patients; by class: {by_class}")
@@ -152,7 +152,7 @@ def _write_json(path: Path | None, report: Report) -> None:
     write_atomic(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(), 0o600)
 
 
-def _progress() -> Progress:
+def progress() -> Progress:
     """Return what tells on stderr how far reading is and how long it will take."""
     terminal = sys.stderr.isatty()
     started = last = time.monotonic()

@@ -77,7 +77,10 @@ def survey(
     rows = [Row("usable, drawn at random", tuple(_named(seen.sample, listing)))]
     rows.append(Row("blanked in part", tuple(_named(seen.blanked, listing))))
     rows.append(
-        Row("nearly the same under two patients", tuple(_named(_pictures(seen.twin_records(), practice), listing)))
+        Row(
+            "nearly the same under two patients",
+            tuple(_named(_pictures([record for pair in pairs[: SHOWN // 4] for record in pair], practice), listing)),
+        )
     )
     refused = [refusal.reason for refusal in (*choice.refusals, *seen.lost)]
     counts = Counter(refused) + Counter(dict(choice.uncounted))

@@ -175,7 +175,7 @@ def test_a_full_disk(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest
 def test_progress_says_how_long(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 40.0, 41.0])
     monkeypatch.setattr(images.time, "monotonic", lambda: next(clock))
-    tell = images._progress()
+    tell = images.progress()
     for done in (10, 40, 41):
         tell(done, 1000)
     assert capsys.readouterr().err == "read 40 of 1000 images, 1 a second, 16.0 min left\n"

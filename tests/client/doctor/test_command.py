@@ -46,7 +46,7 @@ def test_one_failure_hides_no_other_and_the_first_gives_the_code(doctor, tiny_ho
     pin(tiny_home, free_port(), authority_certificate(new_key(), "test", dt.datetime.now(dt.UTC)))
     (tiny_home.folder / "site.toml").write_text('data = "/nowhere"\n')
     code, found = doctor("--json", tmp_path / "doctor.json")
-    assert code == ExitCode.DATA
+    assert code == ExitCode.UNREADABLE
     assert [name for name, status in found.items() if status == "FAIL"] == ["data", "tls", "health", "clock"]
     assert (found["joined"], found["dns"], found["proxy"]) == ("PASS", "PASS", "PASS")
     told = json.loads((tmp_path / "doctor.json").read_text())
