@@ -76,8 +76,11 @@ class Report:
             f"expected: {self.expected}; read: {self.read}; usable: {self.usable}",
             f"patients: {self.patients}; images per patient: {least} to {most}, median {middle:g}",
         ]
-        for name, counts in self.kinds.items():
-            said.append(f"{name}: {', '.join(f'{kind} {count}' for kind, count in counts.items()) or 'not stated'}")
+        part = "" if self.opened >= self.read else f" of {self.opened} images in files that were opened now"
+        for name, counts in self.kinds.items() if self.opened else ():
+            said.append(
+                f"{name}{part}: {', '.join(f'{kind} {count}' for kind, count in counts.items()) or 'not stated'}"
+            )
         if self.blanked:
             said.append(f"blanked: {self.blanked} images in part")
         said.append("refused: " + ("" if self.refused else "nothing"))

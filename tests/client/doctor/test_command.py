@@ -51,7 +51,7 @@ def test_one_failure_hides_no_other_and_the_first_gives_the_code(doctor, tiny_ho
     assert (found["joined"], found["dns"], found["proxy"]) == ("PASS", "PASS", "PASS")
     told = json.loads((tmp_path / "doctor.json").read_text())
     assert (tmp_path / "doctor.json").stat().st_mode & 0o777 == 0o600
-    assert told["exit_code"] == ExitCode.DATA
+    assert told["exit_code"] == ExitCode.UNREADABLE
     assert {one["name"]: one["status"] for one in told["findings"]} == found
     assert [one["exit_code"] for one in told["findings"] if one["status"] == "FAIL"] == [4, 8, 8, 8]
 
