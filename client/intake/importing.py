@@ -18,6 +18,7 @@ from typing import final
 
 import numpy as np
 
+from client.intake.chunks import Appender, compact, delete_unnamed, recover
 from client.intake.dataset import Form
 from client.intake.decode import decode_records
 from client.intake.pixels import Square
@@ -25,19 +26,7 @@ from client.intake.records import Record, Refusal, Scan, Stamp
 from client.intake.refusals import Reason, describe, may_pass
 from client.intake.selection import Choice, Practice, choose, instance_of
 from client.intake.sources import scan
-from client.intake.vault import (
-    ROW,
-    SEGMENT_BYTES,
-    Appender,
-    Manifest,
-    Seen,
-    compact,
-    create_vault,
-    delete_unnamed,
-    read_manifest,
-    recover,
-    write_manifest,
-)
+from client.intake.vault import ROW, SEGMENT_BYTES, Manifest, Seen, create_vault, read_manifest, write_manifest
 from common.crypto import PSEUDONYM_BYTES, SealingKey
 from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatients
 

@@ -75,6 +75,10 @@ def test_adds_up(run: Run, source: Path, tmp_path: Path) -> None:
     for line in ("expected: 29; read: 27; usable: 24", "1 ultrasound (as no. 29)", "epsilon", "Grouping is a privacy"):
         assert line in out
     assert "1 pairs of nearly the same pictures under two patients" in out
+
+
+def test_owner_alone_self_contained(run: Run, source: Path, tmp_path: Path) -> None:
+    run("check", source, "--label", "none", "--report", tmp_path / "seen")
     assert stat.S_IMODE((tmp_path / "seen").stat().st_mode) == 0o700
     for name in ("report.html", "contact-sheet.png"):
         assert stat.S_IMODE((tmp_path / "seen" / name).stat().st_mode) == 0o600
@@ -167,7 +171,7 @@ def test_a_full_disk(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("client.intake.vault.os.fsync", full)
+    monkeypatch.setattr("client.intake.chunks.os.fsync", full)
     code, _, error = run("import", home.folder, "--classes", "all", "--size", 28)
     assert (code, "Free space" in error) == (ExitCode.STORAGE, True)
 

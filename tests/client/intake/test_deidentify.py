@@ -1,6 +1,7 @@
 """Text in pictures: what is refused, what is made black; labels by rules."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from client.intake import Reason, decode_records, scan, screening
 from client.intake.deidentify import BlankRules, doubt, read_blank_rules
 from client.intake.labels import read_label_rules
-from client.intake.records import Record
+from client.intake.records import Record, Scan
 from client.intake.selection import Practice, choose
 from client.policy import Doubtful
 from common.errors import ConfigError
@@ -137,6 +138,14 @@ def test_a_tag_that_is_no_keyword(tmp_path: Path, write_dicom: WriteDicom) -> No
     (tmp_path / "labels.toml").write_text("[[label]]\nclass = 'a'\ntag = 'Finding'\nmatches = 'x'\n")
     with pytest.raises(ConfigError, match="DICOM keywords"):
         scan(tmp_path / "source", f"rules:{tmp_path / 'labels.toml'}")
+
+
+def test_an_instance_once(tmp_path: Path) -> None:
+    names = [("a", "1.1"), ("b", "1.1"), ("c", "1.2"), ("c", "1.2"), ("d", ""), ("e", "")]
+    records = [replace(record(SOPInstanceUID=sop) if sop else record(), path=tmp_path / name) for name, sop in names]
+    choice = choose(Scan(tuple(records), {}), Practice(tmp_path), None, {"1.2#None"})
+    assert [one.path.name for one in choice.records] == ["a", "d", "e"]
+    assert [one.reason for one in choice.refusals] == [Reason.DUPLICATE] * 3
 
 
 def test_accounted(write_dicom: WriteDicom, tmp_path: Path) -> None:

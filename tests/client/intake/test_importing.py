@@ -181,7 +181,7 @@ def test_two_imports_at_once(tmp_path: Path, source: Path) -> None:
 
 def test_long_segments_are_split(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "SEGMENT_BYTES", 0)
-    monkeypatch.setattr("client.intake.vault.CHUNK_BYTES", 28 * 28 * 2)
+    monkeypatch.setattr("client.intake.chunks.CHUNK_BYTES", 28 * 28 * 2)
     run(tmp_path / "vault", source)
     assert [len(segment.counts) for segment in read_manifest(tmp_path / "vault", KEY).segments] == [1] * 6
     assert values(tmp_path / "vault")[0] == [5, 11]
@@ -190,11 +190,11 @@ def test_long_segments_are_split(tmp_path: Path, source: Path, monkeypatch: pyte
 PROGRAM = """
 import sys
 from pathlib import Path
-from client.intake import Form, vault
+from client.intake import Form, chunks
 from client.intake.importing import import_source
 from client.intake.selection import Practice
 from common.crypto import SealingKey
-vault.CHUNK_BYTES = 28 * 28 * 4
+chunks.CHUNK_BYTES = 28 * 28 * 4
 def told(done, total):
     print(done, flush=True)
 import_source(Path(sys.argv[1]), SealingKey(bytes(range(32))), Form(("all",), 28, 1), Practice(Path(sys.argv[2])),
@@ -266,7 +266,7 @@ def test_pseudonyms_only(tmp_path: Path, write_dicom: WriteDicom) -> None:
     import_source(tmp_path / "vault", KEY, FORM, Practice(folder, "none"))
     vault = tmp_path / "vault"
     opened = KEY.open((vault / "manifest").read_bytes(), b"manifest")
-    place = vaults._place(read_manifest(vault, KEY), 0, 0)
+    place = vaults.place_of(read_manifest(vault, KEY), 0, 0)
     chunk = KEY.open(vaults.segment_path(vault, 0).read_bytes()[4:], place)
     for word in (b"SMITH", b"CANARY", b"4711", b"34567"):
         assert word not in opened

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client.intake import sealed, vault
+from client.intake import chunks, sealed, vault
+from client.intake.chunks import Appender
 from client.intake.dataset import Form
 from client.intake.sealed import SealedPixels
-from client.intake.vault import ROW, Appender, Manifest, Seen
+from client.intake.vault import ROW, Manifest, Seen
 from common.crypto import SealingKey
 from common.errors import StorageError
 
@@ -98,7 +99,7 @@ def test_an_interrupted_import_is_taken_up(tmp_path: Path, lost: int):
     vault.write_manifest(tmp_path, key, empty)  # as an import leaves it that was killed
     path = tmp_path / "pixels-00000"
     path.write_bytes(path.read_bytes()[:-lost])
-    found = vault.recover(tmp_path, key, empty)
+    found = chunks.recover(tmp_path, key, empty)
     assert len(found.rows) == {1: 166, 20_000: 166, 70_000: 83}[lost]
     vault.write_manifest(tmp_path, key, replace(found, seen=manifest.seen))
     assert np.array_equal(opened(tmp_path, key)[:], pixels[: len(found.rows)])
@@ -129,14 +130,14 @@ def test_gone_order_stays(tmp_path: Path):
     manifest, pixels = filled(tmp_path, key, 200)
     gone = {bytes(manifest.rows["file"][place]) for place in (0, 90, 199)}
     manifest = replace(manifest, seen={file: seen for file, seen in manifest.seen.items() if file not in gone})
-    result = vault.compact(tmp_path, key, manifest)
+    result = chunks.compact(tmp_path, key, manifest)
     vault.write_manifest(tmp_path, key, result)
-    vault.delete_unnamed(tmp_path, result)
+    chunks.delete_unnamed(tmp_path, result)
     assert [path.name for path in tmp_path.glob("pixels-*")] == ["pixels-00001"]
     assert result.current().all()
     assert len(result.rows) == 197
     assert np.array_equal(opened(tmp_path, key)[:], np.delete(pixels, [0, 90, 199], axis=0))
-    assert vault.compact(tmp_path, key, result).segments == result.segments
+    assert chunks.compact(tmp_path, key, result).segments == result.segments
 
 
 def test_an_interrupted_compaction_doubles_nothing(tmp_path: Path):
@@ -144,12 +145,12 @@ def test_an_interrupted_compaction_doubles_nothing(tmp_path: Path):
     manifest, pixels = filled(tmp_path, key, 200)
     gone = bytes(manifest.rows["file"][5])
     smaller = replace(manifest, seen={file: seen for file, seen in manifest.seen.items() if file != gone})
-    vault.compact(tmp_path, key, smaller)  # killed before the manifest is written
-    found = vault.recover(tmp_path, key, smaller)
+    chunks.compact(tmp_path, key, smaller)  # killed before the manifest is written
+    found = chunks.recover(tmp_path, key, smaller)
     assert len(found.rows) == 399
-    result = vault.compact(tmp_path, key, found)
+    result = chunks.compact(tmp_path, key, found)
     vault.write_manifest(tmp_path, key, result)
-    vault.delete_unnamed(tmp_path, result)
+    chunks.delete_unnamed(tmp_path, result)
     assert len(result.rows) == 199
     assert np.array_equal(opened(tmp_path, key)[:], np.delete(pixels, 5, axis=0))
 
@@ -159,9 +160,9 @@ def test_no_number_twice(tmp_path: Path):
     key = SealingKey.generate()
     manifest, _ = filled(tmp_path, key, 100)
     old = (tmp_path / "pixels-00000").read_bytes()
-    empty = vault.compact(tmp_path, key, replace(manifest, seen={}))
+    empty = chunks.compact(tmp_path, key, replace(manifest, seen={}))
     vault.write_manifest(tmp_path, key, empty)
     (tmp_path / "pixels-00000").write_bytes(old)
-    found = vault.recover(tmp_path, key, vault.read_manifest(tmp_path, key))
+    found = chunks.recover(tmp_path, key, vault.read_manifest(tmp_path, key))
     assert (len(found.rows), found.next) == (0, 1)
     assert not list(tmp_path.glob("pixels-*"))
