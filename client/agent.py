@@ -273,7 +273,7 @@ def _asked(site: Site, request: Request, proposal: Proposal) -> tuple[Look | Pai
 def _warmup(
     dataset: Dataset, proposal: Proposal, agreed: Plan, look: Look, secret: KeyStream
 ) -> dict[str, npt.NDArray[Any]]:
-    sums = embedding_sum(dataset.images, dataset.labels, dataset.patients, len(proposal.image.classes), look)
+    sums = embedding_sum(dataset.images[:], dataset.labels, dataset.patients, len(proposal.image.classes), look)
     std = agreed.share_warmup_noise
     noisy = sums + gaussian(secret, tuple(sums.shape), std)
     if agreed.cohort is not None:

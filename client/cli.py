@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from client import budget, journal, operate, policy
+from client import budget, images, journal, operate, policy
 from client.agent import open_site
 from client.doctor.command import doctor
 from client.home import (
@@ -22,13 +22,10 @@ from client.home import (
     SiteConfig,
     create_home,
     head_copy,
-    import_images,
-    load_images,
     require_books,
     require_images,
 )
 from client.intake.records import parse_label
-from client.intake.refusals import describe
 from client.joining import load_pinned
 from client.ledger import Ledger, read_ledger
 from client.logs import log_to
@@ -54,6 +51,8 @@ app.add_typer(records, name="journal")
 add_commands(app)
 app.registered_commands += operate.app.registered_commands
 app.command("doctor")(doctor)
+app.command("check")(images.check)
+app.command("import")(images.import_)
 
 _UNNAMED = ("all",)
 """The classes of a planned run whose configuration names none."""
@@ -71,7 +70,7 @@ def init(
     ],
     max_epsilon: Annotated[float, typer.Option(help="What may ever be spent on this data set.")] = 10.0,
     delta: Annotated[float, typer.Option(help="The delta of the guarantee.")] = 1e-5,
-    label: Annotated[str, typer.Option(help="auto, none, tag:KEYWORD or column:NAME.")] = "auto",
+    label: Annotated[str, typer.Option(help="auto, none, tag:KEYWORD, column:NAME or rules:FILE.")] = "auto",
     head_copy: Annotated[
         Path | None, typer.Option(help="File outside the home for a copy of the ledger's head: shows a roll-back.")
     ] = None,
@@ -95,27 +94,6 @@ def init(
     made = create_home(home, site, rules, ask_new() if passphrase else None)
     print(f"home: {made.folder}; read and mend {made.policy} before the first run")
     print(f"next: fedmedgan-site enrol {made.folder}, and send the coordinator the file that it writes")
-
-
-@app.command("import")
-def import_(
-    home: HomeArgument,
-    classes: Annotated[str, typer.Option(help="Class names of the run, comma-separated, in its order.")],
-    size: Annotated[int, typer.Option(help="Side of an image in pixels: 28, 32, 64 or 128.")] = 32,
-    channels: Annotated[int, typer.Option(help="1: grey, colour becomes luminance; 3: colour, grey stays grey.")] = 1,
-) -> None:
-    """Read the site's images into its home, ready for a run; say what was refused and why."""
-    opened = Home(home)
-    minimum = policy.load(opened.policy).min_patients
-    names = [name.strip() for name in classes.split(",")]
-    refused = import_images(opened, names, size, minimum, channels)
-    found = load_images(opened, names, size, channels)
-    counts = {name: int((found.labels == number).sum()) for number, name in enumerate(names)}
-    by_class = ", ".join(f"{name} {count}" for name, count in counts.items())
-    print(f"imported {len(found.images)} images of {found.number_of_patients} patients; by class: {by_class}")
-    print(f"refused: {describe(refused) if refused else 'nothing'}")
-    if absent := [name for name, count in counts.items() if not count]:
-        print(f"warning: no image here has the class {', '.join(absent)}; check the spelling", file=sys.stderr)
 
 
 @app.command("serve")

@@ -3,11 +3,12 @@
     site.toml      where the images are and how they are labelled (the data engineer's file)
     policy.toml    what the site allows (the privacy officer's file)
     keys/site.json the site's identity key, mode 0600, under a passphrase if the site wants one (client/passphrase)
+    keys/vault.json the key that seals imported images, mode 0600
     keys/node.*    the relay's key, federation.json what it trusts (client/joining)
     ledger/        every charge, signed and chained
     journal/       every release, signed and chained
     replies/       the last replies, so that a repeated request gets the same answer for the same charge
-    dataset-*      the training set as imported, mode 0600
+    vault-*        the training sets as imported, sealed: client/intake/vault
 
 Out of scope: what the policy allows (client/policy), what an image is (client/intake).
 """
@@ -16,7 +17,7 @@ import fcntl
 import json
 import shlex
 import tomllib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import final
@@ -25,16 +26,23 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from client import journal
 from client import policy as policies
-from client.intake import Dataset, Form, IntakeRules, load, read, read_form, save, scan
+from client.intake import Dataset, Form, IntakeRules
+from client.intake.deidentify import BlankRules, read_blank_rules
+from client.intake.importing import Imported, Progress, import_source
+from client.intake.patients import PatientTable, read_patient_table
+from client.intake.sealed import open_dataset
+from client.intake.selection import Practice
+from client.intake.vault import MAX_CLASSES, read_manifest
 from client.joining import make_node_key
 from client.ledger import open_ledger
 from client.paths import Home as Home
 from client.policy import Policy
-from common.config import GradientEngine
+from common.config import IMAGE_CHANNELS, IMAGE_SIZES, GradientEngine
 from common.crypto import SigningKey, is_sealed, load_key, save_key
 from common.errors import ConfigError, IntakeError, StorageError
 from common.files import make_folder, write_atomic
 from common.passphrase import Passphrase
+from common.sealing import SealingKey, load_sealing_key, save_sealing_key
 
 _MAX_FORMS = 8
 """Imported data sets that a refusal names."""
@@ -59,6 +67,8 @@ class SiteConfig(BaseModel):
     what that gives away: client/trust. Absolute."""
     intake: IntakeRules = IntakeRules()
     """How images are read: client/intake/rules."""
+    patients: str | None = None
+    """CSV file that merges or corrects patients: client/intake/patients. Relative paths start at the home folder."""
 
     @field_validator("head_copy", "extra_ca")
     @classmethod
@@ -90,6 +100,7 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy, passphrase: Pass
     write_atomic(folder / "site.toml", ("\n".join(lines) + "\n").encode(), 0o600)
     if not home.key.exists():
         save_key(home.key, SigningKey.generate(), passphrase)
+    vault_key(home)
     make_node_key(folder)
     key = load_key(home.key, None if passphrase is None else lambda: passphrase)
     if passphrase is not None and not is_sealed(home.key):
@@ -149,9 +160,10 @@ def require_images(home: Home, classes: Sequence[str], size: int, channels: int 
     Raises:
         IntakeError: No training set is imported for them; the message says what is, and how to import what is asked.
     """
-    if home.dataset(classes, size, channels).exists():
+    vault = home.vault(classes, size, channels)
+    if (vault / "manifest").exists() and read_manifest(vault, vault_key(home)).current().any():
         return
-    there = [form for path in sorted(home.folder.glob("dataset-*.safetensors")) if (form := read_form(path))]
+    there = imported_forms(home)
     names = shlex.quote(",".join(classes))  # may come from a message and end in a shell
     raise IntakeError(
         f"Expected imported images of {_described(Form(tuple(classes), size, channels))}, this site has "
@@ -160,10 +172,64 @@ def require_images(home: Home, classes: Sequence[str], size: int, channels: int 
     )
 
 
+def imported_forms(home: Home) -> list[Form]:
+    """Return of which forms images are imported.
+
+    Raises:
+        StorageError: A vault is damaged, or sealed with another key.
+    """
+    vaults = [path.parent for path in sorted(home.folder.glob("vault-*/manifest"))]
+    manifests = [read_manifest(vault, vault_key(home)) for vault in vaults]
+    return [manifest.form for manifest in manifests if manifest.current().any()]
+
+
+def check_imported(home: Home) -> None:
+    """Look whether the imported images are there whole; their content shows when it is opened.
+
+    Raises:
+        StorageError: A vault is damaged, or sealed with another key.
+    """
+    for form in imported_forms(home):
+        open_dataset(home.vault(form.classes, form.size, form.channels), vault_key(home))
+
+
+def vault_key(home: Home) -> SealingKey:
+    """Return the key that seals images, and make it where none was ever needed.
+
+    Raises:
+        StorageError: It is gone while images are there that it sealed, or cannot be read or written.
+    """
+    if not home.vault_key.exists() and not any(home.folder.glob("vault-*/manifest")):
+        make_folder(home.vault_key.parent, 0o700)
+        save_sealing_key(home.vault_key, SealingKey.generate())
+    return load_sealing_key(home.vault_key)
+
+
+def practice_of(home: Home) -> Practice:
+    """Return how this site reads its images, by site.toml and policy.toml.
+
+    Raises:
+        ConfigError: One of them, or a file of rules that it names, is missing or wrong.
+        IntakeError: The table of patients is wrong.
+    """
+    site, rules = read_site_config(home), policies.load(home.policy) if home.policy.exists() else None
+    blank = (
+        BlankRules() if rules is None or not rules.blank_rules else read_blank_rules(home.folder / rules.blank_rules)
+    )
+    table = PatientTable() if site.patients is None else read_patient_table(home.folder / site.patients)
+    allowed = () if rules is None else rules.allow_doubtful_images
+    return Practice(home.folder / site.data, site.label, site.intake, allowed, blank, table)
+
+
 def import_images(
-    home: Home, classes: Sequence[str], size: int, min_patients: int, channels: int = 1
-) -> Mapping[str, int]:
-    """Read the site's images once and keep them in the home, ready for training.
+    home: Home,
+    classes: Sequence[str],
+    size: int,
+    min_patients: int,
+    channels: int = 1,
+    progress: Progress | None = None,
+) -> Imported:
+    """Bring the home's training set up to the state of the site's images.
 
     Args:
         home: The site.
@@ -171,40 +237,40 @@ def import_images(
         size: Side of an image in pixels.
         min_patients: Fewer usable patients are an error.
         channels: 1 for grey, 3 for colour; images that are the other are converted.
+        progress: Told how many of the images that are new or changed are decoded.
 
     Returns:
-        How many files were refused, by reason. For the site's own eyes.
+        What was found, used and refused. For the site's own eyes.
 
     Raises:
-        IntakeError: Nothing is usable, or there are too few patients.
-        ConfigError: site.toml is missing or wrong.
+        IntakeError, TooFewPatients, MissingExtra, UnreadableSource: The images cannot be used.
+        ConfigError: site.toml is missing or wrong, or size, channels or classes are out of bounds.
+        StorageError: The vault cannot be written, or is damaged.
     """
-    site = read_site_config(home)
-    found = scan(home.folder / site.data, site.label, site.intake)
-    dataset, refused = read(found, classes, size, channels, site.intake)
-    if dataset.number_of_patients < min_patients:
-        raise IntakeError(
-            f"Expected at least min_patients={min_patients} usable patients at this site, found "
-            f"{dataset.number_of_patients}. Add patients, or lower privacy.min_patients and the policy's min_patients."
-        )
-    save(dataset, home.dataset(classes, size, channels), classes)
-    return refused
+    if size not in IMAGE_SIZES or not 1 <= len(classes) <= MAX_CLASSES or len(set(classes)) != len(classes):
+        raise ConfigError(f"Expected a size of {IMAGE_SIZES} and distinct classes, got {size} and {len(classes)}.")
+    if channels not in IMAGE_CHANNELS:
+        raise ConfigError(f"Expected channels={channels} as 1 (grey) or 3 (red, green and blue).")
+    vault, form = home.vault(classes, size, channels), Form(tuple(classes), size, channels)
+    key = vault_key(home)
+    return import_source(vault, key, form, practice_of(home), min_patients, progress, one_at_a_time(home))
 
 
 def load_images(home: Home, classes: Sequence[str], size: int, channels: int = 1) -> Dataset:
-    """Load the imported training set.
+    """Open the imported training set.
 
     Raises:
-        IntakeError: It was never imported for these classes, this size and these channels, or the file holds others.
+        IntakeError: It was never imported for these classes, this size and these channels, or the vault holds others.
+        StorageError: The vault is damaged, or sealed with another key.
     """
     require_images(home, classes, size, channels)
-    dataset = load(home.dataset(classes, size, channels))
-    if dataset.images.shape[1:] != (channels, size, size) or dataset.labels.max() >= len(classes):
+    vault, key, form = home.vault(classes, size, channels), vault_key(home), Form(tuple(classes), size, channels)
+    if read_manifest(vault, key).form != form:
         raise IntakeError(
-            f"Expected images of {_described(Form(tuple(classes), size, channels))}, the file holds others: it was "
-            "renamed or copied from elsewhere. Import the images again."
+            f"Expected images of {_described(form)}, the vault holds others: it was renamed or copied from elsewhere. "
+            "Import the images again."
         )
-    return dataset
+    return open_dataset(vault, key)
 
 
 def read_site_config(home: Home) -> SiteConfig:
@@ -226,8 +292,7 @@ def read_site_config(home: Home) -> SiteConfig:
 
 def _described(form: Form) -> str:
     colour = {1: "grey", 3: "colour"}[form.channels]
-    classes = "classes unknown" if form.classes is None else f"classes {', '.join(form.classes)}"
-    return f"{form.size} px in {colour} ({classes})"
+    return f"{form.size} px in {colour} (classes {', '.join(form.classes)})"
 
 
 def _require_outside(folder: Path, site: SiteConfig) -> None:

@@ -105,8 +105,13 @@ class Home:
         """Return the path of the lock that a relay holds."""
         return self.folder / "logs" / "relay.lock"
 
-    def dataset(self, classes: Sequence[str], size: int, channels: int = 1) -> Path:
-        """Return the path of the imported training set for these classes, this size and these channels."""
+    @property
+    def vault_key(self) -> Path:
+        """Return the path of the key that seals imported images."""
+        return self.folder / "keys" / "vault.json"
+
+    def vault(self, classes: Sequence[str], size: int, channels: int = 1) -> Path:
+        """Return the folder of the imported training set for these classes, this size and these channels."""
         form = [list(classes), size] if channels == 1 else [list(classes), size, channels]
         name = hashlib.sha256(json.dumps(form).encode()).hexdigest()[:16]
-        return self.folder / f"dataset-{name}.safetensors"
+        return self.folder / f"vault-{name}"

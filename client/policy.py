@@ -22,6 +22,10 @@ from common.plan import Plan
 MAX_POLICY_BYTES = 65_536
 MAX_REPLY_BYTES = 33_554_432
 _WIDTH = 118
+
+Doubtful = Literal["burned-in", "secondary-capture", "ultrasound"]
+"""Kinds of images that often show text about the patient."""
+
 _HEADING = (
     "What this site allows. Every request is held against this file before anything is charged or read, and no message "
     "can change it. A key that does not stand here has the default of the release, which is strict."
@@ -83,6 +87,14 @@ class Policy(Section):
 
     allowed_channels: tuple[Literal[1, 3], ...] = (1, 3)
     """1: grey images, 3: colour, which shows more of a patient. The images must be imported like that too."""
+
+    allow_doubtful_images: tuple[Doubtful, ...] = ()
+    """Kinds of images that may be used although text about the patient often stands in their pixels: "burned-in" (the
+    header says so), "secondary-capture" (and screen saves), "ultrasound". Whoever adds one has looked at the images, or
+    has blank_rules for them."""
+    blank_rules: str = ""
+    """File of regions that are made black in images of certain devices, in the style of RSNA CTP
+    (client/intake/deidentify); "" for none. Relative paths start at the home folder."""
 
     @model_validator(mode="after")
     def _pairs_that_cannot_both_hold(self) -> "Policy":

@@ -1,7 +1,7 @@
 """Site identities and secret key streams: Ed25519 signatures, AES-256-CTR and HKDF-SHA256.
 
-Beside common/certificates and common/passphrase the only module that imports `cryptography`. Out of scope: what is
-signed (client/chain, common/wire) and what the stream is used for (common/noise).
+Beside common/certificates, passphrase and sealing the only module that imports `cryptography`. Out of scope:
+what is signed (client/chain, common/wire) and what the stream is used for (common/noise).
 """
 
 import json

@@ -5,6 +5,8 @@ The exception tree:
     FedmedganError            what a person can mend; the message says what, value, bound, what to do
     ├── ConfigError           a key, a flag or a value of the configuration
     ├── IntakeError           the images: nothing usable, no patients, no labels
+    ├── TooFewPatients        the images of fewer patients than the site's policy asks for
+    ├── UnreadableSource      the folder of the images is gone or cannot be read
     ├── PolicyRefusal         the site says no: policy, budget, replay (travels as a code, never as text)
     ├── WireError             a message or file that does not decode strictly
     ├── ResumeError           a run folder or a site home that does not fit what is asked
@@ -39,6 +41,8 @@ class ExitCode(IntEnum):
     ENROLMENT = 11
     PASSPHRASE = 12
     PACS = 13
+    TOO_FEW_PATIENTS = 14
+    UNREADABLE = 15
     INTERRUPTED = 130
 
 
@@ -73,6 +77,20 @@ class IntakeError(FedmedganError):
     """The images cannot be used as they are."""
 
     exit_code = ExitCode.DATA
+
+
+@final
+class TooFewPatients(FedmedganError):
+    """There are images, of fewer patients than the policy asks for."""
+
+    exit_code = ExitCode.TOO_FEW_PATIENTS
+
+
+@final
+class UnreadableSource(FedmedganError):
+    """The folder or file of the images is not there or cannot be read."""
+
+    exit_code = ExitCode.UNREADABLE
 
 
 @final

@@ -87,7 +87,7 @@ def evaluate(config: Config, generator: nn.Module, held_out: Dataset) -> Evaluat
         labels = torch.randint(len(config.image.classes), (SYNTHETIC_IMAGES,), generator=rng)
         images = draw(generator, labels, config.model.latent_dim, rng)
         classifier = train_classifier(images, labels, len(config.image.classes), rng)
-        scores.append(score(classifier, pictures(held_out.images), held_out.labels))
+        scores.append(score(classifier, pictures(held_out.images[:]), held_out.labels))
     aucs = [one.auc for one in scores if one.auc is not None]
     return Evaluation(
         float(np.mean(aucs)) if aucs else None,

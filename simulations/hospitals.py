@@ -202,7 +202,7 @@ def held_out_images(config: Config, out: Path) -> Dataset | None:
     if not home.folder.exists():
         return None
     classes, size, channels = config.image.classes, config.image.size, config.image.channels
-    if not home.dataset(classes, size, channels).exists():
+    if not home.vault(classes, size, channels).exists():
         write_atomic(home.folder / "site.toml", b'data = "data"\n')
         import_images(home, classes, size, 1, channels)
     return load_images(home, classes, size, channels)
@@ -228,7 +228,7 @@ def _build_hospital(federation: Federation, index: int, part: Scan, folder: Path
         allowed_image_sizes=(config.image.size,),
     )
     home = create_home(folder, SiteConfig(data="data", gradients=config.performance.gradients), policy)
-    refused = import_images(home, classes, size, 1, channels)
+    refused = import_images(home, classes, size, 1, channels).refused
     usable = load_images(home, classes, size, channels)
     declared = declared_patients(usable.number_of_patients)
     policies.save(home.policy, policy.model_copy(update={"declared_patients": declared}))

@@ -36,9 +36,9 @@ def doctor(
     patients are shown for this site's eyes: send them to nobody.
 
     Exits 0 when nothing fails, else with the code of the first failure: 3 a setting, the socket's path, Flower's
-    release or the extra CA; 4 the images; 5 policy or budget; 7 files, permissions, disk, ledger or journal; 8 network,
-    proxy, server or clock; 9 Flower is missing; 10 a file or the agent is of another release; 11 keys, certificates or
-    enrolment. WARN fails nothing.
+    release or the extra CA; 4, 13 the images; 5 policy or budget; 7 files, permissions, disk, ledger or journal; 8
+    network, proxy, server or clock; 9 Flower is missing; 10 a file or the agent is of another release; 11 keys,
+    certificates or enrolment. WARN fails nothing.
     """
     opened = Home(home.absolute())
     if json_file is not None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from client import policy as policies
 from client.doctor.findings import Finding, failed, passed, warned
-from client.home import Home, head_copy, read_site_config, require_books
-from client.intake import Reason, read_form, scan
+from client.home import Home, head_copy, imported_forms, read_site_config, require_books
+from client.home import check_imported as look_at_imported
+from client.intake import Reason, scan
 from client.intake.refusals import describe
 from client.joining import has_joined, load_pinned, public_node_key, read_node_key
 from client.ledger import read_ledger
@@ -94,16 +95,15 @@ def check_data(home: Home, rules: Policy) -> Finding:
 
 def check_imported(home: Home) -> Finding:
     """Check that training sets are imported, whole, and their owner's alone."""
-    paths = sorted(home.folder.glob("dataset-*.safetensors"))
-    if not paths:
+    forms = imported_forms(home)
+    if not forms:
         fix = f"Once the coordinator tells the classes: fedmedgan-site import {home.folder} --classes A,B --size 32"
         return warned("imported", "no training set.", fix)
-    forms = [read_form(path) for path in paths]
-    if damaged := [path.name for path, form in zip(paths, forms, strict=True) if form is None]:
-        return failed("imported", f"damaged: {', '.join(damaged)}.", "Delete and import again.", ExitCode.STORAGE)
+    look_at_imported(home)
+    paths = sorted(home.folder.glob("vault-*/*"))
     if open_ := [str(path) for path in paths if stat.S_IMODE(path.stat().st_mode) & 0o077]:
         return failed("imported", "others can read images.", f"Run: chmod 600 {' '.join(open_)}", ExitCode.STORAGE)
-    sets = (f"{form.size} px x {form.channels} ({', '.join(form.classes or ('?',))})" for form in forms if form)
+    sets = (f"{form.size} px x {form.channels} ({', '.join(form.classes)})" for form in forms)
     return passed("imported", "; ".join(sets))
 
 
@@ -177,4 +177,5 @@ def check_extra_ca(home: Home, now: datetime) -> Finding:
 
 def images_bytes(home: Home) -> int:
     """Return how many bytes the largest imported training set has."""
-    return max((path.stat().st_size for path in Path(home.folder).glob("dataset-*.safetensors")), default=0)
+    vaults = [sum(path.stat().st_size for path in one.iterdir()) for one in Path(home.folder).glob("vault-*")]
+    return max(vaults, default=0)

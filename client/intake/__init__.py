@@ -11,7 +11,7 @@ Two steps, between which a caller can stop, store, skip or choose:
   DICOM header, for checks at the site.
 - `found.refusals` names every file, member or row that is not used, with its reason; `found.refused` counts them.
   Records and refusals together account for every file.
-- `scan(..., known=earlier)` does not open files whose stamp is unchanged.
+- `scan(..., skip=known)` does not open DICOM files and archives that the caller knows, by path and stamp.
 - `decode_records` decodes in child processes, in order and within bounded memory; whatever is in a file costs that
   file's frames at most. `decode` reads one record in its own size, float32 levels in [0, 255], in this process.
 - `read` does the second step whole, to a `Dataset` in memory.
@@ -19,7 +19,7 @@ Two steps, between which a caller can stop, store, skip or choose:
 `IntakeRules` is the `[intake]` table of site.toml; `scan` and `decode_records` must be given the same.
 """
 
-from client.intake.dataset import Dataset, Form, load, read_form, save
+from client.intake.dataset import Dataset, Form, Pixels
 from client.intake.decode import decode_records, read
 from client.intake.headers import FACTS
 from client.intake.records import Record, Refusal, Scan
@@ -33,6 +33,7 @@ __all__ = [
     "Dataset",
     "Form",
     "IntakeRules",
+    "Pixels",
     "Reason",
     "Record",
     "Refusal",
@@ -40,9 +41,6 @@ __all__ = [
     "Scan",
     "decode",
     "decode_records",
-    "load",
     "read",
-    "read_form",
-    "save",
     "scan",
 ]

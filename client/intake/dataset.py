@@ -1,21 +1,31 @@
-"""The images a site trains on, in memory and in one file. Out of scope: where they come from."""
+"""The images a site trains on. Out of scope: where they come from, how they are stored (client/intake/vault)."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import final
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
-import safetensors.numpy
 from jaxtyping import Int64, UInt8
-from safetensors import SafetensorError, safe_open
 
 from common.config import IMAGE_CHANNELS
-from common.errors import IntakeError, StorageError
-from common.files import write_atomic
+from common.errors import IntakeError
 
-_NAMES = {"images", "labels", "patients"}
+
+@runtime_checkable
+class Pixels(Protocol):
+    """Images x channels x size x size of uint8: an array, or one that is decrypted where it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Images, channels, and the side twice."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def __getitem__(self, rows: Any, /) -> UInt8[np.ndarray, "..."]:
+        """Return some images, by a slice or an array of their numbers."""
+        ...
 
 
 @final
@@ -24,12 +34,12 @@ class Form:
     """What the images of a data set are, and none of its content.
 
     Attributes:
-        classes: Their names in the order of their numbers; None where the file was written before it said so.
+        classes: Their names in the order of their numbers.
         size: Side of an image in pixels.
         channels: 1 for grey, 3 for colour.
     """
 
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...]
     size: int
     channels: int
 
@@ -48,7 +58,7 @@ class Dataset:
         IntakeError: Types, shapes or numbers are not as above, or there is no image.
     """
 
-    images: UInt8[np.ndarray, "images channels size size"] = field(repr=False)
+    images: Pixels = field(repr=False)
     labels: Int64[np.ndarray, "images"] = field(repr=False)
     patients: Int64[np.ndarray, "images"] = field(repr=False)
 
@@ -67,58 +77,14 @@ class Dataset:
         return int(self.patients[-1]) + 1
 
 
-def save(dataset: Dataset, path: Path, classes: Sequence[str]) -> None:
-    """Write a data set to one file that only its owner can read.
-
-    Args:
-        dataset: What the intake read.
-        path: The file.
-        classes: Their names in the order of their numbers, for `read_form`.
-
-    Raises:
-        StorageError: The file cannot be written; an old one stays whole.
-    """
-    arrays = {name: np.ascontiguousarray(getattr(dataset, name)) for name in sorted(_NAMES)}
-    write_atomic(path, safetensors.numpy.save(arrays, {"classes": json.dumps(list(classes))}), mode=0o600)
-
-
-def read_form(path: Path) -> Form | None:
-    """Read what the images of a file are, without them; None where it is damaged or gone."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            named = (file.metadata() or {}).get("classes")
-            _, channels, size, _ = file.get_slice("images").get_shape()
-        classes = None if named is None else tuple(map(str, json.loads(named)))
-        return Form(classes, size, channels) if channels in IMAGE_CHANNELS else None
-    except (SafetensorError, OSError, ValueError, TypeError):
-        return None
-
-
-def load(path: Path) -> Dataset:
-    """Read a data set that `save` wrote, strictly.
-
-    Raises:
-        StorageError: The file cannot be read or is not of this form.
-        IntakeError: The arrays in it do not make a data set.
-    """
-    try:
-        arrays = safetensors.numpy.load(path.read_bytes())
-    except OSError as error:
-        raise StorageError(f"Could not read {path.name}: {error.strerror}. Run the intake again.") from error
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        # The last four: tensors of a type that NumPy does not have.
-        raise StorageError(f"{path.name} is damaged or not a data set. Delete it and run the intake again.") from error
-    if set(arrays) != _NAMES:
-        raise StorageError(f"{path.name} is not a data set: it holds other arrays. Run the intake again.")
-    return Dataset(**arrays)
-
-
 def _check_form(dataset: Dataset) -> None:
     images, labels, patients = dataset.images, dataset.labels, dataset.patients
-    if (images.dtype, labels.dtype, patients.dtype) != (np.uint8, np.int64, np.int64):
+    kind = images.dtype if isinstance(images, np.ndarray) else np.dtype(np.uint8)
+    if (kind, labels.dtype, patients.dtype) != (np.uint8, np.int64, np.int64):
         raise IntakeError("Expected images of uint8, labels and patients of int64. Run the intake again.")
-    square = images.ndim == 4 and images.shape[1] in IMAGE_CHANNELS and images.shape[2] == images.shape[3]
-    if not square or labels.shape != images.shape[:1] or patients.shape != images.shape[:1] or images.size == 0:
+    shape = images.shape
+    square = len(shape) == 4 and shape[1] in IMAGE_CHANNELS and shape[2] == shape[3]
+    if not square or labels.shape != shape[:1] or patients.shape != shape[:1] or 0 in shape:
         raise IntakeError(
             "Expected images x 1 or 3 channels x size x size with one label and one patient each, and at least one."
         )

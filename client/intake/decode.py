@@ -84,10 +84,10 @@ def decode_records(
     waiting: deque[Record] = deque()
 
     def jobs() -> Iterator[Job]:
-        for (path, member), group in groupby(records, key=attrgetter("path", "member")):
+        for (path, member, blank), group in groupby(records, key=attrgetter("path", "member", "blank")):
             same = list(group)
             waiting.extend(same)
-            yield Job(path, member, tuple(record.frame for record in same))
+            yield Job(path, member, tuple(record.frame for record in same), blank)
 
     with DecoderPool(Form(size, channels, rules or IntakeRules())) as pool:
         for square in pool.squares(jobs()):

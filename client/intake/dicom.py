@@ -22,10 +22,9 @@ from pydicom.uid import (
     JPEGExtended12Bit,
     JPEGLSTransferSyntaxes,
     RLELossless,
-    UID_dictionary,
 )
 
-from client.intake.headers import DAMAGED, parse
+from client.intake.headers import DAMAGED, parse, syntax_name
 from client.intake.pixels import Levels
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -209,7 +208,7 @@ def _plugin(dataset: Dataset) -> str:
     """
     syntax: UID = dataset.file_meta.TransferSyntaxUID
     # Only a registered name may be shown: a private UID is text of the file.
-    name = syntax.name if syntax in UID_dictionary else "an unregistered transfer syntax"
+    name = syntax_name(syntax)
     try:
         decoder = get_decoder(syntax)
     except (NotImplementedError, ValueError) as error:  # ValueError: not the UID of a transfer syntax

@@ -1,14 +1,14 @@
 """Where DICOM files stand: a folder tree, zip archives in it or alone, or what a DICOMDIR names. Headers only.
 
 A tree is walked whole, whatever a DICOMDIR in it says; files that this one names and that are not there are counted.
-Labels come from a tag, or from `labels.csv` beside the files: `file` is relative to the folder, of a member of an
+Labels come from tags, or from `labels.csv` beside the files: `file` is relative to the folder, of a member of an
 archive `ARCHIVE.zip/MEMBER`.
 """
 
 import io
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import final
 
@@ -17,7 +17,8 @@ from pydicom.datadict import tag_for_keyword
 from client.intake.archives import Archive
 from client.intake.directory import named_files
 from client.intake.headers import Header, read_header
-from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, Stamp, scan_of, stamp_of
+from client.intake.labels import LabelRules, read_label_rules
+from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, Skip, Stamp, scan_of, stamp_of
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
 from client.intake.table import Row, read_table
@@ -32,24 +33,27 @@ Found = Record | Refusal
 @final
 @dataclass(frozen=True)
 class _Search:
-    """What one scan looks for. `known` holds what an earlier scan found in each file."""
+    """What one scan looks for; `beside` is what the table says of each file, of all its members together."""
 
     rules: IntakeRules
     label: LabelSource
-    keyword: str
+    by_rule: LabelRules | None
+    keywords: tuple[str, ...]
     table: Mapping[str, Row] = field(repr=False)
     column: str
-    known: Mapping[Path, list[Found]] = field(repr=False)
+    beside: Mapping[str, str] = field(repr=False)
+    skip: Skip | None
+    skipped: list[Path] = field(repr=False)
 
 
-def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, known: Scan | None = None) -> Scan:
+def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
     """List the images of all DICOM files below a folder, from their headers.
 
     Raises:
         IntakeError: `labels.csv` is needed and missing, or cannot be read.
         ConfigError: The label's tag is not a DICOM keyword.
     """
-    search = _search(folder, label, rules, known)
+    search = _search(folder, label, rules, skip)
     found: list[Found] = []
     for path in _walk(folder):
         if isinstance(path, Refusal):
@@ -59,25 +63,26 @@ def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, known: Sca
         found += items
         if any(isinstance(item, Refusal) and item.reason == Reason.INDEX for item in items):
             found += [item for item in _missing(path, rules) if item.reason == Reason.MISSING]
-    return _as_scan(found)
+    return _as_scan(found, search)
 
 
-def scan_file(path: Path, label: LabelSource, rules: IntakeRules, known: Scan | None = None) -> Scan:
+def scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
     """List the images of one file: a zip archive, or a DICOM file.
 
     Raises:
         IntakeError, ConfigError: As in `scan_folder`.
     """
-    return _as_scan(list(_in_file(path, path.parent, _search(path.parent, label, rules, known))))
+    search = _search(path.parent, label, rules, skip)
+    return _as_scan(list(_in_file(path, path.parent, search)), search)
 
 
-def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, known: Scan | None = None) -> Scan:
+def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
     """List the images of the files that a DICOMDIR names.
 
     Raises:
         IntakeError, ConfigError: As in `scan_folder`; also where the DICOMDIR itself cannot be read.
     """
-    search = _search(path.parent, label, rules, known)
+    search = _search(path.parent, label, rules, skip)
     found: list[Found] = []
     try:
         for named in named_files(path, rules):
@@ -87,35 +92,43 @@ def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, known: Sc
                 found += _in_file(named, path.parent, search)
     except Refused as refusal:
         raise IntakeError(f"The DICOMDIR cannot be read: {refusal}. Give the folder instead.") from refusal
-    return _as_scan(found)
+    return _as_scan(found, search)
 
 
-def _search(folder: Path, label: LabelSource, rules: IntakeRules, known: Scan | None) -> _Search:
+def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:
     table, column = _labels_file(folder, label)
-    keyword = label.name if label.kind == "tag" else AUTO_TAG
-    if tag_for_keyword(keyword) is None:
-        raise ConfigError(f"Expected a DICOM keyword such as {AUTO_TAG} in --label tag:KEYWORD, got {keyword!r}.")
-    earlier: dict[Path, list[Found]] = {}
-    for item in (*known.records, *known.refusals) if known else ():
-        earlier.setdefault(item.path, []).append(item)
-    return _Search(rules, label, keyword, table, column, earlier)
+    by_rule = read_label_rules(Path(label.name)) if label.kind == "rules" else None
+    keywords = by_rule.tags() if by_rule else (label.name if label.kind == "tag" else AUTO_TAG,)
+    for keyword in keywords:
+        if tag_for_keyword(keyword) is None:
+            raise ConfigError(f"Expected DICOM keywords such as {AUTO_TAG} to read labels from, got {keyword!r}.")
+    return _Search(rules, label, by_rule, keywords, table, column, _beside(table, column), skip, [])
+
+
+def _beside(table: Mapping[str, Row], column: str) -> Mapping[str, str]:
+    """Return what the table says of each file; of an archive, of all its members in turn."""
+    texts: dict[str, list[str]] = {}
+    for place, row in table.items() if column else ():
+        end = place.lower().find(".zip/")
+        texts.setdefault(place if end < 0 else place[: end + 4], []).append(f"{place}={row.get(column, '')}")
+    return {place: "\n".join(lines) for place, lines in texts.items()}
 
 
 def _in_file(path: Path, folder: Path, search: _Search) -> Iterator[Found]:
-    """Yield what a file holds; an unchanged file that is known is not opened."""
+    """Yield what a file holds; one that the caller knows is not opened."""
     stamp = stamp_of(path)
     place = path.relative_to(folder).as_posix()
-    earlier = search.known.get(path, [])
-    if earlier and all(item.stamp == stamp for item in earlier):
-        yield from (_relabelled(item, place, search) for item in earlier)
+    if search.skip is not None and search.skip(path, stamp, search.beside.get(place, "")):
+        search.skipped.append(path)
     elif path.suffix.lower() == ".zip":
         yield from _in_archive(path, place, stamp, search)
     else:
         try:
             with path.open("rb") as handle:
-                header = read_header(handle, stamp[0], search.keyword, search.rules)
+                header = read_header(handle, stamp[0], search.keywords, search.rules)
         except (Refused, OSError) as error:
-            yield Refusal(path, None, error.reason if isinstance(error, Refused) else Reason.MISSING, stamp)
+            reason = error.reason if isinstance(error, Refused) else Reason.MISSING
+            yield Refusal(path, None, reason, stamp, search.beside.get(place, ""))
         else:
             yield from _records(path, None, stamp, header, place, search)
 
@@ -124,7 +137,7 @@ def _in_archive(path: Path, place: str, stamp: Stamp, search: _Search) -> Iterat
     try:
         archive = Archive(path)
     except Refused as refusal:
-        yield Refusal(path, None, refusal.reason, stamp)
+        yield Refusal(path, None, refusal.reason, stamp, search.beside.get(place, ""))
         return
     with archive:
         for name, unique in archive.members():
@@ -132,9 +145,9 @@ def _in_archive(path: Path, place: str, stamp: Stamp, search: _Search) -> Iterat
                 if not unique:  # another member has this name and would be read in its place
                     raise Refused(Reason.ARCHIVE)
                 data = archive.read(name, search.rules)
-                header = read_header(io.BytesIO(data), len(data), search.keyword, search.rules)
+                header = read_header(io.BytesIO(data), len(data), search.keywords, search.rules)
             except Refused as refusal:
-                yield Refusal(path, name, refusal.reason, stamp)
+                yield Refusal(path, name, refusal.reason, stamp, search.beside.get(place, ""))
             else:
                 yield from _records(path, name, stamp, header, f"{place}/{name}", search)
 
@@ -142,26 +155,23 @@ def _in_archive(path: Path, place: str, stamp: Stamp, search: _Search) -> Iterat
 def _records(
     path: Path, member: str | None, stamp: Stamp, header: Header, place: str, search: _Search
 ) -> Iterator[Record]:
-    label, site = _label(header.label, place, search)
+    label, site = _label(header.values, place, search)
+    beside = search.beside.get(place if member is None else place.removesuffix(f"/{member}"), "")
     frames = (None,) if header.frames is None else search.rules.chosen(header.frames)
     for frame in frames:
-        yield Record(path, frame, header.patient, label, site, member, stamp, header.facts)
+        yield Record(path, frame, header.patient, label, site, member, stamp, header.facts, beside)
 
 
-def _label(stated: str | None, place: str, search: _Search) -> tuple[str | None, str | None]:
-    """Return the label and the site of a file, of which the header states a label."""
+def _label(values: Mapping[str, str], place: str, search: _Search) -> tuple[str | None, str | None]:
+    """Return the label and the site of a file, of whose header the values of the tags are given."""
     row = search.table.get(place, {})
-    text = ALL if search.label.kind == "none" else row.get(search.column) if search.column else stated
+    if search.label.kind == "none":
+        text = ALL
+    elif search.by_rule is not None:
+        text = search.by_rule.class_of(values)
+    else:
+        text = row.get(search.column) if search.column else values[search.keywords[0]]
     return text or None, row.get("site") or None
-
-
-def _relabelled(item: Found, place: str, search: _Search) -> Found:
-    """Take label and site of a known record from the table as it is now; a header has not changed."""
-    if isinstance(item, Refusal):
-        return item
-    name = place if item.member is None else f"{place}/{item.member}"
-    label, site = _label(item.label, name, search)
-    return replace(item, label=label, site=site)
 
 
 def _walk(folder: Path) -> Iterator[Path | Refusal]:
@@ -192,10 +202,9 @@ def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:
         return
 
 
-def _as_scan(found: list[Found]) -> Scan:
-    return scan_of(
-        (item for item in found if isinstance(item, Record)), (item for item in found if isinstance(item, Refusal))
-    )
+def _as_scan(found: list[Found], search: _Search) -> Scan:
+    records = [item for item in found if isinstance(item, Record)]
+    return scan_of(records, (item for item in found if isinstance(item, Refusal)), search.skipped)
 
 
 def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], str]:

@@ -10,7 +10,7 @@ Source: DICOM PS3.10 7.1 (preamble and file meta), PS3.3 C.7.6.6 (multi-frame). 
 import io
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, final
@@ -24,6 +24,7 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
     RTDoseStorage,
     SegmentationStorage,
+    UID_dictionary,
 )
 
 from client.intake.pixels import check_size
@@ -83,13 +84,13 @@ class Header:
 
     Attributes:
         patient: (issuer, id).
-        label: The value of the label's tag.
+        values: Of the tags that labels are read from, by keyword.
         frames: Number of frames; None where the file does not say, so that it is one.
         facts: See `FACTS`.
     """
 
     patient: tuple[str, str] = field(repr=False)
-    label: str = field(repr=False)
+    values: Mapping[str, str] = field(repr=False)
     frames: int | None = field(repr=False)
     facts: Mapping[str, str] = field(repr=False)
 
@@ -103,13 +104,13 @@ def is_dicom(path: Path) -> bool:
         return handle.read(132)[128:] == b"DICM"
 
 
-def read_header(source: BinaryIO, size: int, keyword: str, rules: IntakeRules) -> Header:
+def read_header(source: BinaryIO, size: int, keywords: Sequence[str], rules: IntakeRules) -> Header:
     """Read a header for the scan.
 
     Args:
         source: The file, or a member of an archive in memory.
         size: Its bytes.
-        keyword: The tag that holds the label.
+        keywords: The tags that labels are read from.
         rules: The limits.
 
     Raises:
@@ -117,17 +118,17 @@ def read_header(source: BinaryIO, size: int, keyword: str, rules: IntakeRules) -
     """
     try:
         check_file(source, size, rules)
-        header = dcmread(source, stop_before_pixels=True, specific_tags=[*_FORM, *FACTS, keyword])
+        header = dcmread(source, stop_before_pixels=True, specific_tags=[*_FORM, *FACTS, *keywords])
         frames = check_header(header, rules)
         patient = (as_text(header.get("IssuerOfPatientID")), as_text(header.get("PatientID")))
-        label = as_text(header.get(keyword))
+        values = {keyword: as_text(header.get(keyword)) for keyword in keywords}
         facts = {name: text for name in FACTS if (text := as_text(header.get(name)))}
         facts["TransferSyntaxUID"] = str(header.file_meta.TransferSyntaxUID)
     except DAMAGED as error:
         raise Refused(Reason.HEADER) from error
     if not patient[1]:
         raise Refused(Reason.NO_PATIENT)
-    return Header(patient, label, frames, facts)
+    return Header(patient, values, frames, facts)
 
 
 def check_file(source: BinaryIO, size: int, rules: IntakeRules) -> None:
@@ -205,6 +206,11 @@ def parse(data: bytes, rules: IntakeRules) -> Dataset:
     dataset = dcmread(source)
     check_header(dataset, rules)
     return dataset
+
+
+def syntax_name(uid: str) -> str:
+    """Return a transfer syntax's registered name; a private UID is text of the file, so it is not shown."""
+    return UID(uid).name if uid in UID_dictionary else "an unregistered transfer syntax"
 
 
 def as_text(value: Any) -> str:

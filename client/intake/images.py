@@ -5,6 +5,7 @@ index has the columns `file`, `patient` (or `patient_id`), `label` and, if wante
 not count. Files are named relative to the folder. A file of the folder may be a symbolic link, a folder in it not.
 """
 
+import json
 import struct
 import zlib
 from pathlib import Path, PurePosixPath
@@ -54,6 +55,11 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
     records: list[Record] = []
     refusals: list[Refusal] = []
     root = folder.resolve()
+    lines: dict[str, list[str]] = {}
+    for row in table.rows:
+        said = json.dumps([row.get("issuer", ""), row[patient], row[name] if name else ALL])
+        lines.setdefault(row[file], []).append(said)
+    beside = {name: "\n".join(said) for name, said in lines.items()}
     for row in table.rows:
         path = root
         try:
@@ -62,12 +68,13 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
                 raise Refused(Reason.NO_PATIENT)
             frames = rules.chosen(Volume(path, rules).slices) if is_volume(path) else (None,)
         except Refused as refusal:
-            refusals.append(Refusal(path, None, refusal.reason))
+            refusals.append(Refusal(path, None, refusal.reason, stamp_of(path), beside[row[file]]))
             continue
         text, patients = row[name] if name else ALL, (row.get("issuer", ""), row[patient])
         for frame in frames:
             site = row.get("site") or None
-            records.append(Record(path, frame, patients, text or None, site, stamp=stamp_of(path)))
+            stamp = stamp_of(path)
+            records.append(Record(path, frame, patients, text or None, site, stamp=stamp, beside=beside[row[file]]))
     return scan_of(records, refusals)
 
 

@@ -1,7 +1,7 @@
 """What a scan finds, before any pixel is decoded. Out of scope: how each kind of source is read."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, final
@@ -14,6 +14,12 @@ ALL = "all"
 
 Stamp = tuple[int, int]
 """Size in bytes and time of change in ns of a file, as the file system says: another one means that it changed."""
+
+Skip = Callable[[Path, Stamp, str], bool]
+"""Whether a file of this stamp, of which a table beside says this, is known already and need not be opened."""
+
+Region = tuple[int, int, int, int]
+"""A part of an image that is made black: left, top, width and height in its own pixels."""
 
 
 @final
@@ -32,6 +38,8 @@ class Record:
         member: Its name within the archive `path`; None where that is no archive.
         stamp: Size and time of change of `path` when it was scanned.
         header: Of DICOM, the values of `client.intake.headers.FACTS` that are there, by keyword. Patients' data.
+        beside: What a table beside the files (index.csv, labels.csv) says of the file; "" where there is none.
+        blank: Parts that are made black before anything else is done with the image.
     """
 
     path: Path = field(repr=False)
@@ -42,6 +50,8 @@ class Record:
     member: str | None = field(default=None, repr=False)
     stamp: Stamp = field(default=(0, 0), repr=False)
     header: Mapping[str, str] = field(default_factory=dict[str, str], repr=False, compare=False)
+    beside: str = field(default="", repr=False)
+    blank: tuple[Region, ...] = field(default=(), repr=False)
 
 
 @final
@@ -53,6 +63,7 @@ class Refusal:
     member: str | None = field(repr=False)
     reason: str
     stamp: Stamp = field(default=(0, 0), repr=False)
+    beside: str = field(default="", repr=False)
 
 
 @final
@@ -64,17 +75,19 @@ class Scan:
         records: The images in a fixed order.
         refused: Counts by reason.
         refusals: The same one by one, where the source is a folder or an archive; not kept by parts of a scan.
+        skipped: Files that the caller knew and that were not opened.
     """
 
     records: tuple[Record, ...] = field(repr=False)
     refused: Mapping[str, int] = field(repr=False)
     refusals: tuple[Refusal, ...] = field(default=(), repr=False)
+    skipped: tuple[Path, ...] = field(default=(), repr=False)
 
 
-def scan_of(records: Iterable[Record], refusals: Iterable[Refusal]) -> Scan:
+def scan_of(records: Iterable[Record], refusals: Iterable[Refusal], skipped: Iterable[Path] = ()) -> Scan:
     """Return a scan that counts its refusals."""
     kept = tuple(refusals)
-    return Scan(tuple(records), dict(Counter(refusal.reason for refusal in kept)), kept)
+    return Scan(tuple(records), dict(Counter(refusal.reason for refusal in kept)), kept, tuple(skipped))
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -89,9 +102,9 @@ def stamp_of(path: Path) -> Stamp:
 @final
 @dataclass(frozen=True)
 class LabelSource:
-    """Where labels are: `auto`, `none`, a DICOM keyword (`tag`), a CSV column or NPZ array (`column`)."""
+    """Where labels are: `auto`, `none`, a DICOM keyword (`tag`), a CSV column or NPZ array, a file of rules."""
 
-    kind: Literal["auto", "none", "tag", "column"]
+    kind: Literal["auto", "none", "tag", "column", "rules"]
     name: str = ""
 
 
@@ -99,7 +112,7 @@ def parse_label(text: str) -> LabelSource:
     """Read the value of `--label`.
 
     Raises:
-        ConfigError: It has none of the four forms.
+        ConfigError: It has none of the five forms.
 
     >>> parse_label("column:finding").name
     'finding'
@@ -107,9 +120,10 @@ def parse_label(text: str) -> LabelSource:
     kind, _, name = text.partition(":")
     if text in ("auto", "none"):
         return LabelSource("auto" if text == "auto" else "none")
-    if kind in ("tag", "column") and name.strip():
-        return LabelSource("tag" if kind == "tag" else "column", name.strip())
-    raise ConfigError(f"Expected --label auto, none, tag:KEYWORD or column:NAME, got {text!r}.")
+    for known in ("tag", "column", "rules"):
+        if kind == known and name.strip():
+            return LabelSource(known, name.strip())
+    raise ConfigError(f"Expected --label auto, none, tag:KEYWORD, column:NAME or rules:FILE, got {text!r}.")
 
 
 def refuse_tag(label: LabelSource) -> None:
@@ -118,5 +132,7 @@ def refuse_tag(label: LabelSource) -> None:
     Raises:
         ConfigError: The labels are asked of a tag.
     """
-    if label.kind == "tag":
-        raise ConfigError(f"--label tag:{label.name} reads DICOM, and this source is not DICOM. Use column:NAME.")
+    if label.kind in ("tag", "rules"):
+        raise ConfigError(
+            f"--label {label.kind}:{label.name} reads DICOM, and this source is not DICOM. Use column:NAME."
+        )

@@ -39,6 +39,45 @@ class Reason(StrEnum):
     TOO_SLOW = "decoding took longer than the limit"
     NOT_FINITE = "pixel values not finite"
     OUT_OF_RANGE = "pixel values out of range"
+    BURNED_IN = "text burned in, says the header"
+    SECONDARY_CAPTURE = "secondary capture or screen save"
+    ULTRASOUND = "ultrasound"
+    DUPLICATE = "the same image as another"
+
+
+_AFTER_READING = (
+    Reason.NO_LABEL,
+    Reason.OTHER_LABEL,
+    Reason.NO_DECODER,
+    Reason.PIXELS,
+    Reason.DIED,
+    Reason.TOO_SLOW,
+    Reason.NOT_FINITE,
+    Reason.OUT_OF_RANGE,
+    Reason.BURNED_IN,
+    Reason.SECONDARY_CAPTURE,
+    Reason.ULTRASOUND,
+    Reason.DUPLICATE,
+)
+_NOT_THE_FILES_OWN = (
+    Reason.FOLDER,
+    Reason.MISSING,
+    Reason.INDEX,
+    Reason.NO_DECODER,
+    Reason.DIED,
+    Reason.TOO_SLOW,
+    Reason.DUPLICATE,
+)
+
+
+def was_read(reason: str) -> bool:
+    """Return whether a refusal came after a header, or a row of an index, was read whole."""
+    return reason.startswith(_AFTER_READING)
+
+
+def may_pass(reason: str) -> bool:
+    """Return whether an unchanged file may be used another time: with a decoder, more time, or without its twin."""
+    return reason.startswith(_NOT_THE_FILES_OWN)
 
 
 @final

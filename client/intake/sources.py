@@ -11,66 +11,78 @@ from client.intake.directory import is_directory
 from client.intake.folders import LABELS_FILE, scan_directory, scan_file, scan_folder
 from client.intake.headers import is_dicom
 from client.intake.images import scan_index
-from client.intake.records import LabelSource, Scan, parse_label
+from client.intake.records import LabelSource, Scan, Skip, parse_label
 from client.intake.refusals import Reason, describe, quiet
 from client.intake.rules import IntakeRules
-from common.errors import IntakeError
+from common.errors import IntakeError, UnreadableSource
 
 
-def scan(path: Path, label: str = "auto", rules: IntakeRules | None = None, known: Scan | None = None) -> Scan:
+def scan(path: Path, label: str = "auto", rules: IntakeRules | None = None, skip: Skip | None = None) -> Scan:
     """List the images of a source from headers and indexes; no pixel is decoded.
 
     Args:
         path: A file or folder as above.
-        label: `auto`, `none`, `tag:KEYWORD` (DICOM) or `column:NAME` (CSV column or NPZ array).
+        label: `auto`, `none`, `tag:KEYWORD` (DICOM) or `column:NAME` (CSV column or NPZ array),
+            `rules:FILE` (client/intake/labels).
         rules: Which frames are read, and the limits.
-        known: An earlier scan of this source with the same label and rules. DICOM files and archives whose stamp is
-            the same are not opened again: what it says of them holds.
+        skip: Asked for each DICOM file and archive; one that the caller knows already is not opened.
 
     Returns:
         The images in a fixed order, and the count of refused files by reason.
 
     Raises:
+        UnreadableSource: It is not there or cannot be read.
         IntakeError: Nothing there is usable, or patients or labels are missing altogether.
         ConfigError: `label` is none of the forms or does not fit the source.
 
     Guarantees:
         - one_bad_file_stops_nothing: A file that cannot be used is counted with its reason, and the rest is read.
         - deterministic_order: The same folder gives the same records in the same order.
-        - known_files_are_not_opened: With `known`, files of an unchanged stamp give the same without being read.
+        - known_files_are_not_opened: A file that `skip` knows is neither opened nor refused, but named in `skipped`.
     """
-    source, rules = parse_label(label), rules or IntakeRules()
-    if not path.exists():
-        raise IntakeError(f"{path} does not exist. Check the path of the images.")
-    with quiet():
-        found = (_scan_file if path.is_file() else _scan_folder)(path, source, rules, known)
-    _check(found)
+    found = find(path, label, rules, skip)
+    require_usable(found)
     return found
 
 
-def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, known: Scan | None) -> Scan:
+def find(path: Path, label: str, rules: IntakeRules | None = None, skip: Skip | None = None) -> Scan:
+    """Do the same without asking whether anything is usable.
+
+    Raises:
+        UnreadableSource, IntakeError, ConfigError: The source cannot be listed at all.
+    """
+    source, rules = parse_label(label), rules or IntakeRules()
+    if not path.exists():
+        raise UnreadableSource(f"{path} does not exist. Check the path of the images, and that its disk is mounted.")
+    with quiet():
+        return (_scan_file if path.is_file() else _scan_folder)(path, source, rules, skip)
+
+
+def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return scan_arrays(path, label)
     try:
         dicom = is_dicom(path)
     except OSError as error:
-        raise IntakeError(f"The file of the images cannot be read: {error.strerror}. Mend its permissions.") from error
+        raise UnreadableSource(
+            f"The file of the images cannot be read: {error.strerror}. Mend its permissions."
+        ) from error
     if dicom and is_directory(path):
-        return scan_directory(path, label, rules, known)
+        return scan_directory(path, label, rules, skip)
     if dicom or suffix == ".zip":
-        return scan_file(path, label, rules, known)
+        return scan_file(path, label, rules, skip)
     raise IntakeError(
         f"Expected an NPZ file or a folder, a zip archive, a DICOMDIR or a DICOM file, got a file of type {suffix!r}. "
         "Give its folder."
     )
 
 
-def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, known: Scan | None) -> Scan:
+def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
-        raise IntakeError(
+        raise UnreadableSource(
             f"The folder of the images cannot be read: {error.strerror}. Mend its permissions."
         ) from error
     if not names:
@@ -83,10 +95,17 @@ def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, known: Sc
     arrays = [name for name in names if name.lower().endswith(".npz")]
     if len(arrays) == 1:
         return scan_arrays(folder / arrays[0], label)
-    return scan_folder(folder, label, rules, known)
+    return scan_folder(folder, label, rules, skip)
 
 
-def _check(found: Scan) -> None:
+def require_usable(found: Scan) -> None:
+    """Refuse a source of which no image can be used at all, by its headers.
+
+    Raises:
+        IntakeError: No record, no patient, or no label.
+    """
+    if found.skipped:
+        return
     if not found.records and Reason.NO_PATIENT in found.refused:
         raise IntakeError(
             f"No image names its patient ({describe(found.refused)}). Privacy is promised to each patient as a whole: "

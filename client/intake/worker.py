@@ -22,7 +22,7 @@ from client.intake import arrays, images
 from client.intake.archives import Archive
 from client.intake.dicom import DicomImage
 from client.intake.pixels import Levels, Square, fit
-from client.intake.records import Record
+from client.intake.records import Record, Region
 from client.intake.refusals import Reason, Refused, quiet
 from client.intake.rules import IntakeRules
 from client.intake.volumes import Volume, is_volume
@@ -42,6 +42,7 @@ class Job:
     path: Path = field(repr=False)
     member: str | None = field(repr=False)
     frames: tuple[int | None, ...] = field(repr=False)
+    blank: tuple[Region, ...] = field(default=(), repr=False)
 
     def frames_a_reply(self) -> int:
         """Return how many frames are answered together: rows of an NPZ are small and need no decoder."""
@@ -99,17 +100,26 @@ class Source:
             return arrays.levels_of(self._opened[frame])
         return self._opened.levels(frame or 0)
 
-    def square(self, frame: int | None, form: Form) -> Square:
-        """Decode and resize a frame.
+    def square(self, frame: int | None, form: Form, blank: tuple[Region, ...] = ()) -> Square:
+        """Decode a frame, make parts of it black, and resize it.
 
         Raises:
             Refused: It cannot be used.
         """
-        if isinstance(self._opened, np.ndarray) and form.channels == 1:
+        if isinstance(self._opened, np.ndarray) and form.channels == 1 and not blank:
             image = self._opened[frame]
             if image.dtype == np.uint8 and image.shape == (form.size, form.size):
                 return image[None]
-        return fit(self.levels(frame), form.size, form.channels)
+        return fit(blanked(self.levels(frame), blank), form.size, form.channels)
+
+
+def blanked(levels: Levels, regions: tuple[Region, ...]) -> Levels:
+    """Make parts of an image black; what lies outside of it is left out."""
+    if regions:
+        levels = levels.copy()
+    for left, top, width, height in regions:
+        levels[top : top + height, left : left + width] = 0
+    return levels
 
 
 def is_npz(path: Path) -> bool:
@@ -129,7 +139,7 @@ def decode(record: Record, rules: IntakeRules) -> Levels:
 
 def pack_job(job: Job, form: Form) -> bytes:
     """Return a job as JSON."""
-    what = {"path": str(job.path), "member": job.member, "frames": job.frames}
+    what = {"path": str(job.path), "member": job.member, "frames": job.frames, "blank": job.blank}
     return json.dumps([what, form.size, form.channels, form.rules.model_dump_json()]).encode()
 
 
@@ -148,7 +158,7 @@ def serve(connection: Connection) -> None:
             except EOFError:
                 return
             what, size, channels, rules = json.loads(request)
-            job = Job(Path(what["path"]), what["member"], tuple(what["frames"]))
+            job = Job(Path(what["path"]), what["member"], tuple(what["frames"]), tuple(map(tuple, what["blank"])))
             for reply in _replies(job, Form(size, channels, _rules(rules))):
                 connection.send_bytes(reply)
 
@@ -162,12 +172,12 @@ def _replies(job: Job, form: Form) -> Iterator[bytes]:
             yield _refusal(refusal) * len(job.frames[start : start + step])
         return
     for start in range(0, len(job.frames), step):
-        yield b"".join(_answer(source, frame, form) for frame in job.frames[start : start + step])
+        yield b"".join(_answer(source, frame, form, job.blank) for frame in job.frames[start : start + step])
 
 
-def _answer(source: Source, frame: int | None, form: Form) -> bytes:
+def _answer(source: Source, frame: int | None, form: Form, blank: tuple[Region, ...]) -> bytes:
     try:
-        return b"+" + source.square(frame, form).tobytes()
+        return b"+" + source.square(frame, form, blank).tobytes()
     except Refused as refusal:
         return _refusal(refusal)
     except OSError:

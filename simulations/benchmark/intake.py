@@ -29,6 +29,7 @@ from pydicom.uid import (
 
 from client.intake import decode_records, scan
 from client.intake.isolation import number_of_workers, stop_idle
+from simulations.benchmark import vault
 from simulations.benchmark.report import Result
 
 SIDE = 1024
@@ -50,8 +51,16 @@ def measure() -> Result:
         parts = [(syntax.name, folder / syntax) for syntax in FILES]
         rows += [_compare(title, part) for title, part in [("all together", folder), *parts]]
         few, many = _peak_bytes(folder, 1), _peak_bytes(folder, 4)
+        read = vault.read_rates(folder / "vault")
+        again = vault.seconds_of_imports(folder / "many")
     files = sum(FILES.values())
+    decoded = rows[0]["import_images_s"]
     ratios = {
+        "vault_read_over_decode": read.once / decoded,
+        "vault_read_without_cache_over_decode": read.without_cache / decoded,
+        "vault_read_images_s": read.once,
+        "import_of_10000_small_files_s": again.first,
+        "import_of_10000_unchanged_files_s": again.unchanged,
         "import_over_bare_loop": rows[0]["ratio"],
         "cpu_of_the_loop_over_import": rows[0]["loop_cpu_ms"] / rows[0]["import_cpu_ms"],
         "peak_memory_of_4_times_the_files_over_once": many / few,

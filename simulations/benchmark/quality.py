@@ -235,7 +235,7 @@ def _make_referee(federation: Federation, out: Path, effort: Effort) -> Referee:
     homes = [Home(out / "hospitals" / site_name(index)) for index in range(len(federation.sites))]
     image = config.image
     sites = [load_images(home, image.classes, image.size, image.channels) for home in homes]
-    images = pictures(np.concatenate([site.images for site in sites]))
+    images = pictures(np.concatenate([site.images[:] for site in sites]))
     labels = np.concatenate([site.labels for site in sites])
     return make_referee(images, labels, held_out, len(config.image.classes), effort)
 

@@ -89,9 +89,9 @@ def make_referee(
     rng = torch.Generator().manual_seed(FEATURE_SEED)
     classifier = train_classifier(images, torch.from_numpy(labels), classes, rng, effort.training)
     features = classifier[:-1]
-    reference = moments(apply(features, pictures(held_out.images)))
+    reference = moments(apply(features, pictures(held_out.images[:])))
     distance = frechet_distance(moments(apply(features, images)), reference)
-    real = Judgement(score(classifier, pictures(held_out.images), held_out.labels), distance)
+    real = Judgement(score(classifier, pictures(held_out.images[:]), held_out.labels), distance)
     return Referee(held_out, features, reference, real, effort)
 
 
@@ -108,7 +108,7 @@ def judge(referee: Referee, config: Config, generator: nn.Module) -> Judgement:
     labels = torch.arange(referee.effort.synthetic_images) % classes
     images = draw(generator, labels, config.model.latent_dim, rng)
     classifier = train_classifier(images, labels, classes, rng, referee.effort.training)
-    scores = score(classifier, pictures(referee.held_out.images), referee.held_out.labels)
+    scores = score(classifier, pictures(referee.held_out.images[:]), referee.held_out.labels)
     return Judgement(scores, _distance(referee, config, generator, rng))
 
 

@@ -67,7 +67,7 @@ def assert_refused(reply, code):
 
 
 def dataset_of(site, proposal):
-    return site.home.dataset(proposal.image.classes, proposal.image.size)
+    return site.home.vault(proposal.image.classes, proposal.image.size) / "pixels-00000"
 
 
 def test_what_a_warmup_carries(site, warmup):
@@ -165,7 +165,7 @@ def test_a_lens_that_does_not_decode_costs_nothing(site, how):
 
 
 def test_images_that_were_never_imported_cost_nothing(site, warmup, train, tiny_proposal):
-    dataset_of(site, tiny_proposal).unlink()
+    shutil.rmtree(dataset_of(site, tiny_proposal).parent)
     for request in (warmup, train):
         assert_refused(answer(site, request), RefusalCode.NO_DATA)
     assert (charged(site), released(site)) == (0, ())
@@ -214,11 +214,11 @@ def test_a_warm_up_in_colour(site, warmup, tiny_proposal):
 
 
 def test_a_set_of_another_form_under_the_right_name_is_not_used(site, warmup, tiny_proposal):
-    right = site.home.dataset(tiny_proposal.image.classes, 28, 3)
-    right.write_bytes(dataset_of(site, tiny_proposal).read_bytes())
+    right = site.home.vault(tiny_proposal.image.classes, 28, 3)
+    shutil.copytree(dataset_of(site, tiny_proposal).parent, right)
     reply = answer(site, changed(warmup, "image", channels=3))
     assert_refused(reply, RefusalCode.NO_DATA)
-    with pytest.raises(IntakeError, match="the file holds others"):
+    with pytest.raises(IntakeError, match="the vault holds others"):
         load_images(site.home, tiny_proposal.image.classes, 28, 3)
 
 
@@ -503,7 +503,7 @@ def test_a_reply_over_the_byte_bound_is_refused_before_it_is_charged(site, warmu
 def test_the_policy_is_asked_before_anything_is_computed_or_read(site, warmup, train, tiny_proposal):
     """What the policy refuses is refused for that reason, whatever else is wrong: no data, no weights, a plan that
     would take minutes or could not be made."""
-    dataset_of(site, tiny_proposal).unlink()
+    shutil.rmtree(dataset_of(site, tiny_proposal).parent)
     for request in (warmup, dataclasses.replace(train, arrays={})):
         endless = changed(changed(request, "train", steps_per_round=100_000), "federation", rounds=100_000)
         for refused in (endless, changed(request, "privacy", epsilon=8.1), changed(request, "model", name="dcgan")):

@@ -165,7 +165,7 @@ def test_an_unreadable_home_is_a_code(tiny_home, tiny_proposal, part):
     with served(site) as path:
         folder = {"ledger": tiny_home.ledger, "journal": tiny_home.journal, "replies": tiny_home.replies}
         if part == "images":
-            tiny_home.dataset(tiny_proposal.image.classes, 28).write_bytes(b"damaged")
+            (tiny_home.vault(tiny_proposal.image.classes, 28) / "manifest").write_bytes(b"damaged")
         else:
             folder[part].rename(tiny_home.folder / "away")
             folder[part].write_bytes(b"no folder")

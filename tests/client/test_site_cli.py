@@ -81,7 +81,7 @@ def test_import_in_colour(run, tiny_home, tiny_proposal):
     classes = tiny_proposal.image.classes
     assert run("import", tiny_home.folder, "--classes", ",".join(classes), "--size", 28, "--channels", 3)[0] == 0
     grey, colour = load_images(tiny_home, classes, 28), load_images(tiny_home, classes, 28, 3)
-    assert (colour.images == grey.images.repeat(3, axis=1)).all()
+    assert (colour.images[:] == grey.images[:].repeat(3, axis=1)).all()
     code, _, err = run("import", tiny_home.folder, "--classes", ",".join(classes), "--size", 28, "--channels", 2)
     assert (code, "channels=2" in err) == (ExitCode.CONFIG, True)
 

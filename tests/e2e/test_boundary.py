@@ -184,9 +184,9 @@ def flood(user: Sequence[str], socket: Path, proposal: Path) -> tuple[list[str],
 def private_files(home: Home, data: Path, credentials: Path, pid: int) -> list[Path]:
     """Return what the relay's user must not read: data, keys, policy, ledger, journal, replies, log, memory."""
     books = [*home.ledger.iterdir(), *home.journal.iterdir(), *home.replies.iterdir()]
-    images = [data, *home.folder.glob("dataset-*")]
+    images = [data, *home.folder.glob("vault-*/manifest"), home.folder / "keys" / "vault.json"]
     assert len(books) >= 7
-    assert len(images) == 2
+    assert len(images) == 3
     memory = [Path(f"/proc/{pid}/mem"), Path(f"/proc/{pid}/environ")]
     files = [home.key, home.node_key, home.policy, home.federation, home.log, credentials / "passphrase"]
     return [*images, *files, *books, *memory]

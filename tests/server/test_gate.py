@@ -1,6 +1,7 @@
 """The gate before a listener, driven as an ASGI server drives it."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -177,5 +178,6 @@ def test_refusals_are_logged(caplog: pytest.LogCaptureFixture) -> None:
             caller = Caller([b"abc"], path=path)
             await gate(caller.scope, caller.receive, caller.send)
 
+    caplog.set_level(logging.INFO, "fedmedgan.gate")  # whatever other tests left
     run(test, refuse)
     assert caplog.messages == ["refused 401 '/in' from 10.0.0.1", "refused 404 '/out' from 10.0.0.1"]

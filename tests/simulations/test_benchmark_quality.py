@@ -14,7 +14,7 @@ from torch import nn
 from client.intake import Dataset
 from common.command import run_command
 from common.config_text import build_config, read_config
-from common.errors import ConfigError, IntakeError, ResumeError
+from common.errors import ConfigError, IntakeError, ResumeError, UnreadableSource
 from server.app import Job
 from simulations.benchmark import quality
 from simulations.benchmark.__main__ import app
@@ -362,7 +362,7 @@ def test_missing_config_is_named() -> None:
 
 def test_missing_and_damaged_data_are_refused(tmp_path: Path) -> None:
     config = _config(tmp_path, PHANTOMS)
-    with pytest.raises(IntakeError, match="does not exist"):
+    with pytest.raises(UnreadableSource, match="does not exist"):
         measure(config, tmp_path / "absent.npz", effort=BRIEF)
     (tmp_path / "damaged.npz").write_bytes(b"not an archive")
     with pytest.raises(IntakeError, match="damaged"):

@@ -33,7 +33,7 @@ def _npz(path: Path, patients: int = 60, **changes: object) -> Path:
 
 def test_missing_path(capsys, tmp_path) -> None:
     code, text = _run(capsys, "--data", tmp_path / "none", *SMALL)
-    assert code == 4
+    assert code == 15
     assert "does not exist" in text
 
 

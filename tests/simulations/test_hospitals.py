@@ -41,7 +41,7 @@ def test_hospitals_and_the_held_out_hold_the_channels_that_are_asked(tmp_path: P
     sets = [load_images(home, config.image.classes, 28, channels) for home in homes]
     held_out = held_out_images(config, tmp_path / "run")
     assert held_out is not None
-    seen = np.concatenate([one.images for one in (*sets, held_out)])
+    seen = np.concatenate([one.images[:] for one in (*sets, held_out)])
     assert seen.shape == (60, channels, 28, 28)
     if channels == 3:
         wanted = {image.tobytes() for image in np.moveaxis(COLOURS, 3, 1)}
@@ -75,6 +75,6 @@ def test_phantoms_in_colour_have_three_equal_channels(tmp_path: Path) -> None:
     federation = draw_federation(build_config({}, {"simulation.sites": 1, "simulation.holdout": 0.0, **changes}))
     for _ in build_hospitals(federation, tmp_path):
         pass
-    images = load_images(Home(tmp_path / "hospitals" / site_name(0)), federation.config.image.classes, 28, 3).images
+    images = load_images(Home(tmp_path / "hospitals" / site_name(0)), federation.config.image.classes, 28, 3).images[:]
     assert images.std() > 0
     assert (images == images[:, :1]).all()

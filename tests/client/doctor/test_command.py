@@ -46,14 +46,14 @@ def test_one_failure_hides_no_other_and_the_first_gives_the_code(doctor, tiny_ho
     pin(tiny_home, free_port(), authority_certificate(new_key(), "test", dt.datetime.now(dt.UTC)))
     (tiny_home.folder / "site.toml").write_text('data = "/nowhere"\n')
     code, found = doctor("--json", tmp_path / "doctor.json")
-    assert code == ExitCode.DATA
+    assert code == ExitCode.UNREADABLE
     assert [name for name, status in found.items() if status == "FAIL"] == ["data", "tls", "health", "clock"]
     assert (found["joined"], found["dns"], found["proxy"]) == ("PASS", "PASS", "PASS")
     told = json.loads((tmp_path / "doctor.json").read_text())
     assert (tmp_path / "doctor.json").stat().st_mode & 0o777 == 0o600
-    assert told["exit_code"] == ExitCode.DATA
+    assert told["exit_code"] == ExitCode.UNREADABLE
     assert {one["name"]: one["status"] for one in told["findings"]} == found
-    assert [one["exit_code"] for one in told["findings"] if one["status"] == "FAIL"] == [4, 8, 8, 8]
+    assert [one["exit_code"] for one in told["findings"] if one["status"] == "FAIL"] == [13, 8, 8, 8]
 
 
 def test_a_proxy_that_cannot_be_used_is_one_finding(doctor, tiny_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The checks of a site's home, each by what it must find, and that no name of a file or patient is told."""
 
 import datetime as dt
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_data_that_cannot_be_used(tiny_home: Home) -> None:
     (folder / "index.csv").write_text("file,patient,label\n")
     assert found(lambda: site.check_data(tiny_home, POLICY)) == failed
     (tiny_home.folder / "site.toml").write_text('data = "/nowhere"\n')
-    assert found(lambda: site.check_data(tiny_home, POLICY)) == failed
+    assert found(lambda: site.check_data(tiny_home, POLICY)) == (Status.FAIL, ExitCode.UNREADABLE)
     (tiny_home.folder / "site.toml").write_text("")
     assert found(lambda: site.check_data(tiny_home, POLICY)) == (Status.FAIL, ExitCode.CONFIG)
 
@@ -129,12 +130,14 @@ def test_data_far_from_what_is_declared(tiny_home: Home) -> None:
 
 
 def test_imported_sets(tiny_home: Home) -> None:
-    (path,) = tiny_home.folder.glob("dataset-*")
+    (path,) = tiny_home.folder.glob("vault-*/pixels-*")
     path.chmod(0o644)
     assert found(lambda: site.check_imported(tiny_home)) == (Status.FAIL, ExitCode.STORAGE)
     path.write_bytes(b"damaged")
     assert found(lambda: site.check_imported(tiny_home)) == (Status.FAIL, ExitCode.STORAGE)
-    path.unlink()
+    path.chmod(0o600)
+    assert found(lambda: site.check_imported(tiny_home)) == (Status.FAIL, ExitCode.STORAGE)
+    shutil.rmtree(path.parent)
     assert found(lambda: site.check_imported(tiny_home))[0] is Status.WARN
 
 

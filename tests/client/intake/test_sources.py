@@ -9,13 +9,13 @@ from PIL import Image
 
 from client.intake import Reason, folders, read, scan
 from client.intake.folders import read_header as real
-from common.errors import ConfigError, IntakeError
+from common.errors import ConfigError, IntakeError, UnreadableSource
 
 WriteDicom = Callable[..., Path]
 
 
 def test_paths_that_hold_nothing(tmp_path: Path) -> None:
-    with pytest.raises(IntakeError, match="does not exist"):
+    with pytest.raises(UnreadableSource, match="does not exist"):
         scan(tmp_path / "nothing")
     with pytest.raises(IntakeError, match="empty"):
         scan(tmp_path)
@@ -48,7 +48,7 @@ def test_deterministic_order(tmp_path: Path, write_dicom: WriteDicom) -> None:
 
 
 def test_known_files_are_not_opened(tmp_path: Path, write_dicom: WriteDicom) -> None:
-    """What is unchanged could be unreadable by now; what is new or changed is read, what is gone is gone."""
+    """What is unchanged could be unreadable by now; what is new or changed is read."""
     for name in ("a", "b", "c"):
         write_dicom(tmp_path / name, PatientID=name)
     (tmp_path / "d").write_text("no image")
@@ -56,18 +56,16 @@ def test_known_files_are_not_opened(tmp_path: Path, write_dicom: WriteDicom) -> 
         archive.write(tmp_path / "a", "one")
     (tmp_path / "labels.csv").write_text("file,label\na,x\nb,x\nc,x\ne.zip/one,x\n")
     first = scan(tmp_path)
+    known = {(item.path, item.stamp, item.beside) for item in (*first.records, *first.refusals)}
     write_dicom(tmp_path / "b", PatientID="changed", Modality="CR")
-    (tmp_path / "c").unlink()
-    write_dicom(tmp_path / "new", PatientID="new")
-    (tmp_path / "labels.csv").write_text("file,label\na,y\nb,x\n")
+    (tmp_path / "labels.csv").write_text("file,label\na,x\nb,x\nc,y\ne.zip/one,x\n")
     opened: list[str] = []
     with patch.object(folders, "read_header", side_effect=lambda *all_: (opened.append(all_[0].name), real(*all_))[1]):
-        second = scan(tmp_path, known=first)
-    assert [Path(name).name for name in opened] == ["b", "new"]
-    assert second == scan(tmp_path)
-    assert [record.patient[1] for record in second.records] == ["a", "changed", "a", "new"]
-    assert [record.label for record in second.records] == ["y", "x", None, None]
-    assert [record.header["Modality"] for record in second.records if "Modality" in record.header] == ["CR"]
+        second = scan(tmp_path, skip=lambda *about: about in known)
+    assert [Path(name).name for name in opened] == ["b", "c"]
+    assert [path.name for path in second.skipped] == ["a", "d", "e.zip"]
+    assert [(record.patient[1], record.label) for record in second.records] == [("changed", "x"), ("c", "y")]
+    assert not second.refusals
 
 
 def test_an_npz_alone_in_a_folder_is_the_source(tmp_path: Path) -> None:

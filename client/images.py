@@ -1,0 +1,176 @@
+"""`fedmedgan-site check` and `import`: what is there and would be used, and bringing it into the home."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from client import policy
+from client.home import Home, import_images, load_images, practice_of
+from client.intake import Dataset
+from client.intake.cautions import GROUPING, Caution, cautions
+from client.intake.importing import Imported, Progress, too_few
+from client.intake.page import save_page
+from client.intake.records import parse_label
+from client.intake.report import Listing, Report, make_report
+from client.intake.selection import Practice
+from client.intake.sources import require_usable
+from client.intake.survey import survey
+from client.intake.twins import Twins
+from client.policy import Policy
+from common.config_text import build_config
+from common.errors import ConfigError
+from common.files import require_outside, write_atomic
+from common.plan import plan
+from common.privacy import Charge, epsilon
+
+_UNNAMED = ("all",)
+_BLOCK = 1024
+_EVERY_S = 0.5
+_EVERY_S_IN_A_LOG = 30.0
+
+ShowFiles = Annotated[bool, typer.Option("--show-files", help="Show files by name: names may name patients.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the same as JSON to this file.")]
+
+
+def check(
+    path: Annotated[Path, typer.Argument(help="Folder or file of the images.")],
+    home: Annotated[Path | None, typer.Option(help="A site's home: its policy and its rules of reading.")] = None,
+    label: Annotated[str, typer.Option(help="auto, none, tag:KEYWORD, column:NAME or rules:FILE.")] = "auto",
+    classes: Annotated[str | None, typer.Option(help="Class names of a run; without, any label will do.")] = None,
+    json_file: JsonFile = None,
+    report: Annotated[Path, typer.Option(help="Folder for the page and the contact sheet.")] = Path("intake-report"),
+    show_files: ShowFiles = False,
+    ocr: Annotated[bool, typer.Option("--ocr", help="Look for text in some pictures, with tesseract.")] = False,
+) -> None:
+    """Read everything as `import` would and keep nothing: counts, reasons, warnings, and pictures to look at.
+
+    Page and contact sheet show patients. Exits 4 where nothing is usable, 9 where that is for want of a decoder, 14
+    with too few patients, 15 where the images cannot be reached, 7 where the report cannot be written.
+    """
+    practice, minimum = _practice(path, home, label)
+    names = [name.strip() for name in classes.split(",")] if classes is not None else None
+    found = survey(practice, names, show_files, ocr, progress())
+    said = replace(found.report, cost=tuple(cost(found.report.patients)))
+    print("\n".join(said.lines()))
+    for written in save_page(report, said, found.rows):
+        print(f"to look at, and to delete then: {written}")
+    _write_json(json_file, said)
+    if not said.usable:
+        require_usable(found.found)
+    if said.patients < minimum:
+        raise too_few(said.patients, minimum, {group.said: group.count for group in said.refused})
+
+
+def import_(
+    home: Annotated[Path, typer.Argument(help="The site's home folder.")],
+    classes: Annotated[str, typer.Option(help="Class names of the run, comma-separated, in its order.")],
+    size: Annotated[int, typer.Option(help="Side of an image in pixels: 28, 32, 64 or 128.")] = 32,
+    channels: Annotated[int, typer.Option(help="1: grey, colour becomes luminance; 3: colour, grey stays grey.")] = 1,
+    json_file: JsonFile = None,
+    show_files: ShowFiles = False,
+) -> None:
+    """Bring the site's images into its home, ready for a run; say what was refused and why.
+
+    Run again it reads what is new or changed, and forgets what is gone. Exits as `check`; 7 also with a full disk.
+    """
+    opened = Home(home)
+    if json_file is not None:
+        require_outside(home, json_file)
+    minimum = policy.load(opened.policy).min_patients
+    names = [name.strip() for name in classes.split(",")]
+    done = import_images(opened, names, size, minimum, channels, progress())
+    counts = dict(zip(names, done.labels, strict=True))
+    by_class = ", ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"imported {done.images} images of {len(done.patients)} patients; by class: {by_class}")
+    print(f"new or changed: {done.added} images; unchanged: {done.unchanged} files that were not opened")
+    twins = twins_in(load_images(opened, names, size, channels)) if done.added else 0
+    said = _report(done, practice_of(opened), twins, show_files)
+    print("\n".join(said.lines()))
+    _write_json(json_file, said)
+    if absent := [name for name, count in counts.items() if not count]:
+        print(f"warning: no image here has the class {', '.join(absent)}; check the spelling", file=sys.stderr)
+
+
+def cost(patients: int) -> list[str]:
+    """Say what a run of the default configuration costs a patient of a site with so many, and what it takes."""
+    declared = patients // 10 * 10
+    if declared < 2:
+        return ["cost of a run: too few patients for one"]
+    config = build_config({}, {"image.classes": _UNNAMED})
+    agreed, rounds = plan(config, declared), config.federation.rounds
+    delta = min(config.privacy.delta, 0.1 / declared)
+    alone = epsilon([Charge(1.0, agreed.sample_rate, agreed.steps)], delta)
+    return [
+        f"cost of a run: with {declared} declared patients the default run ({rounds} rounds, {agreed.steps} private "
+        f"steps, {config.privacy.batch_patients} patients a step) with noise multiplier 1.0 costs epsilon {alone:.2f} "
+        f"at delta {delta:g}",
+        f"to stay within epsilon {config.privacy.epsilon:g}, warm-up included, it takes a noise multiplier of "
+        f"{agreed.train_noise_multiplier:.2f} in training: the more patients, the less",
+    ]
+
+
+def twins_in(dataset: Dataset) -> int:
+    """Count pairs of nearly the same pictures of two patients in a training set."""
+    twins = Twins()
+    for start in range(0, len(dataset.images), _BLOCK):
+        for place, square in enumerate(dataset.images[start : start + _BLOCK], start):
+            twins.add(square, int(dataset.patients[place]), place)
+    return len(twins.pairs())
+
+
+def _report(done: Imported, practice: Practice, twins: int, show_files: bool) -> Report:
+    warnings = [Caution(GROUPING), *cautions(done.found.records, done.choice, practice)]
+    if twins:
+        said = f"{twins} pairs of nearly the same pictures under two patients: one person with two ids? See `check`."
+        warnings.append(Caution(said))
+    root = practice.source if practice.source.is_dir() else practice.source.parent
+    listing = Listing(done.found, root, show_files)
+    return make_report(done.found, done.choice, done.lost, done.patients, done.refused, warnings, listing)
+
+
+def _practice(path: Path, home: Path | None, label: str) -> tuple[Practice, int]:
+    parse_label(label)
+    if home is None:
+        return Practice(path, label), Policy.model_fields["min_patients"].default
+    practice = practice_of(Home(home))
+    chosen = practice.label if label == "auto" else label
+    return replace(practice, source=path, label=chosen), policy.load(Home(home).policy).min_patients
+
+
+def _write_json(path: Path | None, report: Report) -> None:
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"Expected --json {path} to be a file, it is a folder. Name a file in it.")
+    tree: Mapping[str, Any] = report.as_json()
+    write_atomic(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(), 0o600)
+
+
+def progress() -> Progress:
+    """Return what tells on stderr how far reading is and how long it will take."""
+    terminal = sys.stderr.isatty()
+    started = last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        finished = done == total and terminal
+        if not finished and now - last < (_EVERY_S if terminal else _EVERY_S_IN_A_LOG):
+            return
+        last = now
+        rate = done / max(now - started, 1e-9)
+        line = f"read {done} of {total} images, {rate:.0f} a second, {_duration((total - done) / rate)} left"
+        print(f"\r{line:<70}" if terminal else line, end="" if terminal and not finished else "\n", file=sys.stderr)
+
+    return tell
+
+
+def _duration(seconds: float) -> str:
+    parts: Sequence[tuple[float, str]] = ((3600, "h"), (60, "min"))
+    return next((f"{seconds / length:.1f} {unit}" for length, unit in parts if seconds >= length), f"{seconds:.0f} s")

@@ -1,0 +1,111 @@
+"""The report of `check` as a page, and a contact sheet: images of patients, for this machine and its owner alone.
+
+One file, no script, nothing from elsewhere. Out of scope: what is counted (client/intake/report).
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image, ImageDraw, ImageFont
+
+from client.intake.report import Report
+from client.intake.survey import SIZE, Row
+from common.files import make_folder, write_atomic
+
+COLUMNS = 8
+_GAP, _LABEL, _TITLE = 8, 18, 34
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Check of the images</title>
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light">
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+.secret { background: #fff4d6; border-left: 4px solid #d99a00; padding: .5rem .8rem }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem; margin-top: 1rem }
+.numbers div { border: 1px solid #ddd; border-radius: 6px; padding: .6rem .8rem }
+.numbers b { display: block; font-size: 1.5rem }
+table { border-collapse: collapse; width: 100% } tr { border-bottom: 1px solid #e5e5e5 }
+td, th { text-align: left; padding: .3rem .8rem .3rem 0; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 5rem }
+td.f, .muted { color: #666 } img { max-width: 100%; background: #fff }
+</style></head><body>
+<h1>Check of the images</h1>
+<p class="secret">Exact counts and images of patients: for this site's eyes alone. Delete the folder when you have
+looked.</p>
+<div class="numbers">
+<div>expected<b>{{ r.expected }}</b></div><div>read<b>{{ r.read }}</b></div><div>usable<b>{{ r.usable }}</b></div>
+<div>patients<b>{{ r.patients }}</b></div>
+<div>images per patient<b>{{ r.images_per_patient[0] }} to {{ r.images_per_patient[2] }}</b>
+<span class="muted">median {{ "%g" % r.images_per_patient[1] }}</span></div>
+{% if r.blanked %}<div>blanked in part<b>{{ r.blanked }}</b></div>{% endif %}
+</div>
+<h2>Not used</h2>
+{% if r.refused %}<table><tr><th></th><th>reason</th><th>for example</th></tr>
+{% for g in r.refused %}
+<tr><td class="n">{{ g.count }}</td><td>{{ g.said }}</td><td class="f">{{ g.examples | join(", ") }}</td></tr>
+{% endfor %}
+</table>{% else %}<p>Everything is used.</p>{% endif %}
+<h2>Patients and pictures</h2>
+<table>{% for g in r.warnings %}
+<tr><td>{{ g.said }}</td><td class="f">{{ g.examples | join(", ") }}</td></tr>
+{% endfor %}</table>
+<h2>What a typical run costs</h2>
+{% for line in r.cost %}<p>{{ line }}</p>{% endfor %}
+<h2>Kinds</h2>
+<table>{% for name, counts in r.kinds.items() %}
+<tr><td>{{ name }}</td><td>{% for kind, count in counts.items() %}
+{{ kind }} <span class="muted">{{ count }}</span>{{ "; " if not loop.last }}
+{% else %}<span class="muted">not stated</span>{% endfor %}</td></tr>
+{% endfor %}</table>
+<h2>Contact sheet</h2>
+<p class="muted">Look for names, dates and numbers in the pixels. Numbers below the pictures are those of the files in
+the order of their paths; --show-files names them.</p>
+{% if sheet %}<img alt="Contact sheet" src="data:image/png;base64,{{ sheet }}">
+{% else %}<p>No image could be decoded.</p>{% endif %}
+</body></html>
+"""
+
+
+def save_page(folder: Path, report: Report, rows: Sequence[Row]) -> list[Path]:
+    """Write `report.html` and `contact-sheet.png`, for their owner alone.
+
+    Raises:
+        StorageError: They cannot be written.
+
+    Guarantees:
+        - owner_alone: The folder has mode 0700, the files 0600.
+        - self_contained: The page asks for nothing from elsewhere.
+    """
+    make_folder(folder, 0o700)
+    folder.chmod(0o700)
+    png = contact_sheet(rows) if rows else b""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(_PAGE).render(r=report, sheet=base64.b64encode(png).decode())
+    files = {"report.html": text.encode()} | ({"contact-sheet.png": png} if png else {})
+    for name, content in files.items():
+        write_atomic(folder / name, content, 0o600)
+    return [folder / name for name in files]
+
+
+def contact_sheet(rows: Sequence[Row]) -> bytes:
+    """Return a PNG of all pictures under the titles of their kinds, each with the number of its file."""
+    step, line = SIZE + _GAP, SIZE + _GAP + _LABEL
+    heights = [_TITLE + -(-len(row.pictures) // COLUMNS) * line for row in rows]
+    sheet = Image.new("RGB", (COLUMNS * step + _GAP, sum(heights) + _GAP), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    large, small = ImageFont.load_default(18), ImageFont.load_default(11)
+    for row, height in zip(rows, heights, strict=True):
+        draw.text((_GAP, top + 6), row.title, fill="black", font=large)
+        for place, (name, square) in enumerate(row.pictures):
+            left, upper = _GAP + place % COLUMNS * step, top + _TITLE + place // COLUMNS * line
+            sheet.paste(Image.fromarray(square[0]), (left, upper))
+            shown = name if len(name) <= 22 else f"…{name[-20:]}"
+            draw.text((left, upper + SIZE + 1), shown, fill="#555555", font=small)
+        top += height
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    return png.getvalue()

@@ -1,0 +1,127 @@
+"""Which of the images that a scan found are used, whose they are, and what of them is made black.
+
+Out of scope: finding them (client/intake/sources), decoding them (client/intake/decode).
+"""
+
+import hashlib
+import json
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import final
+
+from client.intake.deidentify import BlankRules, doubt
+from client.intake.patients import PatientTable
+from client.intake.records import Record, Refusal, Scan, parse_label
+from client.intake.refusals import Reason
+from client.intake.rules import IntakeRules
+from client.policy import Doubtful
+
+_PIXELS = 1
+"""Raised by a release that makes other pixels of the same file, so that imported images are read again."""
+
+
+@final
+@dataclass(frozen=True)
+class Practice:
+    """How a site reads its images: all that decides which are used and what their pixels are.
+
+    Attributes:
+        source: The folder or file.
+        label: As `scan` takes it.
+        rules: How pixels are read.
+        allowed: Kinds of images with doubtful text that are used.
+        blank: Which parts are made black.
+        patients: Which patients are in truth another.
+    """
+
+    source: Path = field(repr=False)
+    label: str = "auto"
+    rules: IntakeRules = field(default_factory=IntakeRules)
+    allowed: tuple[Doubtful, ...] = ()
+    blank: BlankRules = field(default_factory=BlankRules)
+    patients: PatientTable = field(default_factory=PatientTable)
+
+    def digest(self) -> str:
+        """Return a digest of all that decides pixels, labels and patients, beside the files themselves."""
+        label = parse_label(self.label)
+        label_rules = Path(label.name).read_text(encoding="utf-8") if label.kind == "rules" else ""
+        rules = self.rules.model_dump(exclude={"workers", "decode_seconds"})
+        merged = sorted(self.patients.merged.items())
+        said = [_PIXELS, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+@final
+@dataclass(frozen=True)
+class Choice:
+    """What is to be decoded, and what is not used. Its repr shows nothing.
+
+    Attributes:
+        records: In the order of patients, by (issuer, id); each with its patient as normalised and corrected.
+        refusals: Those of the scan and the ones made here.
+        uncounted: Refusals that the scan only counted, by reason.
+    """
+
+    records: tuple[Record, ...] = field(repr=False)
+    refusals: tuple[Refusal, ...] = field(repr=False)
+    uncounted: tuple[tuple[str, int], ...] = field(repr=False)
+
+
+def choose(
+    found: Scan, practice: Practice, classes: Sequence[str] | None, instances: Container[str] = frozenset()
+) -> Choice:
+    """Decide about each image from its header.
+
+    Args:
+        found: From `scan` by the same practice.
+        practice: The site's.
+        classes: Those of a run; None: any label will do.
+        instances: DICOM instances that are in use already.
+
+    Guarantees:
+        - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used.
+        - accounted: Every record is either chosen or refused with one reason.
+    """
+    ranks = practice.patients.ranks(record.patient for record in found.records)
+    chosen: list[Record] = []
+    refusals = list(found.refusals)
+    once: set[object] = set()
+    for record in found.records:
+        reason = _reason(record, practice, classes)
+        if reason is None:
+            names = _names(record)
+            if any(name in once for name in names) or instance_of(record) in instances:
+                reason = Reason.DUPLICATE
+            once.update(names)
+        if reason is not None:
+            refusals.append(Refusal(record.path, record.member, str(reason), record.stamp, record.beside))
+            continue
+        patient, blank = practice.patients.of(record.patient), practice.blank.regions(record)
+        chosen.append(replace(record, patient=patient, blank=blank))
+    by_rank = {practice.patients.of(stated): rank for stated, rank in ranks.items()}
+    chosen.sort(key=lambda record: by_rank[record.patient])
+    counted: dict[str, int] = {}
+    for refusal in found.refusals:
+        counted[refusal.reason] = counted.get(refusal.reason, 0) + 1
+    rest = {reason: count - counted.get(reason, 0) for reason, count in found.refused.items()}
+    return Choice(tuple(chosen), tuple(refusals), tuple((reason, count) for reason, count in rest.items() if count > 0))
+
+
+def instance_of(record: Record) -> str:
+    """Return what names a DICOM image wherever its file stands; "" where the header does not say."""
+    sop = record.header.get("SOPInstanceUID", "")
+    return f"{sop}#{record.frame}" if sop else ""
+
+
+def _reason(record: Record, practice: Practice, classes: Sequence[str] | None) -> Reason | None:
+    if record.label is None:
+        return Reason.NO_LABEL
+    if classes is not None and record.label not in classes:
+        return Reason.OTHER_LABEL
+    return doubt(record, practice.allowed)
+
+
+def _names(record: Record) -> list[object]:
+    image = (record.path, record.member, record.frame)
+    return [image, instance] if (instance := instance_of(record)) else [image]

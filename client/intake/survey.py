@@ -1,0 +1,172 @@
+"""Look at a source as an import would, without keeping anything: counts, warnings, and pictures to look at.
+
+Out of scope: how it is shown (client/intake/report, client/intake/page).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import numpy as np
+
+from client.intake.cautions import GROUPING, Caution, cautions
+from client.intake.decode import decode_records
+from client.intake.importing import Progress
+from client.intake.pixels import Square
+from client.intake.records import Record, Refusal, Scan
+from client.intake.refusals import was_read
+from client.intake.report import Listing, Report, make_report
+from client.intake.screening import SIDE, can_screen, words_in
+from client.intake.selection import Choice, Practice, choose
+from client.intake.sources import find
+from client.intake.twins import Twins
+
+SIZE = 128
+"""Pictures are decoded to this size."""
+SHOWN = 40
+"""Usable pictures on the contact sheet, drawn at random; and at most as many of each other kind."""
+SCREENED = 40
+"""Usable pictures that OCR looks at, drawn at random."""
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """Pictures of one kind to look at, each with the number of its file. Its repr shows nothing."""
+
+    title: str
+    pictures: tuple[tuple[str, Square], ...] = field(repr=False)
+
+
+@final
+@dataclass(frozen=True)
+class Survey:
+    """What was found, and pictures to look at."""
+
+    report: Report
+    found: Scan = field(repr=False)
+    rows: tuple[Row, ...] = field(repr=False)
+
+
+def survey(
+    practice: Practice,
+    classes: Sequence[str] | None = None,
+    show_files: bool = False,
+    ocr: bool = False,
+    progress: Progress | None = None,
+) -> Survey:
+    """Read everything that an import would read.
+
+    Args:
+        practice: The site's.
+        classes: Those of a run; None: any label will do.
+        show_files: Show files by name, not by number.
+        ocr: Look for text in some pictures.
+        progress: Told after each image.
+
+    Raises:
+        UnreadableSource, IntakeError, ConfigError: The source cannot be listed at all.
+    """
+    found = find(practice.source, practice.label, practice.rules)
+    choice = choose(found, practice, classes)
+    listing = Listing(found, practice.source if practice.source.is_dir() else practice.source.parent, show_files)
+    seen = _decode(choice, practice, progress)
+    pairs = [(seen.used[one], seen.used[other]) for one, other in seen.twins.pairs()]
+    warnings = [Caution(GROUPING), *cautions(found.records, choice, practice), *_twins(pairs)]
+    rows = [Row("usable, drawn at random", tuple(_named(seen.sample, listing)))]
+    rows.append(Row("blanked in part", tuple(_named(seen.blanked, listing))))
+    rows.append(
+        Row(
+            "nearly the same under two patients",
+            tuple(_named(_pictures([record for pair in pairs[: SHOWN // 4] for record in pair], practice), listing)),
+        )
+    )
+    refused = [refusal.reason for refusal in (*choice.refusals, *seen.lost)]
+    counts = Counter(refused) + Counter(dict(choice.uncounted))
+    kept = _not_used(found, choice)
+    rows.append(Row("not used", tuple(_named(_pictures(kept, practice), listing))))
+    if ocr:
+        cautious, row = _screen([record for record, _ in seen.sample[:SCREENED]], practice, listing)
+        warnings.append(cautious)
+        rows.append(row)
+    patients = tuple(Counter(seen.patients).values())
+    report = make_report(found, choice, seen.lost, patients, counts, warnings, listing)
+    return Survey(report, found, tuple(row for row in rows if row.pictures))
+
+
+@final
+@dataclass(eq=False)
+class _Seen:
+    """What is kept while pictures come and go: a sample, hashes, counts."""
+
+    twins: Twins = field(default_factory=Twins)
+    lost: list[Refusal] = field(default_factory=list[Refusal])
+    patients: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    used: list[Record] = field(default_factory=list[Record])
+    sample: list[tuple[Record, Square]] = field(default_factory=list[tuple[Record, Square]])
+    blanked: list[tuple[Record, Square]] = field(default_factory=list[tuple[Record, Square]])
+
+
+def _twins(pairs: Sequence[tuple[Record, Record]]) -> list[Caution]:
+    said = f"{len(pairs)} pairs of nearly the same pictures under two patients: one person with two ids?"
+    return [Caution(said, tuple(record.path for pair in pairs for record in pair))] if pairs else []
+
+
+def _decode(choice: Choice, practice: Practice, progress: Progress | None) -> _Seen:
+    seen, numbers = _Seen(), dict[tuple[str, str], int]()
+    draw = np.random.default_rng(0)
+    for done, (record, square) in enumerate(decode_records(choice.records, SIZE, 1, practice.rules), 1):
+        if isinstance(square, str):
+            seen.lost.append(Refusal(record.path, record.member, square))
+        else:
+            place = len(seen.used)
+            seen.twins.add(square, numbers.setdefault(record.patient, len(numbers)), place)
+            seen.patients.append(record.patient)
+            seen.used.append(replace(record, header={}))
+            spot = place if place < SHOWN else int(draw.integers(place + 1))
+            if spot < SHOWN:
+                seen.sample[spot : spot + 1] = [(record, square)]
+            if record.blank and len(seen.blanked) < SHOWN:
+                seen.blanked.append((record, square))
+        if progress is not None:
+            progress(done, len(choice.records))
+    return seen
+
+
+def _not_used(found: Scan, choice: Choice) -> list[Record]:
+    """Return some records that were readable and are not used."""
+    paths = {(refusal.path, refusal.member) for refusal in choice.refusals if was_read(refusal.reason)}
+    used = {(record.path, record.member, record.frame) for record in choice.records}
+    return [
+        record
+        for record in found.records
+        if (record.path, record.member) in paths and (record.path, record.member, record.frame) not in used
+    ][:SHOWN]
+
+
+def _pictures(records: Sequence[Record], practice: Practice, size: int = SIZE) -> list[tuple[Record, Square]]:
+    decoded = decode_records(records, size, 1, practice.rules)
+    return [(record, square) for record, square in decoded if not isinstance(square, str)]
+
+
+def _named(pictures: Sequence[tuple[Record, Square]], listing: Listing) -> list[tuple[str, Square]]:
+    return [(listing.name(record.path), square) for record, square in pictures]
+
+
+def _screen(records: Sequence[Record], practice: Practice, listing: Listing) -> tuple[Caution, Row]:
+    if not can_screen():
+        return Caution("OCR was asked for, and tesseract is not installed: apt-get install tesseract-ocr"), Row("", ())
+    with_text: list[Record] = []
+    failed = 0
+    for record, square in _pictures(records, practice, SIDE):
+        words = words_in(square)
+        failed += words is None
+        if words:
+            with_text.append(record)
+    said = (
+        f"OCR found text in {len(with_text)} of {len(records)} usable pictures that it looked at, and failed on "
+        f"{failed}. It misses much: look yourself."
+    )
+    row = Row("usable, with text by OCR", tuple(_named(_pictures(with_text, practice), listing)))
+    return Caution(said, tuple(record.path for record in with_text)), row

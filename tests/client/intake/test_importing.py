@@ -1,0 +1,273 @@
+"""Importing: what changed is read, the rest stays, what is gone goes; kill -9 and a full disk cost nothing."""
+
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom import dcmread
+from pydicom.encaps import encapsulate
+from pydicom.uid import MPEG2MPML
+
+from client.intake import Form, Reason, importing
+from client.intake import vault as vaults
+from client.intake.importing import Imported, import_source
+from client.intake.patients import PatientTable
+from client.intake.sealed import open_dataset
+from client.intake.selection import Practice
+from client.intake.vault import read_manifest
+from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatients
+from common.sealing import SealingKey
+from tests.client.intake.conftest import WriteDicom
+
+FORM = Form(("all",), 28, 1)
+KEY = SealingKey(bytes(range(32)))
+
+
+def write(folder: Path, number: int, patient: str | None = None, value: int | None = None) -> None:
+    """Write a picture of one value, which says whose it is."""
+    pixels = np.full((28, 28), number if value is None else value, np.uint8)
+    Image.fromarray(pixels).save(folder / f"{number:04d}.png")
+
+
+def index(folder: Path, patients: dict[int, str]) -> None:
+    lines = [f"{number:04d}.png,{patient},all" for number, patient in patients.items()]
+    (folder / "index.csv").write_text("\n".join(["file,patient,label", *lines]) + "\n")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Twelve pictures of six patients, whose order in the folder is not that of their names."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    patients = {number: f"p{5 - number % 6}" for number in range(12)}
+    for number in patients:
+        write(folder, number)
+    index(folder, patients)
+    return folder
+
+
+def run(vault: Path, source: Path, key: SealingKey = KEY, form: Form = FORM, least: int = 1) -> Imported:
+    return import_source(vault, key, form, Practice(source), least)
+
+
+def values(vault: Path, key: SealingKey = KEY) -> list[list[int]]:
+    """Return the values of each patient's pictures."""
+    dataset = open_dataset(vault, key)
+    found: list[list[int]] = [[] for _ in range(dataset.number_of_patients)]
+    for patient, image in zip(dataset.patients, dataset.images[:], strict=True):
+        found[patient].append(int(image[0, 0, 0]))
+    return found
+
+
+def test_order_of_patients(tmp_path: Path, source: Path) -> None:
+    """A first import gives the same order whatever the key, so that a simulation can be repeated."""
+    for name in ("one", "two"):
+        key = SealingKey.generate()
+        run(tmp_path / name, source, key)
+        assert values(tmp_path / name, key) == [[5, 11], [4, 10], [3, 9], [2, 8], [1, 7], [0, 6]]
+
+
+def test_only_what_changed(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "vault", source)
+    decoded: list[str] = []
+    real = importing.decode_records
+    monkeypatch.setattr(
+        importing, "decode_records", lambda *a: ((decoded.append(r.path.name), (r, s))[1] for r, s in real(*a))
+    )
+    assert run(tmp_path / "vault", source).added == 0
+    write(source, 7, value=70)  # changed
+    write(source, 12)  # new
+    index(source, {number: f"p{5 - number % 6}" for number in range(13) if number != 3})  # 3 is gone
+    found = run(tmp_path / "vault", source)
+    assert decoded == ["0007.png", "0012.png"]
+    assert (found.added, found.images) == (2, 12)
+    assert values(tmp_path / "vault") == [[5, 11], [4, 10], [9], [2, 8], [1, 70], [0, 6, 12]]
+
+
+def test_another_patient_in_the_table_is_a_change(tmp_path: Path, source: Path) -> None:
+    run(tmp_path / "vault", source)
+    index(source, {number: "q" if number == 4 else f"p{5 - number % 6}" for number in range(12)})
+    found = run(tmp_path / "vault", source)
+    assert found.added == 1
+    assert sorted(values(tmp_path / "vault")) == sorted([[5, 11], [10], [3, 9], [2, 8], [1, 7], [0, 6], [4]])
+
+
+def test_gone_is_gone(tmp_path: Path, source: Path) -> None:
+    """Nothing of a patient who left stands in any file: the files that held it are not there any more."""
+    vault = tmp_path / "vault"
+    run(vault, source)
+    before = {path.name: path.read_bytes() for path in vault.glob("pixels-*")}
+    index(source, {number: f"p{5 - number % 6}" for number in range(12) if number % 6 != 2})
+    run(vault, source)
+    assert len(open_dataset(vault, KEY).images) == 10
+    assert not set(before) & {path.name for path in vault.glob("pixels-*")}
+    manifest = read_manifest(vault, KEY)
+    assert manifest.current().all()
+    assert KEY.pseudonym(b'["", "p3"]', "patient") not in set(manifest.rows["patient"].tolist())
+
+
+def test_other_rules_read_everything_again(tmp_path: Path, source: Path) -> None:
+    run(tmp_path / "vault", source)
+    merged = PatientTable({("", "p4"): ("", "p5")})
+    found = import_source(tmp_path / "vault", KEY, FORM, Practice(source, patients=merged))
+    assert (found.added, found.images, len(found.patients)) == (12, 12, 5)
+
+
+def test_dicom_files_that_are_known_are_not_opened(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    folder = tmp_path / "source"
+    for number in range(6):
+        write_dicom(folder / f"{number}", PatientID=f"p{number}", SOPInstanceUID=f"1.2.{number}")
+    with zipfile.ZipFile(folder / "more.zip", "w") as archive:
+        archive.write(write_dicom(tmp_path / "a", PatientID="p7"), "a")
+    (folder / "note").write_text("no image")
+    practice = Practice(folder, "none")
+    first = import_source(tmp_path / "vault", KEY, FORM, practice)
+    write_dicom(folder / "twin", PatientID="p9", SOPInstanceUID="1.2.3")
+    again = import_source(tmp_path / "vault", KEY, FORM, practice)
+    assert (first.images, again.images, again.added, again.unchanged) == (7, 7, 0, 8)
+    assert again.refused == {Reason.NOT_DICOM: 1, Reason.DUPLICATE: 1}
+    (folder / "3").unlink()
+    last = import_source(tmp_path / "vault", KEY, FORM, practice)
+    assert (last.images, last.added, last.refused) == (7, 1, {Reason.NOT_DICOM: 1})
+
+
+def test_too_few_patients_give_no_images_and_are_kept(tmp_path: Path, source: Path) -> None:
+    vault = tmp_path / "vault"
+    with pytest.raises(TooFewPatients, match="min_patients=7 usable patients at this site, found 6"):
+        run(vault, source, least=7)
+    with pytest.raises(IntakeError, match="fewer patients"):
+        open_dataset(vault, KEY)
+    write(source, 12)
+    index(source, {number: "p9" if number == 12 else f"p{5 - number % 6}" for number in range(13)})
+    found = run(vault, source, least=7)
+    assert (found.added, found.images) == (1, 13)
+
+
+def test_withdrawn_below_the_minimum(tmp_path: Path, source: Path) -> None:
+    """Even when too few stay, the pixels of those who left go."""
+    vault = tmp_path / "vault"
+    run(vault, source, least=6)
+    index(source, {number: f"p{5 - number % 6}" for number in range(12) if number % 6 != 2})
+    with pytest.raises(TooFewPatients):
+        run(vault, source, least=6)
+    assert len(read_manifest(vault, KEY).rows) == 10
+
+
+def test_nothing_usable(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(IntakeError, match="12 label not among the classes"):
+        run(tmp_path / "vault", source, form=Form(("other",), 28, 1))
+
+
+def test_a_missing_decoder_is_named_with_its_pip_line(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    path = write_dicom(tmp_path / "source" / "a", pixels=np.zeros((8, 8), np.uint16))
+    dataset = dcmread(path)
+    dataset.file_meta.TransferSyntaxUID, dataset.PixelData = MPEG2MPML, encapsulate([b"\0" * 64])
+    dataset.save_as(path)
+    with pytest.raises(MissingExtra, match=r"MPEG2.*pip install"):
+        import_source(tmp_path / "vault", KEY, FORM, Practice(tmp_path / "source", "none"))
+
+
+def test_two_imports_at_once(tmp_path: Path, source: Path) -> None:
+    with importing._locked(tmp_path / "vault"), pytest.raises(StorageError, match="Another import"):
+        run(tmp_path / "vault", source)
+
+
+def test_long_segments_are_split(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importing, "SEGMENT_BYTES", 0)
+    monkeypatch.setattr("client.intake.chunks.CHUNK_BYTES", 28 * 28 * 2)
+    run(tmp_path / "vault", source)
+    assert [len(segment.counts) for segment in read_manifest(tmp_path / "vault", KEY).segments] == [1] * 6
+    assert values(tmp_path / "vault")[0] == [5, 11]
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from client.intake import Form, chunks
+from client.intake.importing import import_source
+from client.intake.selection import Practice
+from common.sealing import SealingKey
+chunks.CHUNK_BYTES = 28 * 28 * 4
+def told(done, total):
+    print(done, flush=True)
+import_source(Path(sys.argv[1]), SealingKey(bytes(range(32))), Form(("all",), 28, 1), Practice(Path(sys.argv[2])),
+              progress=told)
+"""
+
+
+@pytest.mark.parametrize("after", [1, 50])
+def test_goes_on(tmp_path: Path, after: int) -> None:
+    """kill -9 after some images: the next import decodes only what is missing, and the end is as if unbroken."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(100):
+        write(source, number)
+    index(source, {number: f"p{number // 3:02d}" for number in range(100)})
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "vault"), str(source)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= after:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    found = run(tmp_path / "vault", source)
+    assert found.images == 100
+    assert found.added <= 100 - after // 4 * 4
+    run(tmp_path / "unbroken", source)
+    assert values(tmp_path / "vault") == values(tmp_path / "unbroken")
+
+
+def test_a_full_disk(tmp_path: Path, source: Path) -> None:
+    """What a write could not finish is dropped, the old state stands, and the next import goes on."""
+    vault = tmp_path / "vault"
+    run(vault, source)
+    for number in range(12, 40):
+        write(source, number)
+    index(source, {number: f"p{number % 6}" for number in range(40)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="Free space"):
+            run(vault, source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert len(open_dataset(vault, KEY).images) == 12
+    assert run(vault, source).images == 40
+
+
+def test_an_unchanged_folder_takes_seconds(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Two thousand files here, ten thousand in the benchmark; the bound is what a loaded machine needs."""
+    folder = tmp_path / "source"
+    one = write_dicom(folder / "0000", pixels=np.zeros((8, 8), np.uint16)).read_bytes()
+    for number in range(1, 2000):
+        (folder / f"{number:04d}").write_bytes(one.replace(b"P1", f"{number % 100:02d}".encode()))
+    practice = Practice(folder, "none")
+    import_source(tmp_path / "vault", KEY, FORM, practice)
+    started = time.process_time()
+    found = import_source(tmp_path / "vault", KEY, FORM, practice)
+    assert (found.added, found.images) == (0, 2000)
+    assert time.process_time() - started < 2
+
+
+def test_pseudonyms_only(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Not even with the key: what is sealed holds no value of a header and no name of a file."""
+    folder = tmp_path / "source"
+    write_dicom(folder / "SMITH.dcm", PatientID="CANARY", AccessionNumber="A4711", SOPInstanceUID="1.2.34567")
+    import_source(tmp_path / "vault", KEY, FORM, Practice(folder, "none"))
+    vault = tmp_path / "vault"
+    opened = KEY.open((vault / "manifest").read_bytes(), b"manifest")
+    place = vaults.place_of(read_manifest(vault, KEY), 0, 0)
+    chunk = KEY.open(vaults.segment_path(vault, 0).read_bytes()[4:], place)
+    for word in (b"SMITH", b"CANARY", b"4711", b"34567"):
+        assert word not in opened
+        assert word not in chunk

@@ -1,0 +1,129 @@
+"""Who is the same patient, and what is warned of."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from client.intake.cautions import cautions
+from client.intake.patients import PatientTable, normalised, read_patient_table
+from client.intake.records import Record, Scan
+from client.intake.selection import Practice, choose
+from client.intake.twins import Twins
+from common.errors import IntakeError
+
+
+def record(number: int, patient: str, issuer: str = "", **header: str) -> Record:
+    return Record(Path(f"{number}"), None, (issuer, patient), "all", None, header=header)
+
+
+def said(records: list[Record], table: PatientTable | None = None) -> str:
+    practice = Practice(Path(), patients=table or PatientTable())
+    return " ".join(one.said for one in cautions(records, choose(Scan(tuple(records), {}), practice, None), practice))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("P1", " p1 "), ("P  1", "p 1"), ("\uff211", "a1"), ("Müller", "MU\u0308LLER")]
+)
+def test_spelling_does_not_split(one: str, other: str) -> None:
+    assert normalised(("Ward", one)) == normalised((" WARD", other))
+
+
+def test_different_ids_stay_apart() -> None:
+    assert len({normalised(("", name)) for name in ("1", "01", "1 0", "10", "-1")}) == 5
+    assert normalised(("a", "1")) != normalised(("b", "1"))
+
+
+def test_the_table_merges(tmp_path: Path) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text("issuer,patient,to,to_issuer\nW,p1,P2,W\n,x,y,H\n")
+    table = read_patient_table(path)
+    assert table.of(("w", "P1 ")) == ("w", "p2") == table.of(("W", "p2"))
+    assert table.of(("", "X")) == ("h", "y")
+    assert table.of(("", "p1")) == ("", "p1")
+    ranks = table.ranks([("W", "p2"), ("W", "p1"), ("A", "z")])
+    assert ranks == {("A", "z"): 0, ("W", "p1"): 1, ("W", "p2"): 1}
+    assert "1 lines of the table of patients name nobody" in said([record(1, "p1", "W")], table)
+
+
+@pytest.mark.parametrize(
+    "text", ["patient\nx\n", "patient,to\nx,\n", "patient,to\nx,y\nX,z\n", "patient,to\na,b\nb,c\n"]
+)
+def test_a_wrong_table(tmp_path: Path, text: str) -> None:
+    (tmp_path / "patients.csv").write_text(text)
+    with pytest.raises(IntakeError) as caught:
+        read_patient_table(tmp_path / "patients.csv")
+    assert "x" not in str(caught.value).replace("expected", "")
+
+
+def test_accession_like() -> None:
+    many = [record(number, f"A{number}", AccessionNumber=f"A{number}") for number in range(10)]
+    assert "10 of 10 ids equal the number of an examination" in said(many)
+    assert "examination" not in said([record(number, f"A{number}", AccessionNumber="B") for number in range(10)])
+    once = [record(number, f"A{number}", StudyInstanceUID=f"1.{number}") for number in range(30)]
+    assert "None of 30 ids has a second examination" in said(once)
+    assert "second examination" not in said([*once, record(99, "A1", StudyInstanceUID="1.99")])
+
+
+def test_several_birth_dates_or_sexes() -> None:
+    both = [record(1, "p", PatientBirthDate="19500101", PatientSex="F"), record(2, "P", PatientBirthDate="19600101")]
+    text = said([*both, record(3, "p", PatientSex="M")])
+    assert "1 ids have more than one birth date" in text
+    assert "1 ids have more than one sex" in text
+    assert "1950" not in text
+    assert "more than one" not in said([both[0], record(2, "q", PatientBirthDate="19600101", PatientSex="M")])
+
+
+def test_thousands_under_one_id() -> None:
+    assert "1 ids have over 2000 images" in said([record(number, "anon") for number in range(2001)])
+    assert "All images have one id" in said([record(number, "anon") for number in range(30)])
+    assert "one id" not in said([record(number, f"p{number % 2}") for number in range(2000)])
+
+
+def test_same_instance_twice() -> None:
+    twice = [record(1, "p", SOPInstanceUID="1.2"), record(2, "q", SOPInstanceUID="1.2"), record(3, "q")]
+    assert "1 images are there a second time" in said(twice)
+    assert "second time" not in said(twice[1:])
+
+
+def test_several_issuers() -> None:
+    assert "1 ids come with more than one issuer" in said([record(1, "p", "A"), record(2, "p")])
+    assert "issuer," not in said([record(1, "p", "A"), record(2, "q")])
+
+
+def picture(seed: int) -> np.ndarray:
+    """A smooth picture of one kind: the same body, other details."""
+    rng, across = np.random.default_rng(seed), np.linspace(-1, 1, 64)
+    body = 160 * np.exp(-(across[:, None] ** 2 + across[None, :] ** 2) * 2)
+    for x, y in rng.uniform(-0.8, 0.8, (12, 2)):
+        body += 40 * np.exp(-((across[:, None] - x) ** 2 + (across[None, :] - y) ** 2) * 30)
+    return np.clip(body, 0, 255).astype(np.uint8)[None]
+
+
+def test_twins_are_found(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for change in ("same", "darker", "noise", "jpeg"):
+        twins, one = Twins(), picture(0)
+        other = one.copy()
+        if change == "darker":
+            other = (one * 0.95).astype(np.uint8)
+        elif change == "noise":
+            other = np.clip(one.astype(int) + rng.integers(-1, 2, one.shape), 0, 255).astype(np.uint8)
+        elif change == "jpeg":
+            Image.fromarray(one[0]).save(tmp_path / "a.jpg", quality=90)
+            other = np.asarray(Image.open(tmp_path / "a.jpg"))[None]
+        twins.add(one, 0, 10)
+        twins.add(other, 1, 11)
+        twins.add(one, 0, 12)  # of one patient: no matter
+        assert (10, 11) in twins.pairs(), change
+        assert (10, 12) not in twins.pairs()
+
+
+def test_others_are_not() -> None:
+    twins = Twins()
+    for number in range(300):
+        twins.add(picture(number), number, number)
+    twins.add(np.zeros((1, 64, 64), np.uint8), 998, 998)
+    twins.add(np.zeros((1, 64, 64), np.uint8), 999, 999)
+    assert twins.pairs() == []

@@ -1,0 +1,260 @@
+"""`check` and `import`: counts, reasons, exit codes; and no value of any input in anything that is written or sent."""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom import dcmread
+from pydicom.encaps import encapsulate
+from pydicom.uid import MPEG2MPML
+
+from client import cli, images, policy
+from client.agent import answer, open_site
+from client.home import Home, SiteConfig, create_home, vault_key
+from client.logs import log_to
+from client.policy import Policy
+from common.config import Proposal
+from common.errors import ExitCode
+from tests.client.intake.conftest import WriteDicom
+from tests.client.intake.conftest import write_dicom as write_dicom
+from tests.tiny_site import PROPOSAL, train_request, warmup_request
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 4096, (32, 32)).astype(np.uint16)
+
+
+@pytest.fixture
+def source(tmp_path: Path, write_dicom: WriteDicom) -> Path:
+    """Twenty-two patients, one with two images; and one file for each of five reasons of refusal."""
+    folder = tmp_path / "source"
+    for number in range(23):
+        patient = f"P{max(1, number):02d}"
+        write_dicom(folder / f"{number:02d}", picture(number), PatientID=patient, Modality="CR", **uid(number))
+    write_dicom(folder / "us", Modality="US", **uid(50))
+    write_dicom(folder / "burned", BurnedInAnnotation="YES", **uid(51))
+    write_dicom(folder / "nobody", PatientID=None, **uid(52))
+    write_dicom(folder / "twin", picture(3), PatientID="P90", **uid(53))
+    (folder / "note.txt").write_text("no image")
+    whole = write_dicom(folder / "cut", **uid(54)).read_bytes()
+    (folder / "cut").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def uid(number: int) -> dict[str, str]:
+    return {"SOPInstanceUID": f"1.2.{number}", "StudyInstanceUID": f"1.3.{number}"}
+
+
+def test_adds_up(run: Run, source: Path, tmp_path: Path) -> None:
+    code, out, _ = run("check", source, "--label", "none", "--json", tmp_path / "a.json", "--report", tmp_path / "seen")
+    assert code == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert (found["expected"], found["read"], found["usable"], found["patients"]) == (29, 27, 24, 23)
+    assert found["expected"] == found["usable"] + sum(group["count"] for group in found["refused"])
+    assert found["images_per_patient"] == [1, 1.0, 2]
+    assert found["kinds"]["modalities"] == {"CR": 23, "US": 1}
+    assert found["kinds"]["syntaxes"] == {"Explicit VR Little Endian": 27}
+    for line in ("expected: 29; read: 27; usable: 24", "1 ultrasound (as no. 29)", "epsilon", "Grouping is a privacy"):
+        assert line in out
+    assert "1 pairs of nearly the same pictures under two patients" in out
+
+
+def test_owner_alone_self_contained(run: Run, source: Path, tmp_path: Path) -> None:
+    run("check", source, "--label", "none", "--report", tmp_path / "seen")
+    assert stat.S_IMODE((tmp_path / "seen").stat().st_mode) == 0o700
+    for name in ("report.html", "contact-sheet.png"):
+        assert stat.S_IMODE((tmp_path / "seen" / name).stat().st_mode) == 0o600
+    page = (tmp_path / "seen" / "report.html").read_text()
+    assert "http" not in page.replace("<!doctype html>", "")
+    assert "<script" not in page
+
+
+def test_names_only_when_asked(run: Run, source: Path, tmp_path: Path) -> None:
+    common = ("check", source, "--label", "none", "--report", tmp_path / "seen")
+    assert "burned" not in run(*common)[1].replace("text burned in", "")
+    assert "(as burned)" in run(*common, "--show-files")[1]
+
+
+def test_a_sites_policy_and_table_count(run: Run, source: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path, source)
+    rules = policy.load(home.policy).model_copy(update={"allow_doubtful_images": ("ultrasound", "burned-in")})
+    policy.save(home.policy, rules)
+    (home.folder / "patients.csv").write_text("patient,to\nP90,P03\n")
+    with (home.folder / "site.toml").open("a") as handle:
+        handle.write('patients = "patients.csv"\n')
+    out = run("check", source, "--home", home.folder, "--report", tmp_path / "seen")[1]
+    assert "usable: 26" in out
+    assert "patients: 23" in out
+    assert "nearly the same" not in out
+
+
+def make_home(folder: Path, source: Path, least: int = 10) -> Home:
+    rules = Policy(site="st-mary", declared_patients=20, max_epsilon=8.0, delta=1e-5, min_patients=least)
+    return create_home(folder / "home", SiteConfig(data=str(source), label="none"), rules)
+
+
+def test_import_says_the_same(run: Run, source: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path, source)
+    arguments = ("import", home.folder, "--classes", "all", "--size", 28, "--json", tmp_path / "i.json")
+    code, out, _ = run(*arguments)
+    assert code == 0
+    run("check", source, "--home", home.folder, "--json", tmp_path / "c.json", "--report", tmp_path / "seen")
+    done, found = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ic")
+    for name in ("expected", "read", "usable", "patients", "images_per_patient", "kinds", "refused"):
+        assert done[name] == found[name], name
+    assert "imported 24 images of 23 patients" in out
+    again = run(*arguments)[1]
+    assert "new or changed: 0 images; unchanged: 29 files" in again
+    assert "expected: 29; read: 27; usable: 24" in again
+
+
+def test_exit_codes(run: Run, source: Path, tmp_path: Path, write_dicom: WriteDicom) -> None:
+    home = make_home(tmp_path, source, least=50)
+    importing = ("import", home.folder, "--classes", "all", "--size", 28)
+    checking = ("--label", "none", "--report", tmp_path / "seen")
+    assert run(*importing)[0] == ExitCode.TOO_FEW_PATIENTS
+    assert run("check", source, "--home", home.folder, "--report", tmp_path / "seen")[0] == ExitCode.TOO_FEW_PATIENTS
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "a.txt").write_text("no image")
+    assert run("check", empty, *checking)[0] == ExitCode.DATA
+    assert run("check", tmp_path / "nowhere", *checking)[0] == ExitCode.UNREADABLE
+    path = write_dicom(tmp_path / "movie" / "a")
+    dataset = dcmread(path)
+    dataset.file_meta.TransferSyntaxUID, dataset.PixelData = MPEG2MPML, encapsulate([b"\0" * 64])
+    dataset.save_as(path)
+    code, out, error = run("check", path.parent, *checking)
+    assert code == ExitCode.MISSING_EXTRA
+    assert 'pip install "fedmedgan[decoders]"' in error
+    assert "usable: 0" in out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+def test_an_unreadable_folder(run: Run, source: Path, tmp_path: Path) -> None:
+    source.chmod(0)
+    assert run("check", source, "--report", tmp_path / "seen")[0] == ExitCode.UNREADABLE
+    source.chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_listed(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    code, _, error = run("check", source, "--report", tmp_path / "seen")
+    assert (code, "Permission denied" in error) == (ExitCode.UNREADABLE, True)
+
+
+def test_a_full_disk(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = make_home(tmp_path, source)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("client.intake.chunks.os.fsync", full)
+    code, _, error = run("import", home.folder, "--classes", "all", "--size", 28)
+    assert (code, "Free space" in error) == (ExitCode.STORAGE, True)
+
+
+def test_progress_says_how_long(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 40.0, 41.0])
+    monkeypatch.setattr(images.time, "monotonic", lambda: next(clock))
+    tell = images.progress()
+    for done in (10, 40, 41):
+        tell(done, 1000)
+    assert capsys.readouterr().err == "read 40 of 1000 images, 1 a second, 16.0 min left\n"
+
+
+CANARIES = [f"CANARY{number:03d}" for number in range(200)]
+TAGS = (
+    *("PatientName", "StudyDescription", "InstitutionName", "ReferringPhysicianName", "StudyID", "AccessionNumber"),
+    *("SeriesDescription", "Manufacturer", "ManufacturerModelName", "PatientComments", "OperatorsName", "StationName"),
+)
+
+
+def plant(folder: Path, write_dicom: WriteDicom) -> list[str]:
+    """Write twenty-five files that hold two hundred canaries, dates and UIDs; return all that must not be seen."""
+    words, dates = iter(CANARIES), [f"19{number:02d}0{1 + number % 9}17" for number in range(25, 50)]
+    uids = [f"1.2.826.0.1.3680043.8.498.4711{number:03d}" for number in range(25)]
+    for number in range(25):
+        tags = {tag: next(words) for tag in (*TAGS[number % 12 :][:3], "PatientID")}
+        if number % 5 == 4:
+            tags["Modality"] = next(words)
+        if number % 5 == 3:
+            tags["BurnedInAnnotation"] = "YES"
+        path = write_dicom(
+            folder / next(words) / f"{next(words)}.dcm",
+            picture(number),
+            SOPInstanceUID=uids[number],
+            PatientBirthDate=dates[number],
+            **tags,
+        )
+        dataset = dcmread(path)
+        dataset.private_block(0x0099, next(words), create=True).add_new(1, "LO", next(words))
+        dataset.save_as(path)
+        if number % 6 == 5:
+            path.write_bytes(path.read_bytes()[:-300])
+    for word in words:
+        (folder / f"{word}.txt").write_text(word)
+    return [*CANARIES, *dates, *uids]
+
+
+def test_no_identifier(run: Run, tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Two hundred canaries in names, ids, dates, private tags, UIDs and file names: none in vault, logs, journal,
+    ledger, replies, reports or messages, sealed or opened."""
+    folder = tmp_path / "data"
+    forbidden = plant(folder, write_dicom)
+    home = make_home(tmp_path, folder, least=5)
+    log_to(home.log)
+    said = "".join(run("check", folder, "--label", "none", "--report", home.folder / "seen")[1:])
+    proposal = Proposal.model_validate(
+        PROPOSAL.model_dump()
+        | {
+            "image": {"size": 28, "classes": ("all", "other")},
+            "privacy": PROPOSAL.privacy.model_dump() | {"min_patients": 5},
+        }
+    )
+    for arguments in (
+        ("import", home.folder, "--classes", "all,other", "--size", 28, "--json", tmp_path / "home.json"),
+        ("import", home.folder, "--classes", "CANARIES", "--size", 28),
+        ("doctor", home.folder),
+        ("import", home.folder, "--classes", "all,other", "--size", 28),
+    ):
+        said += "".join(run(*arguments)[1:])
+    assert "usable: 1" in said
+    site = open_site(home)
+    replies = [
+        answer(site, request) for request in (warmup_request(proposal=proposal), train_request(proposal=proposal))
+    ]
+    assert all(reply.refusal is None for reply in replies)
+    said += repr(replies)
+    files = [path for path in home.folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    written = {path.name: path.read_bytes() for path in files} | {"json": (tmp_path / "home.json").read_bytes()}
+    for name, content in written.items():
+        opened = vault_key(home).open(content, b"manifest") if name == "manifest" else b""
+        for word in forbidden:
+            assert word.encode() not in content + opened, (name, word)
+    for word in forbidden:
+        assert word not in said
+        assert not any(word in path.name for path in files)
