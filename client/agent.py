@@ -117,10 +117,12 @@ def answer(site: Site, request: Request) -> Reply:
           same secrets again; no second sample of patients or noise can be had for one charge.
         - codes_only: A refusal holds no text, no field, no array.
         - pinned_coordinator_only: With a coordinator's key, what that key did not sign, or too long ago, is refused
-          before anything is read for it; and every answer is signed by the site for this very request.
+          before anything is read for it; nor is anything answered once the site has left; and every answer is signed
+          by the site for this very request.
     """
     try:
         if site.coordinator is not None:
+            _require_joined(site)
             check_request(site.coordinator, request, site.clock())
         if request.kind is Kind.HELLO:
             reply = _hello(site, request)
@@ -130,6 +132,11 @@ def answer(site: Site, request: Request) -> Reply:
     except FedmedganError as error:
         reply = _refusal(request, error)
     return sign_reply(site.key, request, reply)
+
+
+def _require_joined(site: Site) -> None:
+    if not site.home.federation.exists():
+        raise PolicyRefusal(RefusalCode.POLICY, "This site has left the federation. Stop what still runs.")
 
 
 def _hello(site: Site, request: Request) -> Reply:

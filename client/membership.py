@@ -18,8 +18,10 @@ from client.joining import leave as forget
 from client.passphrase import load_identity
 from common.crypto import load_verify_key
 from common.enrolment import MAX_DOCUMENT_BYTES, Invitation
+from common.errors import StorageError
 from common.files import read_bounded, require_outside, write_atomic
 from common.fingerprint import require_words, words_of
+from common.lock import is_held
 
 HomeArgument = Annotated[Path, typer.Argument(help="The site's home folder.")]
 OutOption = Annotated[
@@ -55,7 +57,8 @@ def join(
     pin(home, content)
     print(f"joined {read.federation} at {read.host}, port {read.port}, as {read.site}")
     _print_roster(read)
-    print(f"next: fedmedgan-site start {shlex.quote(str(home))}; only connections outwards, to that port")
+    named = shlex.quote(str(home))
+    print(f"next: fedmedgan-site import {named}, if the images are not there; then fedmedgan-site start {named}")
 
 
 def renew(home: HomeArgument, out: OutOption = None) -> None:
@@ -75,7 +78,9 @@ def leave(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Leave the federation: destroy the node key and forget the coordinator. Ledger, journal and identity stay."""
-    pinned = load_pinned(home)
+    pinned, opened = load_pinned(home), Home(home)
+    if is_held(opened.start_lock) or is_held(opened.relay_lock):
+        raise StorageError(f"Agent and relay of {home} still run. Stop them first, then run `leave` again.")
     if not yes:
         typer.confirm(f"Leave {pinned.federation}? To come back takes a new invitation.", abort=True)
     forget(home)

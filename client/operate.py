@@ -13,7 +13,6 @@ import typer
 
 from client import passphrase
 from client.joining import load_pinned
-from client.lock import alone, is_held
 from client.logs import log_to
 from client.paths import Home
 from client.relay_state import STOPPED
@@ -22,6 +21,7 @@ from common.command import run_command
 from common.crypto import is_sealed, load_key
 from common.errors import ConfigError, ExitCode, FedmedganError, StorageError
 from common.flower_environment import flower_environment
+from common.lock import alone, is_held
 from common.passphrase import Passphrase
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)

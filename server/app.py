@@ -6,7 +6,7 @@ Read `federate` top to bottom; everything else here connects it to Flower, to a 
 import signal
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
@@ -18,6 +18,7 @@ from common.config import Config
 from common.config_text import build_config, read_config
 from common.errors import ConfigError, FederationError
 from common.flower_run import run_path
+from common.lock import alone
 from common.seal import Trust
 from common.sheets import save_sheet
 from server import checkpoint, display
@@ -133,8 +134,15 @@ def run(grid: Grid, job: Job) -> None:
 
     Raises:
         FederationError: As `federate`.
-        StorageError: A file could not be written.
+        StorageError: A file could not be written, or another process is at work on the run's folder.
     """
+    with ExitStack() as held:
+        if job.trust is not None:  # whoever resumes a run that is still at work would spoil its folder
+            held.enter_context(alone(job.folder.path / "run.lock", "run"))
+        _run(grid, job)
+
+
+def _run(grid: Grid, job: Job) -> None:
     with display.open_display(job.config) as show:
         for event in federate(grid, job):
             show(event)

@@ -27,6 +27,7 @@ MODULES: tuple[str, ...] = (
     "common/generator_step.py",
     "common/greeting.py",
     "common/lens.py",
+    "common/lock.py",
     "common/look.py",
     "common/losses.py",
     "common/messages.py",

@@ -8,7 +8,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from client.lock import alone
 from client.logs import log_to
 from client.pull.archive import Archive
 from client.pull.asked import read_list
@@ -19,6 +18,7 @@ from client.pull.sources import Source, WebSource, find_source, read_sources
 from client.pull.state import State
 from common.command import run_command
 from common.errors import ConfigError, ExitCode, FedmedganError, MissingExtra
+from common.lock import alone
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 LOG = logging.getLogger("fedmedgan.pull")

@@ -27,6 +27,7 @@ from common.privacy import Charge, epsilon, noise_for
 from common.seal import check_reply, content_digest, seal_request
 from common.weights import for_transport, get_weights
 from tests.hostile_requests import BAD_LENSES, HOSTILE_LENSES, bad_lens, changed, make_lens
+from tests.pinned import COORDINATOR, pin
 from tests.tiny_site import REFINED, train_request
 
 BUDGET = {"epsilon_spent", "epsilon_allowed"}
@@ -525,12 +526,10 @@ def test_a_deleted_ledger_stops_the_agent(tiny_home, warmup, left, used):
     assert "ledger.head.json" not in {path.name for path in tiny_home.ledger.iterdir()}
 
 
-COORDINATOR = SigningKey(bytes(range(32)))
-
-
 @pytest.fixture
 def joined(tiny_home):
     """A site that has pinned its coordinator's key, on the tenth of January 2027."""
+    pin(tiny_home)
     return dataclasses.replace(open_site(tiny_home, coordinator=COORDINATOR.verify_key), clock=lambda: NOW)
 
 
@@ -550,6 +549,14 @@ def test_pinned_coordinator_only(joined, warmup):
         wrong += [dataclasses.replace(honest, seal=dataclasses.replace(honest.seal, deadline=int(NOW) + 10**6))]
         for forged in wrong:
             assert answer(joined, forged).refusal is RefusalCode.BAD_REQUEST
+    assert not joined.ledger.charges
+
+
+def test_nothing_is_answered_once_the_site_has_left(joined, warmup):
+    """Whatever still runs: `leave` is heard by the agent at its next request."""
+    joined.home.federation.unlink()
+    hello = Request(Kind.HELLO, "run-1", 0, warmup.proposal, hello_settings())
+    assert [answer(joined, sealed(one)).refusal for one in (hello, warmup)] == [RefusalCode.POLICY] * 2
     assert not joined.ledger.charges
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from client import cli, operate
-from client.lock import alone
 from client.logs import log_to
 from client.paths import Home
 from client.relay_state import STOPPED, State
 from common.errors import ExitCode
+from common.lock import alone
 from tests.pinned import pin
 
 ROOT = Path(__file__).resolve().parents[2]

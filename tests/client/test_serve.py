@@ -20,7 +20,7 @@ from common.errors import RefusalCode, StorageError
 from common.greeting import hello_settings
 from common.messages import PROTOCOL_VERSION, Kind, Reply, Request
 from common.seal import content_digest, seal_request
-from tests.pinned import COORDINATOR
+from tests.pinned import COORDINATOR, pin
 from tests.tiny_site import warmup_request
 
 HELLO = Request(Kind.HELLO, "run-1", 0, "", hello_settings())
@@ -120,6 +120,7 @@ def test_a_peer_that_leaves_at_once_does_not_end_the_loop(tiny_home):
 
 def test_a_flood_costs_time_and_no_budget(tiny_home, tiny_proposal):
     """From a broken-in relay: what it recorded, again; questions of its own; garbage; connections left open."""
+    pin(tiny_home)
     site = open_site(tiny_home, coordinator=COORDINATOR.verify_key)
     asked = warmup_request(proposal=tiny_proposal)
     recorded = seal_request(COORDINATOR, asked, time.time() + 600)

@@ -13,9 +13,11 @@ from client.ledger import ChargeRequest
 from common.config_text import build_config, to_toml
 from common.crypto import load_key
 from common.errors import ExitCode, StorageError
+from common.lock import alone
 from common.messages import Kind
 from common.plan import plan
 from common.privacy import Charge, epsilon
+from tests.pinned import pin
 from tests.tiny_site import warmup_request
 
 
@@ -289,6 +291,15 @@ def test_serve_answers_nobody_without_a_pinned_coordinator(run, tiny_home, tmp_p
     code, _, error = run("serve", tiny_home.folder, "--socket", tmp_path / "s")
     assert (code, "join" in error) == (ExitCode.ENROLMENT, True)
     assert not (tmp_path / "s").exists()
+
+
+def test_leave_waits_for_what_still_runs(run, tiny_home):
+    pin(tiny_home)
+    for lock in (tiny_home.start_lock, tiny_home.relay_lock):
+        with alone(lock, "one"):
+            code, _, error = run("leave", tiny_home.folder, "--yes")
+        assert (code, "Stop them first" in error, tiny_home.federation.exists()) == (ExitCode.STORAGE, True, True)
+    assert run("leave", tiny_home.folder, "--yes")[0] == 0
 
 
 def test_serve_in_a_folder_that_is_no_home_says_so(run, tmp_path):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from client import supervise as supervising
-from client.lock import alone, is_held
 from client.supervise import Child, supervise
 from common.errors import ExitCode, StorageError
+from common.lock import alone, is_held
 from common.passphrase import Passphrase
 
 pytestmark = [pytest.mark.slow]
@@ -107,6 +107,7 @@ def test_leaves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     with Supervised(tmp_path / "state.json", child(DEAF), child(SLEEP, "relay")) as running:
         heard: list[str] = []
         wait_for(lambda: heard.append(capfd.readouterr().out) or "deaf" in "".join(heard))
+        wait_for(lambda: running.pid("agent") and running.pid("relay"))
         pids = [running.pid("agent"), running.pid("relay")]
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -171,7 +172,7 @@ def test_one_of_a_kind_a_home(tmp_path: Path) -> None:
     assert not is_held(lock)
     with alone(lock, "`start`"):
         assert is_held(lock)
-        with pytest.raises(StorageError, match="runs on this home already"), alone(lock, "`start`"):
+        with pytest.raises(StorageError, match="is at work there already"), alone(lock, "`start`"):
             pass
     assert not is_held(lock)
 

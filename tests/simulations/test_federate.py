@@ -8,15 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client.app import make_app
 from common.config import Config
 from common.config_text import build_config
-from common.errors import FederationError, PolicyRefusal, RefusalCode
+from common.crypto import SigningKey
+from common.errors import FederationError, PolicyRefusal, RefusalCode, StorageError
 from common.features import feature_dim, feature_map
+from common.lock import alone
 from common.messages import Kind, Request, Scalar
+from common.seal import Trust
 from common.weights import get_weights
 from server import app, checkpoint
 from server.records import Failed, RoundRecord, Waiting, read_records
 from server.rounds import initial_pair, round_bytes
+from server.run_folder import open_run
+from simulations.local_grid import LocalGrid
 from tests.function_sites import SMALL_RUN, follow_sites, run_sites
 
 Behaviour = Callable[[Request], RefusalCode | dict[str, np.ndarray] | None]
@@ -246,3 +252,13 @@ def test_a_run_that_every_site_refuses_ends_after_its_greeting(tmp_path: Path) -
     assert {name: said["verdict"] for name, said in kept["sites"].items()} == dict.fromkeys(
         ("site-0", "site-1", "site-2"), "over-budget"
     )
+
+
+def test_a_folder_that_a_run_is_at_work_on_is_left_alone(tmp_path: Path) -> None:
+    """Between machines: `resume` of a run that still runs must not write between its rounds."""
+    config = _config(**{"federation.rounds": 1})
+    folder = open_run(tmp_path / "run", config, resume=False)
+    job = app.Job(config, folder, trust=Trust(SigningKey.generate(), {}))
+    with alone(folder.path / "run.lock", "run"), pytest.raises(StorageError, match="at work there already"):
+        app.run(LocalGrid(make_app(lambda _: lambda _: None), 0), job)
+    assert not folder.metrics.exists()

@@ -53,7 +53,7 @@ def test_one_failure_hides_no_other_and_the_first_gives_the_code(doctor, tiny_ho
     assert (tmp_path / "doctor.json").stat().st_mode & 0o777 == 0o600
     assert told["exit_code"] == ExitCode.UNREADABLE
     assert {one["name"]: one["status"] for one in told["findings"]} == found
-    assert [one["exit_code"] for one in told["findings"] if one["status"] == "FAIL"] == [13, 8, 8, 8]
+    assert [one["exit_code"] for one in told["findings"] if one["status"] == "FAIL"] == [15, 8, 8, 8]
 
 
 def test_a_proxy_that_cannot_be_used_is_one_finding(doctor, tiny_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""One process of a kind for each home, by a lock that ends with its holder."""
+"""One process of a kind for each home or run folder, by a lock that ends with its holder."""
 
 import fcntl
 import time
@@ -15,7 +15,7 @@ _LOOK_S = 0.1
 
 @contextmanager
 def alone(lock: Path, what: str, wait_s: float = 0.0) -> Generator[None]:
-    """Hold a lock file, so that no second `what` runs on the same home.
+    """Hold a lock file, so that no second `what` is at work there.
 
     Args:
         lock: The file.
@@ -34,7 +34,7 @@ def alone(lock: Path, what: str, wait_s: float = 0.0) -> Generator[None]:
         deadline = time.monotonic() + wait_s
         while not _taken(handle, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
-                raise StorageError(f"A {what} runs on this home already ({lock}). Stop it first.")
+                raise StorageError(f"A {what} is at work there already ({lock}). Stop it first.")
             time.sleep(_LOOK_S)
         yield
 
