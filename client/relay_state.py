@@ -69,6 +69,12 @@ def node_before(path: Path) -> int:
     return node if isinstance(node, int) and 0 < node < 2**64 else 0
 
 
+def why_ended(path: Path) -> str:
+    """Return why the last relay of this home ended by itself; empty where it runs, was stopped, or there was none."""
+    why = str(_read(path).get("ended") or "")
+    return "" if why == STOPPED else why
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -86,6 +86,7 @@ def checks(home: Home, socket: Path, now: datetime) -> Iterator[tuple[str, Check
     pinned = _pinned(home)
     if pinned is not None:
         yield from _network_checks(home, pinned)
+        yield "relay", lambda: site.check_relay(home)
 
 
 def as_json(findings: list[Finding]) -> dict[str, object]:

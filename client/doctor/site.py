@@ -13,6 +13,7 @@ from client.intake.refusals import describe
 from client.joining import has_joined, load_pinned, public_node_key, read_node_key
 from client.ledger import read_ledger
 from client.policy import Policy
+from client.relay_state import why_ended
 from client.trust import extra_ca, read_bundles
 from client.verify import verify_home
 from common.certificates import read_authority, validity
@@ -160,6 +161,15 @@ def check_joined(home: Home, now: datetime) -> Finding:
         fix = "The coordinator runs `fedmedgan-coordinator renew --ca`, and sends a new invitation."
         return warned("joined", f"{said}.", fix)
     return passed("joined", said)
+
+
+def check_relay(home: Home) -> Finding:
+    """Say what the last relay said when it ended by itself: the link alone knows whether it lets this site in."""
+    why, state = why_ended(home.relay_state), home.relay_state
+    if why and state.stat().st_mtime >= home.federation.stat().st_mtime:
+        fix = "Ask the coordinator whether this site is let in. After another `join`: fedmedgan-site start."
+        return failed("relay", f"the last one ended: {why}", fix, ExitCode.FEDERATION)
+    return passed("relay", "no refusal since the site joined")
 
 
 def check_extra_ca(home: Home, now: datetime) -> Finding:

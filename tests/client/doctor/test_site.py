@@ -1,6 +1,7 @@
 """The checks of a site's home, each by what it must find, and that no name of a file or patient is told."""
 
 import datetime as dt
+import os
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from client.doctor import site
 from client.doctor.findings import Check, Finding, Status, look
 from client.home import Home
 from client.ledger import ChargeRequest, open_ledger
+from client.relay_state import STOPPED, State
 from common.certificates import authority_certificate, new_key, new_node_key
 from common.crypto import load_key
 from common.errors import ExitCode
+from common.files import make_folder
 from common.messages import Kind
 from common.privacy import Charge
 from tests.pinned import pin
@@ -203,3 +206,19 @@ def test_extra_ca_and_its_end(tiny_home: Home, tmp_path: Path) -> None:
         assert site.check_extra_ca(tiny_home, then).status is status
     (tmp_path / "proxy.pem").write_text("none")
     assert found(lambda: site.check_extra_ca(tiny_home, NOW)) == (Status.FAIL, ExitCode.CONFIG)
+
+
+def test_a_relay_that_was_refused_is_told_until_the_site_joins_again(tiny_home: Home) -> None:
+    pin(tiny_home)
+    assert site.check_relay(tiny_home).status is Status.PASS
+    make_folder(tiny_home.relay_state.parent, 0o700)
+    state = State(tiny_home.relay_state)
+    state.end(STOPPED)
+    assert site.check_relay(tiny_home).status is Status.PASS
+    state.end("The link does not let this site in.")
+    told = site.check_relay(tiny_home)
+    assert (told.status, told.exit_code) == (Status.FAIL, ExitCode.FEDERATION)
+    assert "does not let this site in" in told.said
+    later = tiny_home.relay_state.stat().st_mtime + 5
+    os.utime(tiny_home.federation, (later, later))
+    assert site.check_relay(tiny_home).status is Status.PASS
