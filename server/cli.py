@@ -19,8 +19,9 @@ from rich.table import Table
 from common.command import run_command
 from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
-from common.errors import ConfigError, ExitCode, FederationError
+from common.errors import ConfigError, ExitCode, FederationError, ResumeError
 from common.flower_environment import flower_environment
+from common.lock import is_held
 from server import control
 from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
@@ -132,7 +133,17 @@ def resume(
 ) -> None:
     """Go on with a run from its last whole round, and follow it."""
     path = folder.absolute()
+    _require_resumable(path)
     _start_run(load_consortium(home.absolute()), path / "config.toml", path, resume=True, detach=detach)
+
+
+def _require_resumable(path: Path) -> None:
+    if not (path / "config.toml").exists():
+        raise ResumeError(f"Expected {path} as the folder of a run. `fedmedgan-coordinator status HOME` names them.")
+    if is_complete(path):
+        raise ResumeError(f"The run of {path} is complete: see its report.html. There is nothing to go on with.")
+    if is_held(path / "run.lock"):
+        raise ResumeError(f"The run of {path} is at work. `stop` it first, or wait for its end.")
 
 
 @app.command()
