@@ -66,7 +66,7 @@ def require_words(key: VerifyKey, holder: Holder, given: str | None) -> None:
         given: What was typed, or None to show the words and ask.
 
     Raises:
-        EnrolmentError: They differ, or there is neither a terminal to ask on nor anything typed.
+        EnrolmentError: They differ or are mistyped, or there is neither a terminal to ask on nor anything typed.
     """
     expected = words_of(key, holder)
     if given is None:
@@ -78,9 +78,23 @@ def require_words(key: VerifyKey, holder: Holder, given: str | None) -> None:
         print(f"words of the {holder} in this file: {expected}")
         if typer.confirm(f"Call the {holder} on a number that you knew before. Are these the words read to you?"):
             return
-    elif given.lower().replace(",", " ").split() == expected.split():
-        return
+    else:
+        typed = given.lower().replace(",", " ").split()
+        if typed == expected.split():
+            return
+        _require_form(typed)
     raise EnrolmentError(
         f"The words are not those of the {holder} in this file: somebody may have exchanged the file on its way. "
         f"Nothing was changed here. Ask the {holder} for the file again, by another way."
     )
+
+
+def _require_form(typed: list[str]) -> None:
+    """Tell a slip of the pen from another key."""
+    unknown = ", ".join(repr(word[:20]) for word in typed if word not in WORDS)
+    if len(typed) != NUMBER_OF_WORDS or unknown:
+        said = f"; not among the words that there are: {unknown}" if unknown else ""
+        raise EnrolmentError(
+            f"Expected {NUMBER_OF_WORDS} words, got {len(typed)}{said}. Type them again as they were read; nothing was "
+            "changed here."
+        )

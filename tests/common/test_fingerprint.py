@@ -38,7 +38,7 @@ def test_typed_words_are_compared(monkeypatch):
     require_words(KEY, "site", right)
     require_words(KEY, "site", "  " + right.upper().replace(" ", ",  ") + " ")
     for wrong in ("", right.rsplit(" ", 1)[0], right + " acorn", words_of(KEY, "coordinator"), right[:-1]):
-        with pytest.raises(EnrolmentError, match="by another way"):
+        with pytest.raises(EnrolmentError, match=r"[Nn]othing was changed here"):
             require_words(KEY, "site", wrong)
 
 
@@ -55,3 +55,15 @@ def test_a_person_is_asked(monkeypatch, capsys):
     monkeypatch.setattr(typer, "confirm", lambda _question: False)
     with pytest.raises(EnrolmentError, match="exchanged"):
         require_words(KEY, "site", None)
+
+
+@pytest.mark.parametrize("slip", ["missing", "mistyped"])
+def test_a_slip_of_the_pen_is_told_from_another_key(slip: str) -> None:
+    key = VerifyKey(bytes(32))
+    words = words_of(key, "site").split()
+    typed = words[:3] if slip == "missing" else ["clokc", *words[1:]]
+    with pytest.raises(EnrolmentError, match="Type them again") as caught:
+        require_words(key, "site", " ".join(typed))
+    assert ("'clokc'" in str(caught.value)) == (slip == "mistyped")
+    with pytest.raises(EnrolmentError, match="exchanged"):
+        require_words(key, "site", " ".join(reversed(words)))
