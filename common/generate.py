@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import typer
 from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
@@ -23,6 +24,19 @@ from common.sheets import MARK, write_png
 
 Form = Literal["png", "npz"]
 FORMS: tuple[Form, ...] = get_args(Form)
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    out: Annotated[Path, typer.Option(help="Where the images go; a new folder.")],
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many images.")] = 64,
+    labels: Annotated[str, typer.Option(help="all, a class, a comma list, or clear=0.7,nodule=0.3.")] = "all",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
+    format: Annotated[str, typer.Option(help="png or npz.")] = "png",
+) -> None:
+    """Draw synthetic images from a finished run."""
+    written = generate_images(run, out, count, labels, seed, format)
+    print(f"{count} synthetic images in {written}")
 
 
 def generate_images(run: Path, out: Path, count: int, labels: str, seed: int, form: str) -> Path:

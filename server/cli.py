@@ -21,6 +21,7 @@ from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
 from common.errors import ConfigError, ExitCode, FederationError, ResumeError
 from common.flower_environment import flower_environment
+from common.generate import generate
 from common.lock import is_held
 from server import control
 from server.consortium import Consortium, enrolled, load_consortium
@@ -30,6 +31,7 @@ from server.status import COMPLETED, how_it_ended, stand, tables
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 add_commands(app)
+app.command()(generate)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from common.command import run_command
 from common.config import Config
 from common.config_text import build_config, parse_changes, read_config, to_toml
 from common.errors import ExitCode
-from common.generate import generate_images
+from common.generate import generate
 from common.plan import delta_warning, plans_of
 from server.app import Job
 from server.lens import foretell
@@ -123,18 +123,7 @@ def simulate(
     _run(federation)
 
 
-@app.command()
-def generate(
-    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    out: Annotated[Path, typer.Option(help="Where the images go; a new folder.")],
-    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many images.")] = 64,
-    labels: Annotated[str, typer.Option(help="all, a class, a comma list, or clear=0.7,nodule=0.3.")] = "all",
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
-    format: Annotated[str, typer.Option(help="png or npz.")] = "png",
-) -> None:
-    """Draw synthetic images from a finished run."""
-    written = generate_images(run, out, count, labels, seed, format)
-    print(f"{count} synthetic images in {written}")
+app.command()(generate)
 
 
 @app.command()
