@@ -1,6 +1,6 @@
 """kill -9 at any point of charge, train, journal and reply: nothing is released that was not charged, ever.
 
-Agents are real processes on real homes. A thousand die at random moments (FEDMEDGAN_KILLS sets how many), and one at
+Agents are real processes on real homes. Four hundred die at random moments (FEDMEDGAN_KILLS=1000 for more), and one at
 every durable call there is. After each death the home is read as it lies, then opened again; the same request is asked
 until it is answered.
 """
@@ -38,7 +38,7 @@ from tests.tiny_site import POLICY, PROPOSAL, make_home, train_request, warmup_r
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = int(os.environ.get("FEDMEDGAN_KILLS", "1000"))
+KILLS = int(os.environ.get("FEDMEDGAN_KILLS", "400"))
 LONG = PROPOSAL.model_copy(update={"federation": PROPOSAL.federation.model_copy(update={"rounds": 6})})
 REQUESTS = (warmup_request(proposal=LONG), *(train_request(number, proposal=LONG) for number in range(1, 7)))
 

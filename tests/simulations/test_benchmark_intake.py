@@ -1,7 +1,7 @@
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless
 
-from simulations.benchmark import intake
+from simulations.benchmark import intake, vault
 
 
 @pytest.mark.slow
@@ -9,6 +9,7 @@ def test_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a few small files: every encoding has a row, and every image was read both ways."""
     monkeypatch.setattr(intake, "SIDE", 96)
     monkeypatch.setattr(intake, "REPEATS", 1)
+    monkeypatch.setattr(vault, "FILES", 50)
     monkeypatch.setattr(intake, "FILES", {ExplicitVRLittleEndian: 6, JPEG2000Lossless: 2, JPEGLSLossless: 2})
     result = intake.measure()
     assert [row["files"] for row in result.rows] == [10, 6, 2, 2]
@@ -18,6 +19,11 @@ def test_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
         "cpu_of_the_loop_over_import",
         "peak_memory_of_4_times_the_files_over_once",
         "peak_memory_mib",
+        "vault_read_over_decode",
+        "vault_read_without_cache_over_decode",
+        "vault_read_images_s",
+        "import_of_10000_small_files_s",
+        "import_of_10000_unchanged_files_s",
     }
 
 
