@@ -1,6 +1,7 @@
 """One process of a kind for each home or run folder, by a lock that ends with its holder."""
 
 import fcntl
+import os
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -27,14 +28,14 @@ def alone(lock: Path, what: str, wait_s: float = 0.0) -> Generator[None]:
     """
     make_folder(lock.parent, 0o700)
     try:
-        handle = lock.open("w")
+        handle = os.fdopen(os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600), "w")
     except OSError as error:
         raise StorageError(f"Could not make {lock}: {error.strerror}. Mend the folder's permissions.") from error
     with handle:
         deadline = time.monotonic() + wait_s
         while not _taken(handle, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
-                raise StorageError(f"A {what} is at work there already ({lock}). Stop it first.")
+                raise StorageError(f"Another {what} is at work there already ({lock}). Wait for it, or stop it.")
             time.sleep(_LOOK_S)
         yield
 

@@ -6,7 +6,7 @@ Read `federate` top to bottom; everything else here connects it to Flower, to a 
 import signal
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
@@ -136,21 +136,16 @@ def run(grid: Grid, job: Job) -> None:
         FederationError: As `federate`.
         StorageError: A file could not be written, or another process is at work on the run's folder.
     """
-    with ExitStack() as held:
-        if job.trust is not None:  # whoever resumes a run that is still at work would spoil its folder
-            held.enter_context(alone(job.folder.path / "run.lock", "run"))
-        _run(grid, job)
-
-
-def _run(grid: Grid, job: Job) -> None:
-    with display.open_display(job.config) as show:
-        for event in federate(grid, job):
-            show(event)
-    state = checkpoint.load_latest(job.folder.checkpoints)
-    if state is not None and (not job.stop.is_set() or state.round >= job.config.federation.rounds):
-        secrets = SIMULATED_SECRETS if job.trust is None else SITES_SECRETS
-        with unbroken():
-            write_results(job.config, job.folder, state, read_records(job.folder.metrics), secrets)
+    # Whoever resumes a run that is still at work would spoil its folder.
+    with nullcontext() if job.trust is None else alone(job.folder.lock, "run"):
+        with display.open_display(job.config) as show:
+            for event in federate(grid, job):
+                show(event)
+        state = checkpoint.load_latest(job.folder.checkpoints)
+        if state is not None and (not job.stop.is_set() or state.round >= job.config.federation.rounds):
+            secrets = SIMULATED_SECRETS if job.trust is None else SITES_SECRETS
+            with unbroken():
+                write_results(job.config, job.folder, state, read_records(job.folder.metrics), secrets)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from common.lock import is_held
 from server import control
 from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
-from server.run_folder import is_complete, next_folder, prepare_run
+from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
 from server.status import COMPLETED, how_it_ended, stand, tables
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -144,7 +144,7 @@ def _require_resumable(path: Path) -> None:
         raise ResumeError(f"Expected {path} as the folder of a run. `fedmedgan-coordinator status HOME` names them.")
     if is_complete(path):
         raise ResumeError(f"The run of {path} is complete: see its report.html. There is nothing to go on with.")
-    if is_held(path / "run.lock"):
+    if is_held(RunFolder(path, "").lock):
         raise ResumeError(f"The run of {path} is at work. `stop` it first, or wait for its end.")
 
 

@@ -15,9 +15,8 @@ from rich.text import Text
 
 from common.config import Config
 from server.handshake import Handshake, lines
-from server.pace import duration, megabytes, seconds_left
+from server.pace import duration, megabytes, round_up, seconds_left
 from server.records import Failed, Progress, RoundRecord, Waiting, is_landmark
-from server.report import round_up
 
 SHOWN_ROUNDS = 15
 ALL_LINES = 200

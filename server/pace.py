@@ -1,14 +1,16 @@
-"""How long the rest of a run will take, and times and sizes in words.
+"""How long the rest of a run will take, and times, sizes and epsilons in words.
 
 Apart from the display, whose imports take seconds. Out of scope: how long a round waits (server/deadline).
 """
 
+import math
 from collections.abc import Sequence
 
 from server.records import RoundRecord
 
 PACE_ROUNDS = 5
 """So many rounds, the newest, tell the pace."""
+_HUGE = 1e9
 
 
 def seconds_left(records: Sequence[RoundRecord], refinements: int, rounds: int) -> float:
@@ -44,3 +46,10 @@ def megabytes(size: int) -> str:
     ('2.22 MB', '0.00 MB')
     """
     return f"{size / 1e6:.2f} MB"
+
+
+def round_up(value: float, digits: int = 2) -> str:
+    """Write an epsilon so that the text never states less than the value."""
+    if not value < _HUGE:
+        return f"{value:g}"
+    return f"{math.ceil(round(value * 10**digits, 6)) / 10**digits:.{digits}f}"

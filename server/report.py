@@ -27,6 +27,7 @@ from common.config_text import build_config, read_config
 from common.errors import ResumeError
 from common.files import write_atomic
 from common.generate import file_names
+from server.pace import round_up
 from server.records import RoundRecord, read_records
 from server.report_page import PAGE
 
@@ -50,7 +51,6 @@ _KNOWN_FILES = {
     "samples": "sheets of the same latents after every round, and one sheet a class",
     "checkpoints": "the last three states, to resume from",
 }
-_HUGE = 1e9
 _BLUE, _GREY = "#0b6e99", "#8a8a8a"
 _SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fedmedgan", "font.size": 9.0, "axes.linewidth": 0.7}
 
@@ -99,13 +99,6 @@ def round_sheets(samples: Path) -> list[tuple[int, Path]]:
     """List the sheets of `common.generate.save_sheet` in a folder by round, in order."""
     matches = ((re.fullmatch(r"round-(\d+)\.png", path.name), path) for path in samples.glob("round-*.png"))
     return sorted((int(match[1]), path) for match, path in matches if match)
-
-
-def round_up(value: float, digits: int = 2) -> str:
-    """Write an epsilon so that the text never states less than the value."""
-    if not value < _HUGE:
-        return f"{value:g}"
-    return f"{math.ceil(round(value * 10**digits, 6)) / 10**digits:.{digits}f}"
 
 
 def attack_bounds(epsilon: float, delta: float) -> tuple[float, float]:

@@ -21,8 +21,9 @@ from common.plan import plan
 from common.secure_sum import GRID, Cohort
 from common.sheets import class_row, label_width, write_label, write_png
 from server.checkpoint import State
+from server.pace import round_up
 from server.records import RoundRecord, SiteRelease
-from server.report import round_sheets, round_up, write_report
+from server.report import round_sheets, write_report
 from server.rounds import averaged_pair
 from server.run_folder import RunFolder
 

@@ -39,6 +39,11 @@ class RunFolder:
     run_id: str
 
     @property
+    def lock(self) -> Path:
+        """Return the path of the lock that a run between machines holds."""
+        return self.path / "run.lock"
+
+    @property
     def checkpoints(self) -> Path:
         """Return the folder of the checkpoints."""
         return self.path / "checkpoints"

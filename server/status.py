@@ -4,7 +4,6 @@ What a site spent is what it declared with its newest release, in whatever run. 
 (server/control).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from common.config import Config
 from common.config_text import build_config
 from common.errors import FedmedganError
 from server.control import FINISHED, NodeStatus, RunStatus
-from server.pace import duration, megabytes, seconds_left
+from server.pace import duration, megabytes, round_up, seconds_left
 from server.records import RoundRecord, read_records
 from server.run_folder import RunFolder, is_complete, stored_tree
 
@@ -118,7 +117,7 @@ def tables(
             online,
             _ago(site.last_seen, now),
             f"{site.rounds_joined}/{site.rounds}" if site.rounds else "-",
-            "-" if site.epsilon_spent is None else f"{_up(site.epsilon_spent)} of {site.epsilon_allowed:g}",
+            "-" if site.epsilon_spent is None else f"{round_up(site.epsilon_spent)} of {site.epsilon_allowed:g}",
             Text(site.last or "-"),
         )
     yield of_sites
@@ -222,8 +221,3 @@ def _ago(moment: str, now: float) -> str:
         if since_s >= 2 * length_s:
             return f"{since_s / length_s:.0f} {unit} ago"
     return f"{since_s:.0f} s ago"
-
-
-def _up(epsilon: float) -> str:
-    """Round so that the text never states less than the value."""
-    return f"{math.ceil(round(epsilon * 100, 6)) / 100:.2f}"

@@ -6,12 +6,11 @@ the same. An import that is interrupted has written whole chunks; the next one g
 Out of scope: which images are used (client/intake/selection), the form of a vault (client/intake/vault).
 """
 
-import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
@@ -28,6 +27,7 @@ from client.intake.selection import Choice, Practice, choose, instance_of
 from client.intake.sources import scan
 from client.intake.vault import ROW, SEGMENT_BYTES, Manifest, Seen, create_vault, read_manifest, write_manifest
 from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatients
+from common.lock import alone as alone_on
 from common.sealing import PSEUDONYM_BYTES, SealingKey
 
 Progress = Callable[[int, int], None]
@@ -100,7 +100,7 @@ def import_source(
         - order_of_patients: A first import numbers patients by (issuer, id), whatever the key.
         - pseudonyms_only: Nothing of a header or a name is written but keyed pseudonyms and class numbers.
     """
-    with _locked(vault):
+    with _alone(vault):
         manifest = recover(vault, key, _opened(vault, key, form))
         names = _Names(key, practice.source, practice.digest())
         found = scan(practice.source, practice.label, practice.rules, names.skip(manifest))
@@ -218,19 +218,8 @@ def _opened(vault: Path, key: SealingKey, form: Form) -> Manifest:
     return manifest
 
 
-@contextmanager
-def _locked(vault: Path) -> Generator[None]:
-    try:
-        vault.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.fdopen(os.open(vault / "lock", os.O_WRONLY | os.O_CREAT, 0o600), "w")
-    except OSError as error:
-        raise StorageError(f"Could not lock the vault: {error.strerror}. Mend its permissions.") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError("Another import into this vault is running. Wait for it, or stop it.") from error
-        yield
+def _alone(vault: Path) -> AbstractContextManager[None]:
+    return alone_on(vault / "lock", "import")
 
 
 def too_few(patients: int, least: int, refused: Mapping[str, int]) -> IntakeError | TooFewPatients | MissingExtra:

@@ -18,8 +18,9 @@ from common.errors import ResumeError
 from common.files import write_atomic
 from common.models import build
 from common.sheets import save_sheet
+from server.pace import round_up
 from server.records import RoundRecord, SiteRelease, write_records
-from server.report import attack_bounds, round_up, write_report
+from server.report import attack_bounds, write_report
 from server.results import SIMULATED_SECRETS, privacy_card, write_class_sheets
 from server.run_folder import open_run
 

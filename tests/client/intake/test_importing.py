@@ -175,7 +175,7 @@ def test_a_missing_decoder_is_named_with_its_pip_line(tmp_path: Path, write_dico
 
 
 def test_two_imports_at_once(tmp_path: Path, source: Path) -> None:
-    with importing._locked(tmp_path / "vault"), pytest.raises(StorageError, match="Another import"):
+    with importing._alone(tmp_path / "vault"), pytest.raises(StorageError, match="Another import"):
         run(tmp_path / "vault", source)
 
 
