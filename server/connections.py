@@ -52,4 +52,7 @@ class PromptProtocol(H11Protocol):
     def _make_room(self) -> None:
         others = [cast("PromptProtocol", other) for other in self.connections if other is not self]
         if silent := [other for other in others if other._is_silent()]:
-            min(silent, key=lambda other: other._waits_since).transport.abort()
+            longest = min(silent, key=lambda other: other._waits_since)
+            longest.transport.abort()
+            # a request may come in this very step of the loop, and the abort is told of in one of the next
+            self.connections.discard(longest)

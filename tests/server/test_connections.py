@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import uvicorn
+from uvicorn.server import ServerState
 
 from server import connections
 from server.connections import PromptProtocol
@@ -101,3 +103,23 @@ def test_silent_ones_make_room(connect: Callable[[], socket.socket]) -> None:
     assert status(connect()) == b"HTTP/1.1 200 OK"
     assert is_cut(silent[0])
     assert answered(busy) == b"HTTP/1.1 200 OK"
+
+
+def test_silent_ones_make_room_at_once() -> None:
+    """A request may come with the end of its handshake: in the same step of the loop as its connection."""
+
+    async def main() -> None:
+        config = uvicorn.Config(answer, ws="none", lifespan="off", limit_concurrency=PLACES, log_config=None)
+        state = ServerState()
+        transports = [create_autospec(asyncio.Transport, instance=True) for _ in range(PLACES + 1)]
+        protocols = [PromptProtocol(config, state, {}) for _ in transports]
+        for protocol, transport in zip(protocols, transports, strict=True):
+            transport.is_closing.return_value = False
+            protocol.connection_made(transport)
+        protocols[-1].data_received(ASK)
+        await asyncio.gather(*state.tasks)
+        transports[0].abort.assert_called()
+        said = b"".join(call.args[0] for call in transports[-1].write.call_args_list)
+        assert said.startswith(b"HTTP/1.1 200")
+
+    asyncio.run(main())
