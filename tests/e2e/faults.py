@@ -134,10 +134,9 @@ def kill(script: Script, fault: Fault) -> None:
         "start": ("client.entry", "start", home),
         "link": ("server.link", home),
         "executor": ("server.executor", home),
-        "run": ("server.executor", home, "--run"),
+        "run": ("server.run_process", home),
     }[kind]
-    without = "--run" if kind == "executor" else ""
-    for victim in wait_for(lambda: made.processes(*names, without=without), PATIENCE_S, fault.whom):
+    for victim in wait_for(lambda: made.processes(*names), PATIENCE_S, fault.whom):
         victim.kill()
     if kind == "start":
         made.services[site].wait(10)

@@ -151,11 +151,11 @@ class Federation:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
-    def processes(self, *wanted: object, without: str = "") -> list[psutil.Process]:
+    def processes(self, *wanted: object) -> list[psutil.Process]:
         """Return the processes whose command line holds all of these words."""
         words = {str(word) for word in wanted}
         found = [(one, one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
-        return [one for one, line in found if words <= set(line) and without not in line]
+        return [one for one, line in found if words <= set(line)]
 
     def said(self) -> str:
         """Return the end of everything that was printed or logged anywhere."""

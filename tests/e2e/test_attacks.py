@@ -305,7 +305,7 @@ def test_the_public_port_starts_stops_registers_and_tells_nothing(federation: At
 
 def test_a_run_that_waits_is_not_taken_without_the_secret(federation: Attacked) -> None:
     """The executor is held, so that a second run waits to be taken."""
-    (executor,) = federation.made.processes(federation.hub.folder, "server.executor", without="--run")
+    (executor,) = federation.made.processes(federation.hub.folder, "server.executor")
     executor.suspend()
     try:
         with control.connect(federation.hub) as link:
