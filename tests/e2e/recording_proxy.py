@@ -31,6 +31,7 @@ def recording_proxy() -> Iterator[Proxy]:
                 self.wfile.write(b"HTTP/1.1 403 Forbidden\r\n\r\n")
                 return
             with socket.create_connection((host, int(port)), 10) as target:
+                target.settimeout(None)  # an answer may be long in coming: a long upload goes before it
                 self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
                 _tunnel(self.connection, target)
 

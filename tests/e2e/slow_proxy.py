@@ -102,6 +102,7 @@ class _Tunnel(socketserver.StreamRequestHandler):
             self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
             return
         with socket.create_connection((host, int(port)), 10) as target:
+            target.settimeout(None)  # an answer may be long in coming: a long upload goes before it
             self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
             ends = (self.connection, target)
             with self.proxy.lock:
