@@ -7,6 +7,7 @@ opened. Out of scope: what is done with a message (client/relay).
 """
 
 import hashlib
+import ssl
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from google.protobuf.message import DecodeError
-from httpx import HTTPError, HTTPStatusError, Request, Response, SyncByteStream
+from httpx import ConnectError, HTTPError, HTTPStatusError, ProxyError, Request, Response, SyncByteStream
 
 from common.certificates import NodeKey
 from common.errors import FederationError, WireError
@@ -62,6 +63,8 @@ class BoundedClient(FleetHttpClient):
         - bounded_body: An answer over MAX_BODY_BYTES, declared or not, is given up at that byte; a packed one, which
           may be of any size once unpacked, before its first.
         - goes_nowhere_else: An answer that points to another address is not followed.
+        - cut_is_no_refusal: A connection that is cut while it is made, or to which a proxy finds no way, is tried
+          again by Flower like one that is refused; what is wrong with a certificate is told at once.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -70,9 +73,32 @@ class BoundedClient(FleetHttpClient):
         self._client.follow_redirects = False
         self._client.event_hooks = {"request": [_ask_plainly], "response": [_bound_body]}
 
+    def _send(self, *arguments: Any, **named: Any) -> Response:
+        """Send a request; Flower gives up at any failure whose text speaks of TLS, a cut in a handshake among them."""
+        try:
+            return super()._send(*arguments, **named)
+        except (ConnectError, ProxyError) as error:
+            if _will_pass(error):
+                raise ConnectError(_CUT) from error
+            raise
+
 
 fleet_http_connection.FleetHttpClient = BoundedClient
 """The line of `join` is made by Flower, by this name."""
+
+
+_CUT = "the connection was cut while it was made"
+_NO_WAY = ("502", "503", "504")
+"""A proxy's codes when the link is away, or the line behind the proxy is."""
+
+
+def _will_pass(error: ConnectError | ProxyError) -> bool:
+    if isinstance(error, ProxyError):
+        return str(error).startswith(_NO_WAY)
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(cause, ssl.SSLEOFError)
 
 
 @final

@@ -1,10 +1,13 @@
 """What the link, or who stands in its place with its certificate, can make the relay read."""
 
+import datetime as dt
 import gzip
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import httpx
@@ -16,6 +19,7 @@ from flwr.supernode import fleet_http_connection
 
 from client import fleet
 from client.fleet import MAX_BODY_BYTES, BoundedClient
+from common.certificates import authority_certificate, new_key
 from common.errors import WireError
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -137,3 +141,45 @@ def test_the_line_is_made_with_this_client(monkeypatch: pytest.MonkeyPatch) -> N
             pass
         assert found.sent < 2 * MAX_BODY_BYTES
     assert fleet_http_connection.FleetHttpClient is fleet.BoundedClient
+
+
+def test_cut_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its text Flower's retries tell what passes from what does not (tests/contracts/test_fleet.py)."""
+
+    def nothing() -> Iterator[bytes]:
+        yield b""
+
+    def no_way() -> Iterator[bytes]:
+        yield b"HTTP/1.1 502 Bad Gateway\r\n\r\n"
+
+    def no_entry() -> Iterator[bytes]:
+        yield b"HTTP/1.1 403 Forbidden\r\n\r\n"
+
+    def ask(address: str) -> None:
+        with BoundedClient.from_server_address(address, False, None, []) as client:
+            client.PullMessages(PullMessagesRequest())
+
+    with link(nothing) as found, pytest.raises(httpx.ConnectError) as cut:
+        ask(found.address)
+    assert str(cut.value) == "the connection was cut while it was made"
+    for answer, kind in ((no_way, httpx.ConnectError), (no_entry, httpx.ProxyError)):
+        with link(answer) as proxy:
+            monkeypatch.setenv("https_proxy", f"http://{proxy.address}")
+            with pytest.raises(kind):
+                ask("127.0.0.2:1")
+
+
+def test_a_wrong_certificate_is_told_at_once(tmp_path: Path) -> None:
+    """Not taken for a cut: somebody must do something about it."""
+    key = new_key()
+    (tmp_path / "key").write_bytes(key)
+    (tmp_path / "pem").write_bytes(authority_certificate(key, "others", dt.datetime.now(dt.UTC)))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "pem", tmp_path / "key")
+    with socket.create_server(("127.0.0.1", 0)) as plain, context.wrap_socket(plain, server_side=True) as listener:
+        found = Link(listener, lambda: iter(()))
+        with (
+            BoundedClient.from_server_address(found.address, False, None, []) as client,
+            pytest.raises(httpx.ConnectError, match="certificate verify failed"),
+        ):
+            client.PullMessages(PullMessagesRequest())

@@ -3,6 +3,7 @@
 import inspect
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
@@ -14,6 +15,7 @@ from flwr.supercore import telemetry
 from flwr.supercore.constant import TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.retry.http_retry import _RETRYABLE_TRANSPORT_ERRORS, make_simple_http_retry_invoker
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import fleet_http_connection
@@ -64,6 +66,14 @@ def test_nothing_of_the_connection_reports_to_flower() -> None:
     assert "event(" not in inspect.getsource(fleet_http_connection)
     assert 'os.getenv("FLWR_TELEMETRY_ENABLED"' in inspect.getsource(telemetry)
     assert flower_environment(Path("home"))["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+def test_retries_end_at_once_where_a_text_speaks_of_tls() -> None:
+    giveup = make_simple_http_retry_invoker().should_giveup
+    assert giveup is not None
+    assert giveup(httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol"))
+    assert not giveup(httpx.ConnectError(fleet._CUT))
+    assert not isinstance(httpx.ProxyError(""), _RETRYABLE_TRANSPORT_ERRORS)
 
 
 def test_a_message_travels_as_parts_and_is_whole_again() -> None:
