@@ -40,6 +40,7 @@ from common.config_text import build_config, read_config
 from common.crypto import load_verify_key
 from common.errors import ConfigError, ExitCode, IntakeError, StorageError
 from common.files import require_outside, write_atomic
+from common.lock import beside
 from common.plan import delta_warning
 from common.privacy import epsilon
 from common.secure_sum import Cohort, parse_cohort
@@ -109,12 +110,13 @@ def serve_(
     opened = Home(home)
     load_verify_key(opened.key)  # a folder that is no home is told first
     coordinator = load_pinned(home).coordinator
-    site = open_site(opened, coordinator=coordinator, ask=partial(obtain, passphrase_fd))
-    log_to(opened.log)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: stop.set())
-    serve(site, socket, stop, LONGEST_REQUEST_S)
+    with beside(opened.serve_lock):
+        site = open_site(opened, coordinator=coordinator, ask=partial(obtain, passphrase_fd))
+        log_to(opened.log)
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: stop.set())
+        serve(site, socket, stop, LONGEST_REQUEST_S)
 
 
 @app.command("pull", context_settings={"ignore_unknown_options": True}, add_help_option=False)
@@ -147,8 +149,10 @@ def show_budget(
 ) -> None:
     """Show what is spent, left and by run; with --config, what a planned run would cost and how far the budget goes.
 
-    Exits 5 where this site can join nothing of the planned run, by its policy or its budget.
+    Exits 5 where this site can join nothing of the planned run, by its policy or its budget; else 4 where the images
+    that the run asks for are not imported.
     """
+    there: bool | None = None
     proposal, rules = _planned(config) if config is not None else None, policy.load(Home(home).policy)
     cohort = None
     if proposal is not None and cohort_sites is not None and cohort_patients is not None:
@@ -162,13 +166,17 @@ def show_budget(
     total = f"of {found.max_epsilon:g} at delta {found.delta:g}"
     print(f"spent: epsilon {found.spent:.3f} {total}; left: {found.left:.3f}")
     if proposal is not None and found.forecast is not None:
-        _print_forecast(found.forecast, found.left)
-        _print_images(Home(home), proposal)
+        missing = _missing_images(Home(home), proposal)
+        _print_forecast(found.forecast, found.left, missing)
+        there = None if proposal.image.classes == _UNNAMED else not missing
     if json_file is not None:
         require_outside(home, json_file)
-        write_atomic(json_file, (json.dumps(found.as_json(), indent=1) + "\n").encode())
+        tree = found.as_json() | {"images_imported": there}
+        write_atomic(json_file, (json.dumps(tree, indent=1) + "\n").encode())
     if found.forecast is not None and found.forecast.nothing:
         raise typer.Exit(ExitCode.PRIVACY)
+    if there is False:
+        raise typer.Exit(ExitCode.DATA)
 
 
 @records.command("show")
@@ -236,26 +244,35 @@ def _planned(path: Path) -> Proposal:
     return build_config(planned.model_dump(), {"image.classes": _UNNAMED})  # they count in the bytes of a reply only
 
 
-def _print_forecast(planned: budget.Forecast, left: float) -> None:
+def _print_forecast(planned: budget.Forecast, left: float, missing: str) -> None:
     agreed = planned.plan
     noises = (("warm-up", agreed.warmup_noise_multiplier), ("training", agreed.train_noise_multiplier))
     noise = ", ".join(f"noise of the {name} {sigma:.3f}" for name, sigma in noises if sigma is not None)
     print(f"planned run: sample rate {agreed.sample_rate:.4f}, {noise}, {agreed.steps} steps")
     print(f"planned run alone: epsilon {agreed.epsilon:.3f}")
     print(f"policy: {budget.verdict(planned)}")
-    print(f"this site can join: {budget.extent(planned)}; then spent: epsilon {planned.epsilon_after:.3f}")
+    joined = budget.extent(planned)
+    if missing and not planned.nothing:
+        joined = f"nothing until its images are imported, then {joined}"
+    print(f"this site can join: {joined}; then spent: epsilon {planned.epsilon_after:.3f}")
     if planned.warmup is False and planned.refusal is None:
         alone = epsilon([agreed.charge_of_warmup()] * planned.warmup_releases, agreed.delta)
         print(f"over budget: the warm-up alone asks for epsilon {alone:.3f}, {left:.3f} is left")
 
 
-def _print_images(home: Home, proposal: Proposal) -> None:
+def _missing_images(home: Home, proposal: Proposal) -> str:
+    """Say whether the images that a run asks for are imported, and return why not; empty where they are."""
     image = proposal.image
+    if image.classes == _UNNAMED:
+        print("images: not looked for, since the run names no classes")
+        return ""
     try:
         require_images(home, image.classes, image.size, image.channels)
-        print("images: imported")
     except IntakeError as error:
-        print(f"images: {error if image.classes != _UNNAMED else 'not looked for, since the run names no classes'}")
+        print(f"images: NOT imported. {error}")
+        return str(error)
+    print("images: imported")
+    return ""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -79,7 +79,7 @@ def leave(
 ) -> None:
     """Leave the federation: destroy the node key and forget the coordinator. Ledger, journal and identity stay."""
     pinned, opened = load_pinned(home), Home(home)
-    if is_held(opened.start_lock) or is_held(opened.relay_lock):
+    if is_held(opened.start_lock) or is_held(opened.relay_lock) or is_held(opened.serve_lock, shared=True):
         raise StorageError(f"Agent and relay of {home} still run. Stop them first, then run `leave` again.")
     if not yes:
         typer.confirm(f"Leave {pinned.federation}? To come back takes a new invitation.", abort=True)

@@ -101,6 +101,11 @@ class Home:
         return self.folder / "logs" / "start.lock"
 
     @property
+    def serve_lock(self) -> Path:
+        """Return the path of the lock that every agent of this home holds while it serves."""
+        return self.folder / "logs" / "serve.lock"
+
+    @property
     def relay_lock(self) -> Path:
         """Return the path of the lock that a relay holds."""
         return self.folder / "logs" / "relay.lock"
