@@ -8,7 +8,7 @@ import pytest
 
 from client.agent import answer, open_site
 from client.cli import main
-from client.home import Home, load_images
+from client.home import Home, load_images, read_site_config
 from client.ledger import ChargeRequest
 from common.config_text import build_config, to_toml
 from common.crypto import load_key
@@ -88,9 +88,29 @@ def test_import_in_colour(run, tiny_home, tiny_proposal):
     assert (code, "channels=2" in err) == (ExitCode.CONFIG, True)
 
 
-def test_import_warns_of_a_class_that_nobody_has(run, tiny_home):
-    code, _, err = run("import", tiny_home.folder, "--classes", "clear,opacitty", "--size", 28)
+def test_import_warns_of_a_class_that_nobody_has(run, tiny_home, tmp_path):
+    code, out, err = run(
+        "import", tiny_home.folder, "--classes", "clear,opacitty", "--size", 28, "--json", tmp_path / "j"
+    )
+    found = int(out.split("by class: clear ")[1].split(",")[0])
+    left = len(load_images(tiny_home, ("clear", "opacity"), 28).images) - found
     assert (code, "no image here has the class opacitty" in err) == (0, True)
+    assert f"warning: {left} images have labels that are no class of the run: opacity {left}." in err
+    assert "opacity" not in out + (tmp_path / "j").read_text()  # labels are headers' values: for this terminal alone
+    assert (
+        "labels that are no class" not in run("import", tiny_home.folder, "--classes", "opacity,clear", "--size", 28)[2]
+    )
+
+
+def test_import_and_check_with_no_class_that_is_there(run, tiny_home, tmp_path):
+    source = read_site_config(tiny_home).data
+    check = ("check", source, "--classes", "Clear,Opacity", "--report", tmp_path / "seen")
+    for command in (("import", tiny_home.folder, "--classes", "Clear,Opacity", "--size", 28), check):
+        code, _, err = run(*command)
+        assert code == ExitCode.DATA
+        named = err.split("labels that are no class of the run: ")[1].split(".")[0]
+        assert sorted(one.split()[0] for one in named.split(", ")) == ["clear", "opacity"]
+        assert "capitals" in err
 
 
 def test_init_with_a_copy_of_the_head(run, tmp_path):
