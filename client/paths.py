@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+INCOMING = ".incoming"
+"""Folder of an inbox in which a pull (client/pull) puts what it has not kept yet."""
+
 
 @final
 @dataclass(frozen=True)
