@@ -31,6 +31,7 @@ from client.ledger import Ledger, read_ledger
 from client.logs import log_to
 from client.membership import add_commands
 from client.passphrase import ask_new, obtain
+from client.paths import require_home
 from client.policy import Policy
 from client.serve import LONGEST_REQUEST_S, serve
 from client.verify import export_journal, read_export, verify_home
@@ -83,7 +84,9 @@ def init(
     try:
         rules = Policy(site=name, declared_patients=patients, max_epsilon=max_epsilon, delta=delta)
     except ValidationError as error:
-        wrong = "; ".join(f"{item['loc'][0]}={item['input']!r}: {item['msg']}" for item in error.errors())
+        wrong = "; ".join(
+            f"{item['loc'][0]}={item['input']!r}: {_said(item['type'], item['msg'])}" for item in error.errors()
+        )
         raise ConfigError(f"Expected other values for the policy: {wrong}. Mend the flags.") from error
     if warning := delta_warning(delta, patients):
         print(f"warning: {warning}", file=sys.stderr)
@@ -128,6 +131,7 @@ def pull_(arguments: Annotated[list[str] | None, typer.Argument(metavar="HOME --
 @app.command("ledger")
 def show_ledger(home: HomeArgument) -> None:
     """Verify the ledger and show what was charged."""
+    require_home(home)
     ledger, rules = _ledger(home), policy.load(Home(home).policy)
     table = Table("time", "run", "round", "kind", "sigma", "q", "steps", title=f"ledger of {rules.site}")
     for entry in ledger.entries:
@@ -182,6 +186,7 @@ def show_budget(
 @records.command("show")
 def show_journal(home: HomeArgument) -> None:
     """Verify the journal and show every release."""
+    require_home(home)
     require_books(Home(home))
     entries = journal.entries(Home(home).journal, load_verify_key(Home(home).key))
     table = Table("time", "run", "round", "kind", "bytes", "sha256", "epsilon after", title="releases")
@@ -206,6 +211,7 @@ def verify_journal(
             raise StorageError(f"The journal in {path} is signed by {signer.to_bytes().hex()}, not by --key {key}.")
         print(f"verified; {len(entries)} releases, signed by {signer.to_bytes().hex()}")
         return
+    require_home(path)
     signer = load_verify_key(Home(path).key)
     if key is not None and key.lower() != signer.to_bytes().hex():
         raise StorageError(f"The home {path} signs as {signer.to_bytes().hex()}, not as --key {key}.")
@@ -221,6 +227,7 @@ def verify_journal(
 @records.command("export")
 def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The file to write.")]) -> None:
     """Write the signed journal and the public key to a file that `journal verify FILE` checks anywhere."""
+    require_home(home)
     verify_key = load_verify_key(Home(home).key)
     require_outside(home, file)
     write_atomic(file, export_journal(Home(home).journal, verify_key))
@@ -230,6 +237,11 @@ def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The f
 def _print(table: Table) -> None:
     """Print whole columns also where no terminal says how wide it is: a log, a pipe."""
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _said(kind: str, message: str) -> str:
+    form = "expected letters of ASCII, digits, dots, dashes and underscores, at most 64 and no sign first"
+    return form if kind == "string_pattern_mismatch" else message
 
 
 def _ledger(home: Path) -> Ledger:
@@ -273,6 +285,14 @@ def _missing_images(home: Home, proposal: Proposal) -> str:
         return str(error)
     print("images: imported")
     return ""
+
+
+_ORDER: tuple[str, ...] = (
+    *("init", "enrol", "join", "check", "import", "doctor", "budget", "start", "status", "ledger"),
+    *("renew", "leave", "passphrase", "pull", "serve", "relay"),
+)
+"""Of the commands in the help: as a site comes to need them."""
+app.registered_commands.sort(key=lambda one: _ORDER.index(one.name or getattr(one.callback, "__name__", "")))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

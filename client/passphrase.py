@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from client.paths import Home
+from client.paths import Home, require_home
 from common.crypto import SigningKey, is_sealed, load_key, save_key
 from common.errors import PassphraseError, StorageError
 from common.files import read_credential
@@ -83,6 +83,7 @@ def change(
     What is copied already, in a backup say, stays as it was. Nothing is changed while an agent or `start` runs: after a
     crash it would be started anew with the passphrase from before.
     """
+    require_home(home)
     opened = Home(home)
     if is_held(opened.start_lock) or is_held(opened.serve_lock, shared=True):
         raise StorageError(

@@ -7,8 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from common.errors import StorageError
+
 INCOMING = ".incoming"
 """Folder of an inbox in which a pull (client/pull) puts what it has not kept yet."""
+
+
+def require_home(folder: Path) -> None:
+    """Refuse a folder that no `init` has made: without its key and its policy it is no site's home.
+
+    Raises:
+        StorageError: Neither is there.
+    """
+    home = Home(folder)
+    if not (home.key.exists() or home.policy.exists()):
+        raise StorageError(f"Expected a site's home in {folder}. Name the folder that `fedmedgan-site init` made.")
 
 
 @final
