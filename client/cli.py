@@ -17,19 +17,12 @@ from rich.table import Table
 from client import budget, images, journal, operate, policy
 from client.agent import open_site
 from client.doctor.command import doctor
-from client.home import (
-    Home,
-    SiteConfig,
-    create_home,
-    head_copy,
-    require_books,
-    require_images,
-)
+from client.home import Home, SiteConfig, create_home, head_copy, require_books, require_images
 from client.intake.records import parse_label
 from client.joining import load_pinned
 from client.ledger import Ledger, read_ledger
 from client.logs import log_to
-from client.membership import add_commands
+from client.membership import HomeArgument, add_commands
 from client.passphrase import ask_new, obtain
 from client.paths import require_home
 from client.policy import Policy
@@ -58,8 +51,6 @@ app.command("import")(images.import_)
 
 _UNNAMED = ("all",)
 """The classes of a planned run whose configuration names none."""
-
-HomeArgument = Annotated[Path, typer.Argument(help="The site's home folder.")]
 
 
 @app.command()
@@ -240,7 +231,7 @@ def _print(table: Table) -> None:
 
 
 def _said(kind: str, message: str) -> str:
-    form = "expected letters of ASCII, digits, dots, dashes and underscores, at most 64 and no sign first"
+    form = "expected at most 64 letters of ASCII, digits, dots, dashes and underscores, a letter or digit first"
     return form if kind == "string_pattern_mismatch" else message
 
 

@@ -175,7 +175,8 @@ def check_joined(home: Home, now: datetime) -> Finding:
 def _has_left(home: Home) -> bool:
     """Tell whether `leave` was run: `init` makes a node key, and only `leave` takes it away with what was pinned."""
     handed = read_credential(home.node_key.name, MAX_NODE_KEY_FILE_BYTES)
-    return home.key.exists() and not (has_joined(home.folder) or home.node_key.exists() or handed)
+    there = (home.federation, home.node_key, home.node_pub)
+    return home.key.exists() and not (handed or any(path.exists() for path in there))
 
 
 def check_relay(home: Home) -> Finding:
