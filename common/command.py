@@ -47,8 +47,12 @@ def _show_help_as_it_is() -> None:
         self.help = given.get("help")
 
     typer.core.TyperArgument.__init__ = keeping
-    setattr(typer.core.TyperCommand, "format_arguments", lambda *_: None)  # noqa: B010  # Typer lists them already
+    setattr(typer.core.TyperCommand, "format_arguments", _nothing)  # noqa: B010  # Typer lists them already
     setattr(typer.core, "HAS_RICH", False)  # noqa: B010  # a constant to the type checker
+
+
+def _nothing(*_: object) -> None:
+    """Write nothing."""
 
 
 _show_help_as_it_is()

@@ -226,7 +226,7 @@ def _opened(kind: Kind, content: bytes) -> tuple[dict[str, Any], bytes]:
         raise WireError(f"Expected an {kind}, this is an {found}: {_WHAT_IT_IS_FOR[found]}. Name the other file.")
     if _BEGINS_AS_OURS.match(text):
         raise EnrolmentError(f"The {kind} was changed on its way: not a letter may differ. {_again(kind)}")
-    raise WireError(f"This is no {kind}. Name the other file; if it is the one that came: {_again(kind)}")
+    raise WireError(f"This is no {kind}: another file was named, or not much is left of it. {_again(kind)}")
 
 
 def _parsed(kind: Kind, model: type[_Read], tree: dict[str, Any]) -> _Read:
