@@ -6,6 +6,7 @@ The same form stores replies on disk. No pickle, no torch. Out of scope: what a 
 import json
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -75,7 +76,8 @@ def unpack_reply(frame: bytes) -> Reply:
 def connect(path: Path, timeout_s: float) -> Transport:
     """Return a transport that asks the agent behind the socket at `path`, one connection a request.
 
-    The transport raises OSError when the agent is not there, WireError when its answer does not decode.
+    The transport raises OSError when the agent is not there, ends before it answers or has not answered after
+    `timeout_s`; WireError when its answer does not decode.
     """
 
     def ask(request: Request) -> Reply:
@@ -83,22 +85,40 @@ def connect(path: Path, timeout_s: float) -> Transport:
             connection.settimeout(timeout_s)
             connection.connect(str(path))
             connection.sendall(pack_request(request))
-            return unpack_reply(read_frame(connection))
+            frame = read_frame(connection, timeout_s)
+            if not frame:
+                raise ConnectionResetError("The agent ended before it answered.")
+            return unpack_reply(frame)
 
     return ask
 
 
-def read_frame(connection: socket.socket) -> bytes:
+def read_frame(connection: socket.socket, within_s: float) -> bytes:
     """Read one frame, its sizes checked before a byte of it is allocated.
+
+    Args:
+        connection: An open socket; its own time-out is changed.
+        within_s: For the whole frame, however small the pieces that it comes in, seconds.
+
+    Returns:
+        The frame; nothing where the peer closed without a byte.
 
     Raises:
         WireError: The prefix is not ours, a size is over its bound, or the peer stopped early.
+        TimeoutError: The frame is not here after `within_s`.
 
     """
-    prefix = _read_exactly(connection, _PREFIX.size)
-    magic, header_bytes, body_bytes = _PREFIX.unpack(prefix)
-    _check_prefix(magic, header_bytes, body_bytes)
-    return prefix + _read_exactly(connection, header_bytes + body_bytes)
+    deadline = time.monotonic() + within_s
+    try:
+        first = _receive(connection, _PREFIX.size, deadline)
+        if not first:
+            return b""
+        prefix = first + _read_exactly(connection, _PREFIX.size - len(first), deadline)
+        magic, header_bytes, body_bytes = _PREFIX.unpack(prefix)
+        _check_prefix(magic, header_bytes, body_bytes)
+        return prefix + _read_exactly(connection, header_bytes + body_bytes, deadline)
+    except TimeoutError:
+        raise TimeoutError(f"Expected a whole frame in {within_s:g} s.") from None
 
 
 def _pack(kind: Kind, run_id: str, round_: int, header: dict[str, Any], arrays: Any) -> bytes:
@@ -145,15 +165,24 @@ def _check_prefix(magic: bytes, header_bytes: int, body_bytes: int) -> None:
         )
 
 
-def _read_exactly(connection: socket.socket, size_bytes: int) -> bytes:
+def _read_exactly(connection: socket.socket, size_bytes: int, deadline: float) -> bytes:
     parts: list[bytes] = []
     while size_bytes > 0:
-        part = connection.recv(min(size_bytes, 1 << 20))
+        part = _receive(connection, min(size_bytes, 1 << 20), deadline)
         if not part:
             raise WireError(f"Expected {size_bytes} more bytes on the socket; the peer closed it.")
         parts.append(part)
         size_bytes -= len(part)
     return b"".join(parts)
+
+
+def _receive(connection: socket.socket, size_bytes: int, deadline: float) -> bytes:
+    """Wait for some bytes until the deadline of them all: a time-out of each would never end with a peer that drips."""
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    connection.settimeout(left_s)
+    return connection.recv(size_bytes)
 
 
 def _seal(value: object) -> Seal | None:

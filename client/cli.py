@@ -17,20 +17,14 @@ from rich.table import Table
 from client import budget, images, journal, operate, policy
 from client.agent import open_site
 from client.doctor.command import doctor
-from client.home import (
-    Home,
-    SiteConfig,
-    create_home,
-    head_copy,
-    require_books,
-    require_images,
-)
+from client.home import Home, SiteConfig, create_home, head_copy, require_books, require_images
 from client.intake.records import parse_label
 from client.joining import load_pinned
 from client.ledger import Ledger, read_ledger
 from client.logs import log_to
-from client.membership import add_commands
+from client.membership import HomeArgument, add_commands
 from client.passphrase import ask_new, obtain
+from client.paths import require_home
 from client.policy import Policy
 from client.serve import LONGEST_REQUEST_S, serve
 from client.verify import export_journal, read_export, verify_home
@@ -40,6 +34,7 @@ from common.config_text import build_config, read_config
 from common.crypto import load_verify_key
 from common.errors import ConfigError, ExitCode, IntakeError, StorageError
 from common.files import require_outside, write_atomic
+from common.lock import beside
 from common.plan import delta_warning
 from common.privacy import epsilon
 from common.secure_sum import Cohort, parse_cohort
@@ -56,8 +51,6 @@ app.command("import")(images.import_)
 
 _UNNAMED = ("all",)
 """The classes of a planned run whose configuration names none."""
-
-HomeArgument = Annotated[Path, typer.Argument(help="The site's home folder.")]
 
 
 @app.command()
@@ -82,7 +75,9 @@ def init(
     try:
         rules = Policy(site=name, declared_patients=patients, max_epsilon=max_epsilon, delta=delta)
     except ValidationError as error:
-        wrong = "; ".join(f"{item['loc'][0]}={item['input']!r}: {item['msg']}" for item in error.errors())
+        wrong = "; ".join(
+            f"{item['loc'][0]}={item['input']!r}: {_said(item['type'], item['msg'])}" for item in error.errors()
+        )
         raise ConfigError(f"Expected other values for the policy: {wrong}. Mend the flags.") from error
     if warning := delta_warning(delta, patients):
         print(f"warning: {warning}", file=sys.stderr)
@@ -109,12 +104,13 @@ def serve_(
     opened = Home(home)
     load_verify_key(opened.key)  # a folder that is no home is told first
     coordinator = load_pinned(home).coordinator
-    site = open_site(opened, coordinator=coordinator, ask=partial(obtain, passphrase_fd))
-    log_to(opened.log)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: stop.set())
-    serve(site, socket, stop, LONGEST_REQUEST_S)
+    with beside(opened.serve_lock):
+        site = open_site(opened, coordinator=coordinator, ask=partial(obtain, passphrase_fd))
+        log_to(opened.log)
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: stop.set())
+        serve(site, socket, stop, LONGEST_REQUEST_S)
 
 
 @app.command("pull", context_settings={"ignore_unknown_options": True}, add_help_option=False)
@@ -126,6 +122,7 @@ def pull_(arguments: Annotated[list[str] | None, typer.Argument(metavar="HOME --
 @app.command("ledger")
 def show_ledger(home: HomeArgument) -> None:
     """Verify the ledger and show what was charged."""
+    require_home(home)
     ledger, rules = _ledger(home), policy.load(Home(home).policy)
     table = Table("time", "run", "round", "kind", "sigma", "q", "steps", title=f"ledger of {rules.site}")
     for entry in ledger.entries:
@@ -147,8 +144,10 @@ def show_budget(
 ) -> None:
     """Show what is spent, left and by run; with --config, what a planned run would cost and how far the budget goes.
 
-    Exits 5 where this site can join nothing of the planned run, by its policy or its budget.
+    Exits 5 where this site can join nothing of the planned run, by its policy or its budget; else 4 where the images
+    that the run asks for are not imported.
     """
+    there: bool | None = None
     proposal, rules = _planned(config) if config is not None else None, policy.load(Home(home).policy)
     cohort = None
     if proposal is not None and cohort_sites is not None and cohort_patients is not None:
@@ -162,18 +161,23 @@ def show_budget(
     total = f"of {found.max_epsilon:g} at delta {found.delta:g}"
     print(f"spent: epsilon {found.spent:.3f} {total}; left: {found.left:.3f}")
     if proposal is not None and found.forecast is not None:
-        _print_forecast(found.forecast, found.left)
-        _print_images(Home(home), proposal)
+        missing = _missing_images(Home(home), proposal)
+        _print_forecast(found.forecast, found.left, missing)
+        there = None if proposal.image.classes == _UNNAMED else not missing
     if json_file is not None:
         require_outside(home, json_file)
-        write_atomic(json_file, (json.dumps(found.as_json(), indent=1) + "\n").encode())
+        tree = found.as_json() | {"images_imported": there}
+        write_atomic(json_file, (json.dumps(tree, indent=1) + "\n").encode())
     if found.forecast is not None and found.forecast.nothing:
         raise typer.Exit(ExitCode.PRIVACY)
+    if there is False:
+        raise typer.Exit(ExitCode.DATA)
 
 
 @records.command("show")
 def show_journal(home: HomeArgument) -> None:
     """Verify the journal and show every release."""
+    require_home(home)
     require_books(Home(home))
     entries = journal.entries(Home(home).journal, load_verify_key(Home(home).key))
     table = Table("time", "run", "round", "kind", "bytes", "sha256", "epsilon after", title="releases")
@@ -198,6 +202,7 @@ def verify_journal(
             raise StorageError(f"The journal in {path} is signed by {signer.to_bytes().hex()}, not by --key {key}.")
         print(f"verified; {len(entries)} releases, signed by {signer.to_bytes().hex()}")
         return
+    require_home(path)
     signer = load_verify_key(Home(path).key)
     if key is not None and key.lower() != signer.to_bytes().hex():
         raise StorageError(f"The home {path} signs as {signer.to_bytes().hex()}, not as --key {key}.")
@@ -213,6 +218,7 @@ def verify_journal(
 @records.command("export")
 def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The file to write.")]) -> None:
     """Write the signed journal and the public key to a file that `journal verify FILE` checks anywhere."""
+    require_home(home)
     verify_key = load_verify_key(Home(home).key)
     require_outside(home, file)
     write_atomic(file, export_journal(Home(home).journal, verify_key))
@@ -222,6 +228,11 @@ def export_(home: HomeArgument, file: Annotated[Path, typer.Argument(help="The f
 def _print(table: Table) -> None:
     """Print whole columns also where no terminal says how wide it is: a log, a pipe."""
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _said(kind: str, message: str) -> str:
+    form = "expected at most 64 letters of ASCII, digits, dots, dashes and underscores, a letter or digit first"
+    return form if kind == "string_pattern_mismatch" else message
 
 
 def _ledger(home: Path) -> Ledger:
@@ -236,26 +247,43 @@ def _planned(path: Path) -> Proposal:
     return build_config(planned.model_dump(), {"image.classes": _UNNAMED})  # they count in the bytes of a reply only
 
 
-def _print_forecast(planned: budget.Forecast, left: float) -> None:
+def _print_forecast(planned: budget.Forecast, left: float, missing: str) -> None:
     agreed = planned.plan
     noises = (("warm-up", agreed.warmup_noise_multiplier), ("training", agreed.train_noise_multiplier))
     noise = ", ".join(f"noise of the {name} {sigma:.3f}" for name, sigma in noises if sigma is not None)
     print(f"planned run: sample rate {agreed.sample_rate:.4f}, {noise}, {agreed.steps} steps")
     print(f"planned run alone: epsilon {agreed.epsilon:.3f}")
     print(f"policy: {budget.verdict(planned)}")
-    print(f"this site can join: {budget.extent(planned)}; then spent: epsilon {planned.epsilon_after:.3f}")
+    joined = budget.extent(planned)
+    if missing and not planned.nothing:
+        joined = f"nothing until its images are imported, then {joined}"
+    print(f"this site can join: {joined}; then spent: epsilon {planned.epsilon_after:.3f}")
     if planned.warmup is False and planned.refusal is None:
         alone = epsilon([agreed.charge_of_warmup()] * planned.warmup_releases, agreed.delta)
         print(f"over budget: the warm-up alone asks for epsilon {alone:.3f}, {left:.3f} is left")
 
 
-def _print_images(home: Home, proposal: Proposal) -> None:
+def _missing_images(home: Home, proposal: Proposal) -> str:
+    """Say whether the images that a run asks for are imported, and return why not; empty where they are."""
     image = proposal.image
+    if image.classes == _UNNAMED:
+        print("images: not looked for, since the run names no classes")
+        return ""
     try:
         require_images(home, image.classes, image.size, image.channels)
-        print("images: imported")
     except IntakeError as error:
-        print(f"images: {error if image.classes != _UNNAMED else 'not looked for, since the run names no classes'}")
+        print(f"images: NOT imported. {error}")
+        return str(error)
+    print("images: imported")
+    return ""
+
+
+_ORDER: tuple[str, ...] = (
+    *("init", "enrol", "join", "check", "import", "doctor", "budget", "start", "status", "ledger"),
+    *("renew", "leave", "passphrase", "pull", "serve", "relay"),
+)
+"""Of the commands in the help: as a site comes to need them."""
+app.registered_commands.sort(key=lambda one: _ORDER.index(one.name or getattr(one.callback, "__name__", "")))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -16,17 +16,13 @@ Out of scope: what the policy allows (client/policy), what an image is (client/i
 import fcntl
 import json
 import shlex
-import tomllib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import final
-
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from client import journal
 from client import policy as policies
-from client.intake import Dataset, Form, IntakeRules
+from client.intake import Dataset, Form
 from client.intake.deidentify import BlankRules, read_blank_rules
 from client.intake.importing import Imported, Progress, import_source
 from client.intake.patients import PatientTable, read_patient_table
@@ -37,7 +33,11 @@ from client.joining import make_node_key
 from client.ledger import open_ledger
 from client.paths import Home as Home
 from client.policy import Policy
-from common.config import IMAGE_CHANNELS, IMAGE_SIZES, GradientEngine
+from client.site_config import SiteConfig as SiteConfig
+from client.site_config import head_copy as head_copy
+from client.site_config import read_site_config as read_site_config
+from client.site_config import require_outside, require_place
+from common.config import IMAGE_CHANNELS, IMAGE_SIZES
 from common.crypto import SigningKey, is_sealed, load_key, save_key
 from common.errors import ConfigError, IntakeError, StorageError
 from common.files import make_folder, write_atomic
@@ -48,36 +48,6 @@ _MAX_FORMS = 8
 """Imported data sets that a refusal names."""
 
 
-@final
-class SiteConfig(BaseModel):
-    """Where a site's images are and where their labels come from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: str
-    """Folder or NPZ; relative paths start at the home folder."""
-    label: str = "auto"
-    gradients: GradientEngine = "fast"
-    """How gradients of single patients are computed: `fast`, or `opacus`, the slower reference."""
-    head_copy: str | None = None
-    """File outside the home, better on another disk, that holds a copy of the ledger's signed head: with it an older
-    ledger that is put back whole, with the whole home, is seen. Absolute."""
-    extra_ca: str | None = None
-    """File with the root certificate of a proxy that inspects TLS, which the relay then trusts beside the pinned one;
-    what that gives away: client/trust. Absolute."""
-    intake: IntakeRules = IntakeRules()
-    """How images are read: client/intake/rules."""
-    patients: str | None = None
-    """CSV file that merges or corrects patients: client/intake/patients. Relative paths start at the home folder."""
-
-    @field_validator("head_copy", "extra_ca")
-    @classmethod
-    def _absolute(cls, value: str | None, about: ValidationInfo) -> str | None:
-        if value is not None and not Path(value).is_absolute():
-            raise ValueError(f"expected an absolute path for {about.field_name}")
-        return value
-
-
 def create_home(folder: Path, site: SiteConfig, policy: Policy, passphrase: Passphrase | None = None) -> Home:
     """Make a site's home: folders, configuration, policy and a new identity key, under a passphrase if one is given.
 
@@ -85,11 +55,15 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy, passphrase: Pass
 
     Raises:
         StorageError: The folder cannot be written, or a home stands there already.
-        ConfigError: The copy of the ledger's head would stand inside the home.
+        ConfigError: The copy of the ledger's head would stand inside the home, or cannot be kept where it shall.
+
+    Guarantees:
+        - refused_before_made: Where the copy of the ledger's head cannot be kept, nothing is made.
     """
     if Home(folder).policy.exists():
         raise StorageError(f"A home stands in {folder} already. Choose another folder; its policy is mended by hand.")
-    _require_outside(folder, site)
+    require_outside(folder, site)
+    require_place(Home(folder), site)
     home = Home(make_folder(folder, 0o700))
     for part in (home.key.parent, home.ledger, home.journal, home.replies, home.log.parent):
         make_folder(part, 0o700)
@@ -139,17 +113,6 @@ def require_books(home: Home) -> None:
                 f"The {book} of this home is gone, and with it {held}. Restore the folder {book}/ from a backup; "
                 "only a home that was never used may be deleted and made anew."
             )
-
-
-def head_copy(home: Home) -> Path | None:
-    """Return where the copy of the ledger's head is kept, or None where site.toml names none.
-
-    Raises:
-        ConfigError: site.toml is missing or wrong, or the copy would stand inside the home.
-    """
-    site = read_site_config(home)
-    _require_outside(home.folder, site)
-    return Path(site.head_copy) if site.head_copy is not None else None
 
 
 def require_images(home: Home, classes: Sequence[str], size: int, channels: int = 1) -> None:
@@ -273,31 +236,6 @@ def load_images(home: Home, classes: Sequence[str], size: int, channels: int = 1
     return open_dataset(vault, key)
 
 
-def read_site_config(home: Home) -> SiteConfig:
-    """Read site.toml.
-
-    Raises:
-        ConfigError: It is missing, not TOML or has unknown keys.
-    """
-    try:
-        return SiteConfig.model_validate(tomllib.loads((home.folder / "site.toml").read_text(encoding="utf-8")))
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"Expected other values in site.toml of the home folder: {wrong}.") from error
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"Could not read site.toml in the home folder: {type(error).__name__}. Write it anew: data = PATH"
-        ) from error
-
-
 def _described(form: Form) -> str:
     colour = {1: "grey", 3: "colour"}[form.channels]
     return f"{form.size} px in {colour} (classes {', '.join(form.classes)})"
-
-
-def _require_outside(folder: Path, site: SiteConfig) -> None:
-    if site.head_copy is not None and Path(site.head_copy).resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(
-            f"Expected head_copy={site.head_copy} outside the home {folder}: whoever puts an older home back would put "
-            "the copy back with it. Name a file on another disk."
-        )

@@ -17,8 +17,9 @@ from client.intake.cautions import GROUPING, Caution, cautions
 from client.intake.importing import Imported, Progress, too_few
 from client.intake.page import save_page
 from client.intake.records import parse_label
+from client.intake.refusals import Reason
 from client.intake.report import Listing, Report, make_report
-from client.intake.selection import Practice
+from client.intake.selection import Practice, other_labels
 from client.intake.sources import require_usable
 from client.intake.survey import survey
 from client.intake.twins import Twins
@@ -61,10 +62,12 @@ def check(
     for written in save_page(report, said, found.rows):
         print(f"to look at, and to delete then: {written}")
     _write_json(json_file, said)
-    if not said.usable:
+    others = other_labels(found.found, names) if names is not None else ""
+    if not said.usable and not others:
         require_usable(found.found)
     if said.patients < minimum:
-        raise too_few(said.patients, minimum, {group.said: group.count for group in said.refused})
+        raise too_few(said.patients, minimum, {group.said: group.count for group in said.refused}, others)
+    _warn_of_labels(others)
 
 
 def import_(
@@ -93,8 +96,21 @@ def import_(
     said = _report(done, practice_of(opened), twins, show_files)
     print("\n".join(said.lines()))
     _write_json(json_file, said)
+    _warn_of_labels(_others(done, names))
     if absent := [name for name, count in counts.items() if not count]:
         print(f"warning: no image here has the class {', '.join(absent)}; check the spelling", file=sys.stderr)
+
+
+def _others(done: Imported, names: Sequence[str]) -> str:
+    if (said := other_labels(done.found, names)) or not (count := done.refused.get(Reason.OTHER_LABEL, 0)):
+        return said
+    return f"{count} images have labels that are no class of the run, in files that were not opened again."
+
+
+def _warn_of_labels(others: str) -> None:
+    """Say on this terminal alone which labels are no class: neither the JSON nor the page holds them."""
+    if others:
+        print(f"warning: {others}", file=sys.stderr)
 
 
 def cost(patients: int) -> list[str]:

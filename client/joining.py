@@ -108,8 +108,8 @@ def read_for(home: Path, content: bytes, site: str, identity: VerifyKey, now: da
         now: The time.
 
     Raises:
-        WireError: It does not decode, or was changed after it was signed.
-        EnrolmentError: It is expired, replayed, of another federation, or for another site or another node key.
+        WireError: It is no invitation, or of another version.
+        EnrolmentError: It is changed, expired, replayed, of another federation, or for another site or node key.
 
     Guarantees:
         - for_this_site_alone: The invitation names this site, its identity and a node key whose private half is here.
@@ -225,7 +225,7 @@ def _read_pinned(home: Path) -> Invitation:
         )
     try:
         return read_invitation(read_bounded(path, MAX_DOCUMENT_BYTES))
-    except WireError as error:
+    except (WireError, EnrolmentError) as error:
         raise StorageError(
             f"{path} is not the invitation that was accepted: {error} Restore it from a backup, or delete it and join "
             "again, words compared."

@@ -16,6 +16,7 @@ from client.joining import enrolment_file, has_joined, load_pinned, make_next_ke
 from client.joining import join as pin
 from client.joining import leave as forget
 from client.passphrase import load_identity
+from client.paths import require_home
 from common.crypto import load_verify_key
 from common.enrolment import MAX_DOCUMENT_BYTES, Invitation
 from common.errors import StorageError
@@ -48,6 +49,7 @@ def join(
     ] = None,
 ) -> None:
     """Accept the coordinator's invitation, once its words are compared by phone."""
+    require_home(home)
     opened, content = Home(home), read_bounded(invitation, MAX_DOCUMENT_BYTES)
     identity = load_verify_key(opened.key)
     read = read_for(home, content, policy.load(opened.policy).site, identity, datetime.now(UTC))
@@ -66,6 +68,7 @@ def renew(home: HomeArgument, out: OutOption = None) -> None:
 
     The identity stays: it signs the ledger and the journal.
     """
+    require_home(home)
     make_next_key(home)
     _write_enrolment(home, out)
     print(
@@ -78,8 +81,9 @@ def leave(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Leave the federation: destroy the node key and forget the coordinator. Ledger, journal and identity stay."""
+    require_home(home)
     pinned, opened = load_pinned(home), Home(home)
-    if is_held(opened.start_lock) or is_held(opened.relay_lock):
+    if is_held(opened.start_lock) or is_held(opened.relay_lock) or is_held(opened.serve_lock, shared=True):
         raise StorageError(f"Agent and relay of {home} still run. Stop them first, then run `leave` again.")
     if not yes:
         typer.confirm(f"Leave {pinned.federation}? To come back takes a new invitation.", abort=True)
@@ -89,6 +93,7 @@ def leave(
 
 
 def _write_enrolment(home: Path, out: Path | None) -> None:
+    require_home(home)
     opened = Home(home)
     site, key = policy.load(opened.policy).site, load_identity(opened)
     content = enrolment_file(home, site, key, datetime.now(UTC))

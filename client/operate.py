@@ -90,6 +90,8 @@ def relay(home: HomeArgument, socket: SocketOption = None) -> None:
 def status(home: HomeArgument) -> None:
     """Show whether this site has joined, is started and is connected. Exits 8 where it is not connected."""
     opened = Home(home.absolute())
+    if not opened.folder.is_dir():
+        raise StorageError(f"Found no folder {home}. Name the home that `fedmedgan-site init` made, or the relay's.")
     pinned = load_pinned(opened.folder)
     print(f"site {pinned.site} of {pinned.federation}; coordinator {pinned.host}:{pinned.port}")
     print(f"bundles: {_bundles(opened)}")

@@ -15,10 +15,11 @@ from typing import Annotated
 
 import typer
 
-from client.paths import Home
+from client.paths import Home, require_home
 from common.crypto import SigningKey, is_sealed, load_key, save_key
-from common.errors import PassphraseError
+from common.errors import PassphraseError, StorageError
 from common.files import read_credential
+from common.lock import is_held
 from common.passphrase import MAX_PASSPHRASE_BYTES, Passphrase
 
 CREDENTIAL = "passphrase"
@@ -79,10 +80,17 @@ def change(
 ) -> None:
     """Set, change or remove the passphrase of the site's identity key. The key itself stays.
 
-    What is copied already, in a backup say, stays as it was. An agent that runs needs nothing new until it is started
-    again.
+    What is copied already, in a backup say, stays as it was. Nothing is changed while an agent or `start` runs: after a
+    crash it would be started anew with the passphrase from before.
     """
+    require_home(home)
     opened = Home(home)
+    if is_held(opened.start_lock) or is_held(opened.serve_lock, shared=True):
+        raise StorageError(
+            f"The agent of {home} runs; started anew after a crash it could not open its key. Stop it first: Ctrl-C "
+            "at `start`, or systemctl stop fedmedgan-agent. Then run `passphrase` again, hand a service the new one as "
+            "its credential, and start it."
+        )
     had, key = is_sealed(opened.key), load_identity(opened)
     if remove and not had:
         print("the identity key has no passphrase; nothing was changed")

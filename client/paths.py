@@ -7,6 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from common.errors import StorageError
+
+INCOMING = ".incoming"
+"""Folder of an inbox in which a pull (client/pull) puts what it has not kept yet."""
+
+
+def require_home(folder: Path) -> None:
+    """Refuse a folder that no `init` has made: without its key and its policy it is no site's home.
+
+    Raises:
+        StorageError: Neither is there.
+    """
+    home = Home(folder)
+    if not (home.key.exists() or home.policy.exists()):
+        raise StorageError(f"Expected a site's home in {folder}. Name the folder that `fedmedgan-site init` made.")
+
 
 @final
 @dataclass(frozen=True)
@@ -99,6 +115,11 @@ class Home:
     def start_lock(self) -> Path:
         """Return the path of the lock that `start` holds."""
         return self.folder / "logs" / "start.lock"
+
+    @property
+    def serve_lock(self) -> Path:
+        """Return the path of the lock that every agent of this home holds while it serves."""
+        return self.folder / "logs" / "serve.lock"
 
     @property
     def relay_lock(self) -> Path:

@@ -1,9 +1,14 @@
 """The agent behind its Unix socket: one request at a time, sizes bounded, exceptions kept inside."""
 
 import logging
+import os
+import secrets
 import select
 import socket
 import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from threading import Event
 
@@ -13,10 +18,13 @@ from common.errors import RefusalCode, StorageError, WireError
 from common.messages import Kind, Reply
 
 LOG = logging.getLogger("fedmedgan.agent")
+LOOKED = "somebody looked whether an agent answers here"
 REQUEST_TIMEOUT_S = 60.0
+"""For a whole request to come, and again for the reply to be taken, however small the pieces."""
 LONGEST_REQUEST_S = 3600.0
 """What an agent whose `start` was killed may take for the request under way, while the next one waits."""
 _WAKE_UP_S, _PROBE_S = 0.2, 2.0
+_NOT_DECODED = Reply(Kind.HELLO, "", 0, RefusalCode.BAD_REQUEST)
 
 
 def serve(site: Site, path: Path, stop: Event, wait_s: float = 0.0) -> None:
@@ -38,26 +46,45 @@ def serve(site: Site, path: Path, stop: Event, wait_s: float = 0.0) -> None:
         LOG.warning("an agent answers on %s; this one waits for its end", path)
         if stop.wait(_PROBE_S):
             return
+    with _listening(path) as listener:
+        while not stop.is_set():
+            if not select.select([listener], [], [], _WAKE_UP_S)[0]:
+                continue
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:  # the peer went away before it was taken in
+                LOG.warning("a connection was lost: %s", error)
+                continue
+            with connection:
+                _answer_one(site, connection)
+
+
+@contextmanager
+def _listening(path: Path) -> Generator[socket.socket]:
+    """Yield a socket that listens at `path`, which shows it only once it does: who finds it can ask."""
+    beside = _beside(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
-            listener.bind(str(path))
+            try:
+                listener.bind(str(beside))
+                beside.chmod(0o660)
+                listener.listen(16)
+                os.link(beside, path)  # unlike a rename it leaves another agent's alone
+            finally:
+                beside.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"Could not make the socket {path}: {error.strerror}. Choose another path.") from error
-        path.chmod(0o660)
-        listener.listen(16)
         try:
-            while not stop.is_set():
-                if not select.select([listener], [], [], _WAKE_UP_S)[0]:
-                    continue
-                try:
-                    connection, _ = listener.accept()
-                except OSError as error:  # the peer went away before it was taken in
-                    LOG.warning("a connection was lost: %s", error)
-                    continue
-                with connection:
-                    _answer_one(site, connection)
+            yield listener
         finally:
             path.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """Return a free name in the same folder, no longer than the path's own: 107 bytes have to hold either."""
+    letters = len(os.fsencode(path.name))
+    names = (path.with_name(secrets.token_urlsafe(12)[:letters]) for _ in repeat(None))
+    return next(one for one in names if one != path and not os.path.lexists(one))
 
 
 def _is_free(path: Path) -> bool:
@@ -85,23 +112,32 @@ def _is_free(path: Path) -> bool:
 
 
 def _answer_one(site: Site, connection: socket.socket) -> None:
-    connection.settimeout(REQUEST_TIMEOUT_S)
     reply = Reply(Kind.HELLO, "", 0, RefusalCode.INTERNAL)
     try:
-        request = unpack_request(read_frame(connection))
+        frame = read_frame(connection, REQUEST_TIMEOUT_S)
+        if not frame:
+            return _answer_nothing(connection)
+        request = unpack_request(frame)
         reply = Reply(request.kind, request.run_id, request.round, RefusalCode.INTERNAL)
         reply = answer(site, request)
     except (WireError, OSError) as error:
         LOG.warning("a request does not decode: %s", error)
-        reply = Reply(Kind.HELLO, "", 0, RefusalCode.BAD_REQUEST)
+        reply = _NOT_DECODED
     except Exception:  # the process edge: nothing of an exception may travel, and the agent goes on
         LOG.exception("a request failed")
-    _send(connection, reply)
+    try:
+        _send(connection, reply)
+    except OSError as error:
+        LOG.warning("a reply was not taken: %s; it is stored, the same request gets it again", error)
+
+
+def _answer_nothing(connection: socket.socket) -> None:
+    """Answer who closed without asking: `doctor`, which reads it, or an agent that waits for this one's end."""
+    LOG.info(LOOKED)
+    with suppress(OSError):
+        _send(connection, _NOT_DECODED)
 
 
 def _send(connection: socket.socket, reply: Reply) -> None:
-    try:
-        connection.settimeout(REQUEST_TIMEOUT_S)
-        connection.sendall(pack_reply(reply))
-    except OSError as error:
-        LOG.warning("a reply was not taken: %s; it is stored, the same request gets it again", error)
+    connection.settimeout(REQUEST_TIMEOUT_S)  # of all pieces together
+    connection.sendall(pack_reply(reply))

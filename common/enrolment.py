@@ -37,6 +37,7 @@ _PURPOSE = {"enrolment": "site enrolment", "invitation": "site invitation"}
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _MAX_HOST_CHARS = 253
 _FIRST_YEAR, _LAST_YEAR = 2020, 2999
+_BEGINS_AS_OURS = re.compile(rb'\{\s*"(document|kind|signature)"')
 
 
 def _host(value: str) -> str:
@@ -142,8 +143,8 @@ def read_enrolment(content: bytes, now: datetime) -> Enrolment:
     """Read a site's file and check all that can be checked without knowing the site.
 
     Raises:
-        WireError: It is too long, no enrolment, of another version, or was changed after it was signed.
-        EnrolmentError: It is too old, from the future, or its node key is none.
+        WireError: Another file was named: too long, no enrolment, or of another version.
+        EnrolmentError: It was changed after it was signed, is too old or from the future, or its node key is none.
 
     Guarantees:
         - one_spelling: Only the bytes that were signed are read, but for white space at both ends.
@@ -151,7 +152,7 @@ def read_enrolment(content: bytes, now: datetime) -> Enrolment:
     """
     tree, signature = _opened("enrolment", content)
     enrolment = _parsed("enrolment", Enrolment, tree)
-    enrolment.verify_key.verify(_canonical(tree), signature, _PURPOSE["enrolment"])
+    _verify("enrolment", enrolment.verify_key, tree, signature)
     node_public_pem(enrolment.node_key.encode())
     _require_time("enrolment", enrolment.created, enrolment.created + timedelta(days=ENROLMENT_DAYS), now)
     return enrolment
@@ -171,7 +172,8 @@ def read_invitation(content: bytes) -> Invitation:
     """Read the coordinator's file; whether it may be used now is `require_current`'s matter.
 
     Raises:
-        WireError: It is too long, no invitation, of another version, or was changed after it was signed.
+        WireError: Another file was named: too long, no invitation, or of another version.
+        EnrolmentError: It was changed after it was signed.
 
     Guarantees:
         - one_spelling: Only the bytes that were signed are read, but for white space at both ends.
@@ -179,7 +181,7 @@ def read_invitation(content: bytes) -> Invitation:
     """
     tree, signature = _opened("invitation", content)
     invitation = _parsed("invitation", Invitation, tree)
-    invitation.verify_key.verify(_canonical(tree), signature, _PURPOSE["invitation"])
+    _verify("invitation", invitation.verify_key, tree, signature)
     return invitation
 
 
@@ -222,7 +224,9 @@ def _opened(kind: Kind, content: bytes) -> tuple[dict[str, Any], bytes]:
         return tree["document"], signature
     if isinstance(found, str) and found in _WHAT_IT_IS_FOR and found != kind:
         raise WireError(f"Expected an {kind}, this is an {found}: {_WHAT_IT_IS_FOR[found]}. Name the other file.")
-    raise WireError(f"This is no {kind}, or it was changed on its way: not a letter may differ. {_again(kind)}")
+    if _BEGINS_AS_OURS.match(text):
+        raise EnrolmentError(f"The {kind} was changed on its way: not a letter may differ. {_again(kind)}")
+    raise WireError(f"This is no {kind}: another file was named, or not much is left of it. {_again(kind)}")
 
 
 def _parsed(kind: Kind, model: type[_Read], tree: dict[str, Any]) -> _Read:
@@ -237,7 +241,19 @@ def _parsed(kind: Kind, model: type[_Read], tree: dict[str, Any]) -> _Read:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"]))[:64]
-        raise WireError(f"The {kind} does not hold what it must: {where!r}: {first['msg']}. {_again(kind)}") from error
+        raise EnrolmentError(
+            f"The {kind} was changed on its way: it does not hold what it must: {where!r}: {first['msg']}. "
+            f"{_again(kind)}"
+        ) from error
+
+
+def _verify(kind: Kind, key: VerifyKey, tree: dict[str, Any], signature: bytes) -> None:
+    try:
+        key.verify(_canonical(tree), signature, _PURPOSE[kind])
+    except WireError as error:
+        raise EnrolmentError(
+            f"The {kind} was changed on its way, or another key signed it: the signature does not fit. {_again(kind)}"
+        ) from error
 
 
 def _require_time(kind: Kind, begins: datetime, ends: datetime, now: datetime) -> None:

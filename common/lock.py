@@ -26,12 +26,7 @@ def alone(lock: Path, what: str, wait_s: float = 0.0) -> Generator[None]:
     Raises:
         StorageError: Another process holds it, or it cannot be made.
     """
-    make_folder(lock.parent, 0o700)
-    try:
-        handle = os.fdopen(os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600), "w")
-    except OSError as error:
-        raise StorageError(f"Could not make {lock}: {error.strerror}. Mend the folder's permissions.") from error
-    with handle:
+    with _opened(lock) as handle:
         deadline = time.monotonic() + wait_s
         while not _taken(handle, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
@@ -40,13 +35,33 @@ def alone(lock: Path, what: str, wait_s: float = 0.0) -> Generator[None]:
         yield
 
 
-def is_held(lock: Path) -> bool:
-    """Return whether a process holds the lock."""
+@contextmanager
+def beside(lock: Path) -> Generator[None]:
+    """Hold a lock file together with others of the same kind: they keep nobody out, and `is_held` tells of them.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    with _opened(lock) as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+
+
+def is_held(lock: Path, *, shared: bool = False) -> bool:
+    """Return whether a process holds the lock; `shared`: one that is held by `beside`."""
     try:
         with lock.open() as handle:
-            return not _taken(handle, fcntl.LOCK_SH)
+            return not _taken(handle, fcntl.LOCK_EX if shared else fcntl.LOCK_SH)
     except OSError:
         return False
+
+
+def _opened(lock: Path) -> IO[str]:
+    make_folder(lock.parent, 0o700)
+    try:
+        return os.fdopen(os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600), "w")
+    except OSError as error:
+        raise StorageError(f"Could not make {lock}: {error.strerror}. Mend the folder's permissions.") from error
 
 
 def _taken(handle: IO[str], kind: int) -> bool:

@@ -83,8 +83,8 @@ def read_candidate(consortium: Consortium, content: bytes, now: datetime, readmi
         readmit: A revoked name may come back, with whatever keys.
 
     Raises:
-        WireError: It does not decode, or was changed after it was signed.
-        EnrolmentError: It is expired or replayed, or its name or a key of it is another site's.
+        WireError: It is no enrolment, or of another version.
+        EnrolmentError: It is changed, expired or replayed, or its name or a key of it is another site's.
 
     Guarantees:
         - one_name_one_key: No two sites share a name (upper and lower case alike), an identity or a node key.

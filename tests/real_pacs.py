@@ -15,6 +15,8 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.uid import UID
 
+from client.paths import INCOMING
+
 DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 ORTHANC = shutil.which("Orthanc", path="/usr/sbin:/usr/bin")
 NEEDS_ORTHANC = pytest.mark.skipif(
@@ -174,9 +176,14 @@ def write_list(path: Path, *rows: str, header: str = "accession") -> Path:
     return path
 
 
+def kept(home: Path) -> list[Path]:
+    """Return the files that stand in the inbox whole; what is on its way ends in .dcm too, in a folder of its own."""
+    return [path for path in (home / "inbox").rglob("*.dcm") if path.parent.name != INCOMING]
+
+
 def pulled(home: Path) -> dict[str, Path]:
-    """Return the inbox's files by their SOP instance."""
-    files = list((home / "inbox").rglob("*.dcm"))
+    """Return the files that are kept in the inbox by their SOP instance."""
+    files = kept(home)
     found = {str(dcmread(path, stop_before_pixels=True).SOPInstanceUID): path for path in files}
     assert len(found) == len(files), "an instance came twice"
     return found

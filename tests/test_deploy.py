@@ -46,6 +46,30 @@ def test_systemd_takes_the_units_and_finds_them_confined(path: Path, tmp_path: P
     assert rated.returncode == 0, rated.stdout
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_takes_the_timer(tmp_path: Path) -> None:
+    for name in ("fedmedgan-pull.timer", "fedmedgan-pull.service"):
+        text = (DEPLOY / "systemd" / name).read_text()
+        (tmp_path / name).write_text(text.replace("/opt/fedmedgan/bin/fedmedgan-site", sys.executable))
+    timer = tmp_path / "fedmedgan-pull.timer"
+    verified = subprocess.run(["systemd-analyze", "verify", str(timer)], capture_output=True, text=True)
+    assert (verified.returncode, verified.stderr) == (0, "")
+
+
+def test_the_pull_has_the_inbox_and_a_network_and_nothing_of_the_agent() -> None:
+    pull, agent, relay = unit("pull"), unit("agent"), unit("relay")
+    assert pull["User"] not in (agent["User"], relay["User"])
+    assert "SupplementaryGroups" not in pull
+    for path in ("/var/lib/fedmedgan", "/var/lib/fedmedgan-relay", "/run/fedmedgan"):
+        assert f"-{path}" in pull["InaccessiblePaths"].split()
+    assert pull["ReadWritePaths"] == "/var/lib/fedmedgan-inbox"
+    assert pull["StateDirectory"] not in (agent["StateDirectory"], relay["StateDirectory"])
+    assert "PrivateNetwork" not in pull
+    assert pull["SuccessExitStatus"] == str(int(ExitCode.INTERRUPTED))
+    folders = (DEPLOY / "systemd" / "fedmedgan-pull.tmpfiles.conf").read_text()
+    assert "d /var/lib/fedmedgan-inbox 2750 fedmedgan-pull fedmedgan -" in folders
+
+
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.stem)
 def test_compose_takes_the_files(path: Path) -> None:
@@ -63,7 +87,7 @@ def test_units_draw_the_line() -> None:
     assert "ExecStartPre" not in relay  # nothing runs as root for the relay, and no key is copied to a disk
     for name, code in ((name, code) for name in ("agent", "relay") for code in FOR_A_PERSON):
         assert str(int(code)) in unit(name)["RestartPreventExitStatus"].split() or code in NOT_OF[name]
-    for name in ("agent", "relay", "coordinator"):
+    for name in ("agent", "relay", "pull", "coordinator"):
         service = unit(name)
         assert service["CapabilityBoundingSet"] == ""
         assert (service["NoNewPrivileges"], service["ProtectSystem"], service["UMask"]) == ("yes", "strict", "0077")

@@ -36,7 +36,7 @@ def doctor(
     patients are shown for this site's eyes: send them to nobody.
 
     Exits 0 when nothing fails, else with the code of the first failure: 3 a setting, the socket's path, Flower's
-    release or the extra CA; 4, 13 the images; 5 policy or budget; 7 files, permissions, disk, ledger or journal; 8
+    release or the extra CA; 4, 15 the images; 5 policy or budget; 7 files, permissions, disk, ledger or journal; 8
     network, proxy, server or clock; 9 Flower is missing; 10 a file or the agent is of another release; 11 keys,
     certificates or enrolment. WARN fails nothing.
     """
@@ -65,6 +65,8 @@ def checks(home: Home, socket: Path, now: datetime) -> Iterator[tuple[str, Check
         now: The time.
     """
     yield "home", lambda: site.check_home(home)
+    if not (home.key.exists() or home.policy.exists()):
+        return  # no site's home: said by `home`, and the rest would speak of what never was
     yield "keys", lambda: site.check_keys(home)
     yield "policy", lambda: site.check_policy(home)
     rules = _rules(home)

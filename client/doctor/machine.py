@@ -149,12 +149,12 @@ def devices() -> list[str]:
 
 
 def _ask_nothing(path: Path, wait_s: float) -> None:
-    """Send an empty request: the agent says that it does not decode, which shows that it is there."""
+    """Ask for nothing: the agent says that this does not decode, which shows that it is there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(wait_s)
         connection.connect(str(path))
         connection.shutdown(socket.SHUT_WR)
-        unpack_reply(read_frame(connection))
+        unpack_reply(read_frame(connection, wait_s))
 
 
 def _machines(meminfo: Path) -> int | None:

@@ -10,7 +10,7 @@ from client.home import Home, head_copy, imported_forms, read_site_config, requi
 from client.home import check_imported as look_at_imported
 from client.intake import Reason, scan
 from client.intake.refusals import describe
-from client.joining import has_joined, load_pinned, public_node_key, read_node_key
+from client.joining import MAX_NODE_KEY_FILE_BYTES, has_joined, load_pinned, public_node_key, read_node_key
 from client.ledger import read_ledger
 from client.policy import Policy
 from client.relay_state import why_ended
@@ -19,6 +19,7 @@ from client.verify import verify_home
 from common.certificates import read_authority, validity
 from common.crypto import is_sealed, load_verify_key
 from common.errors import ExitCode
+from common.files import read_credential
 from common.plan import delta_warning
 
 LOW_BUDGET = 0.1
@@ -48,8 +49,10 @@ def check_home(home: Home) -> Finding:
 def check_keys(home: Home) -> Finding:
     """Check that both keys read and only their owner can read them."""
     load_verify_key(home.key)
-    read_node_key(home.folder)
     kept = "with" if is_sealed(home.key) else "without"
+    if _has_left(home):
+        return passed("keys", f"identity ({kept} a passphrase) read, mode 600; no node key, see joined")
+    read_node_key(home.folder)
     if home.next_key.exists():
         fix = "Send the coordinator what `fedmedgan-site enrol` writes, and `join` with the file that comes back."
         return warned("keys", "a renewed node key waits for the coordinator.", fix)
@@ -148,6 +151,12 @@ def check_joined(home: Home, now: datetime) -> Finding:
 
     How long an invitation may be accepted no longer matters once it was.
     """
+    if _has_left(home):
+        fix = (
+            f"To come back: send what `fedmedgan-site enrol {home.folder}` writes; the coordinator runs `enrol` with "
+            "--readmit; a call; then `join` with the file that comes back, and `start`."
+        )
+        return warned("joined", "this site has left its federation, and its node key is destroyed.", fix)
     if not has_joined(home.folder):
         fix = f"Send what `fedmedgan-site enrol {home.folder}` writes; `join` with the file that comes back."
         return warned("joined", "no federation yet.", fix)
@@ -161,6 +170,13 @@ def check_joined(home: Home, now: datetime) -> Finding:
         fix = "The coordinator runs `fedmedgan-coordinator renew --ca`, and sends a new invitation."
         return warned("joined", f"{said}.", fix)
     return passed("joined", said)
+
+
+def _has_left(home: Home) -> bool:
+    """Tell whether `leave` was run: `init` makes a node key, and only `leave` takes it away with what was pinned."""
+    handed = read_credential(home.node_key.name, MAX_NODE_KEY_FILE_BYTES)
+    there = (home.federation, home.node_key, home.node_pub)
+    return home.key.exists() and not (handed or any(path.exists() for path in there))
 
 
 def check_relay(home: Home) -> Finding:

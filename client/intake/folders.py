@@ -22,6 +22,7 @@ from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, Skip,
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
 from client.intake.table import Row, read_table
+from client.paths import INCOMING
 from common.errors import ConfigError, IntakeError
 
 LABELS_FILE = "labels.csv"
@@ -175,10 +176,13 @@ def _label(values: Mapping[str, str], place: str, search: _Search) -> tuple[str 
 
 
 def _walk(folder: Path) -> Iterator[Path | Refusal]:
-    """Yield every regular file in a fixed order, and a refusal for what is no file and what cannot be entered."""
+    """Yield every regular file in a fixed order, and a refusal for what is no file and what cannot be entered.
+
+    What a pull has not kept yet is none of the source's: it may be half, or not what was asked for.
+    """
     unreadable: list[OSError] = []
     for root, folders, names in os.walk(folder, onerror=unreadable.append):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if name != INCOMING or Path(root) != folder)
         places = [Path(root) / name for name in (*folders, *sorted(names))]
         for number, path in enumerate(places):
             if number < len(folders):

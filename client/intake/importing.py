@@ -23,7 +23,7 @@ from client.intake.decode import decode_records
 from client.intake.pixels import Square
 from client.intake.records import Record, Refusal, Scan, Stamp
 from client.intake.refusals import Reason, describe, may_pass
-from client.intake.selection import Choice, Practice, choose, instance_of
+from client.intake.selection import Choice, Practice, choose, instance_of, other_labels
 from client.intake.sources import scan
 from client.intake.vault import ROW, SEGMENT_BYTES, Manifest, Seen, create_vault, read_manifest, write_manifest
 from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatients
@@ -117,7 +117,7 @@ def import_source(
             delete_unnamed(vault, manifest)
     refused = sum((Counter(one.refused) for one in seen.values()), Counter[str]())
     if few:
-        raise too_few(len(patients), min_patients, refused)
+        raise too_few(len(patients), min_patients, refused, other_labels(found, form.classes))
     labels = tuple(np.bincount(rows["label"], minlength=len(form.classes)).tolist())
     return Imported(patients, labels, dict(sorted(refused.items())), len(kept), added, found, choice, lost)
 
@@ -222,14 +222,24 @@ def _alone(vault: Path) -> AbstractContextManager[None]:
     return alone_on(vault / "lock", "import")
 
 
-def too_few(patients: int, least: int, refused: Mapping[str, int]) -> IntakeError | TooFewPatients | MissingExtra:
-    """Return the error for a source with fewer usable patients than there have to be, perhaps none."""
+def too_few(
+    patients: int, least: int, refused: Mapping[str, int], others: str = ""
+) -> IntakeError | TooFewPatients | MissingExtra:
+    """Return the error for a source with fewer usable patients than there have to be, perhaps none.
+
+    Args:
+        patients: How many are usable.
+        least: How many there have to be.
+        refused: Images that are not used, by reason.
+        others: What `other_labels` says.
+    """
     said = describe(refused) or "nothing found"
     if patients:
         return TooFewPatients(
             f"Expected at least min_patients={least} usable patients at this site, found {patients} ({said}). Add "
             "patients, or lower privacy.min_patients and the policy's min_patients. What was read is kept for then."
+            + (others and f" {others}")
         )
     if any(reason.startswith(Reason.NO_DECODER) for reason in refused):
         return MissingExtra(f"No image could be used ({said}). Install the decoders: {DECODERS}")
-    return IntakeError(f"No image could be used ({said}). Mend these and run again.")
+    return IntakeError(f"No image could be used ({said}). {others or 'Mend these and run again.'}")

@@ -5,6 +5,7 @@ Out of scope: finding them (client/intake/sources), decoding them (client/intake
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +16,11 @@ from client.intake.patients import PatientTable
 from client.intake.records import Record, Refusal, Scan, parse_label
 from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
+from client.logs import printable
 from client.policy import Doubtful
 
+_SHOWN, _SHOWN_CHARS = 8, 48
+"""Labels that are shown, and characters of each."""
 _PIXELS = 1
 """Raised by a release that makes other pixels of the same file, so that imported images are read again."""
 
@@ -106,6 +110,22 @@ def choose(
         counted[refusal.reason] = counted.get(refusal.reason, 0) + 1
     rest = {reason: count - counted.get(reason, 0) for reason, count in found.refused.items()}
     return Choice(tuple(chosen), tuple(refusals), tuple((reason, count) for reason, count in rest.items() if count > 0))
+
+
+def other_labels(found: Scan, classes: Sequence[str]) -> str:
+    """Say which labels no class of a run takes, with counts; empty where every label is a class.
+
+    For the terminal of whoever imports, and nothing else: a label is the value of a header.
+    """
+    others = Counter(record.label for record in found.records if record.label not in (None, *classes))
+    if not others:
+        return ""
+    named = ", ".join(f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in others.most_common(_SHOWN))
+    more = f" and {len(others) - _SHOWN} labels more" if len(others) > _SHOWN else ""
+    return (
+        f"{others.total()} images have labels that are no class of the run: {named}{more}. Spelling and capitals "
+        "count: if one of these is meant, run again with --classes as the labels are spelled, or map them with rules."
+    )
 
 
 def instance_of(record: Record) -> str:

@@ -14,6 +14,7 @@ from client.intake.images import scan_index
 from client.intake.records import LabelSource, Scan, Skip, parse_label
 from client.intake.refusals import Reason, describe, quiet
 from client.intake.rules import IntakeRules
+from client.paths import INCOMING
 from common.errors import IntakeError, UnreadableSource
 
 
@@ -80,7 +81,7 @@ def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | 
 
 def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
     try:
-        names = sorted(entry.name for entry in folder.iterdir())
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name != INCOMING)
     except OSError as error:
         raise UnreadableSource(
             f"The folder of the images cannot be read: {error.strerror}. Mend its permissions."

@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Final, final
 
+from client.paths import INCOMING
 from client.pull.sources import Bounds
 from common.errors import ConfigError, StorageError
 from common.files import make_folder, read_secret, sync_folder, write_atomic
 
 KEY_BYTES: Final = 32
-INCOMING: Final = ".incoming"
 SUFFIX: Final = ".dcm"
 
 

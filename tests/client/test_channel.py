@@ -100,7 +100,7 @@ def test_huge_sizes_are_refused_before_they_are_read() -> None:
     with left, right:
         left.sendall(MAGIC + (10).to_bytes(4, "little") + (MAX_BODY_BYTES + 1).to_bytes(8, "little"))
         with pytest.raises(WireError, match="at most"):
-            read_frame(right)
+            read_frame(right, 5.0)
 
 
 def test_peer_that_stops_early_is_an_error() -> None:
@@ -109,7 +109,52 @@ def test_peer_that_stops_early_is_an_error() -> None:
         left.sendall(pack_request(_REQUEST)[:-5])
         left.close()
         with pytest.raises(WireError, match="closed"):
-            read_frame(right)
+            read_frame(right, 5.0)
+
+
+def test_peer_that_trickles_is_given_up_at_the_deadline() -> None:
+    """A byte every 10 ms: no single wait is long, and all of them would be."""
+    left, right = socket.socketpair()
+    stop = threading.Event()
+
+    def trickle() -> None:
+        left.sendall(MAGIC + (10).to_bytes(4, "little") + (10**6).to_bytes(8, "little"))
+        while not stop.wait(0.01):
+            left.sendall(b"x")
+
+    with left, right:
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        with pytest.raises(TimeoutError, match=r"whole frame in 0\.5 s"):
+            read_frame(right, 0.5)
+        stop.set()
+        thread.join()
+
+
+def test_peer_that_says_nothing_and_leaves_is_no_frame() -> None:
+    left, right = socket.socketpair()
+    with right:
+        left.close()
+        assert read_frame(right, 5.0) == b""
+
+
+def test_an_agent_that_ends_before_it_answers_is_an_os_error(tmp_path) -> None:
+    """So that the relay asks again: the same request gets the same answer for the same charge."""
+    path = tmp_path / "agent.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+
+        def end() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                read_frame(connection, 5.0)
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        with pytest.raises(ConnectionResetError, match="ended before it answered"):
+            connect(path, 5.0)(_REQUEST)
+        thread.join()
 
 
 def test_connect_asks_over_a_socket(tmp_path) -> None:
@@ -121,7 +166,7 @@ def test_connect_asks_over_a_socket(tmp_path) -> None:
         def answer() -> None:
             connection, _ = listener.accept()
             with connection:
-                request = unpack_request(read_frame(connection))
+                request = unpack_request(read_frame(connection, 5.0))
                 connection.sendall(pack_reply(Reply(request.kind, request.run_id, request.round)))
 
         thread = threading.Thread(target=answer)

@@ -20,7 +20,7 @@ from client.paths import Home
 from common.certificates import authority_certificate, new_key, node_public_key
 from common.crypto import SigningKey
 from common.enrolment import Invitation, Member, read_enrolment, write_invitation
-from common.errors import EnrolmentError, StorageError, WireError
+from common.errors import EnrolmentError, StorageError
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 SITE, COORDINATOR = SigningKey(bytes([1]) * 32), SigningKey(bytes([2]) * 32)
@@ -115,7 +115,7 @@ def test_for_this_site_alone(home, changes, now, says):
 
 def test_tampered(home):
     content = invite(home).replace(b"fed.example.org", b"fed.example.com")
-    with pytest.raises(WireError, match="changed"):
+    with pytest.raises(EnrolmentError, match="changed"):
         read_for(home, content, "st-mary", IDENTITY, NOW)
 
 

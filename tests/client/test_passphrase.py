@@ -15,6 +15,7 @@ from client.passphrase import obtain
 from common.crypto import is_sealed, load_key
 from common.errors import ExitCode, PassphraseError, StorageError
 from common.files import write_atomic
+from common.lock import alone, beside, is_held
 from common.passphrase import _COST, Passphrase
 from tests.pinned import pin
 from tests.tiny_site import POLICY
@@ -133,6 +134,30 @@ def test_set_change_and_remove(run, person, tmp_path):
     assert load_key(home.key).to_bytes() == identity
     assert "nothing was changed" in run("passphrase", home.folder, "--remove")[1]
     assert home.key.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("runs", ["start", "agent"])
+def test_nothing_is_changed_while_the_agent_runs(run, person, sealed, runs):
+    """After a crash it would be started anew with the passphrase from before, and everything would end."""
+    before = sealed.key.read_bytes()
+    person.at(WORDS, OTHER, OTHER)
+    for more in ((), ("--remove",)):
+        with alone(sealed.start_lock, "`start`") if runs == "start" else beside(sealed.serve_lock):
+            code, said = run("passphrase", sealed.folder, *more)
+        assert (code, "Stop it first" in said, person.prompts) == (ExitCode.STORAGE, True, [])
+    assert sealed.key.read_bytes() == before
+    assert run("passphrase", sealed.folder)[0] == 0
+
+
+def test_an_agent_that_serves_says_so(run, sealed, credential, tmp_path, monkeypatch):
+    seen = []
+    pin(sealed)
+    credential(WORDS)
+    monkeypatch.setattr("client.cli.serve", lambda *_: seen.append(is_held(sealed.serve_lock, shared=True)))
+    monkeypatch.setattr("client.cli.log_to", lambda _: None)
+    monkeypatch.setattr("client.cli.signal.signal", lambda *_: None)
+    assert run("serve", sealed.folder, "--socket", tmp_path / "s")[0] == 0
+    assert (seen, is_held(sealed.serve_lock, shared=True)) == ([True], False)
 
 
 def test_what_only_verifies_asks_nobody(run, nobody, sealed, tmp_path):

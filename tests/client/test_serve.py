@@ -15,6 +15,8 @@ import pytest
 from client import serve as serving
 from client.agent import open_site
 from client.channel import MAGIC, connect, pack_request, read_frame, unpack_reply
+from client.doctor import machine
+from client.doctor.findings import Status
 from client.serve import serve
 from common.errors import RefusalCode, StorageError
 from common.greeting import hello_settings
@@ -58,7 +60,7 @@ def send(path, content):
         connection.connect(str(path))
         connection.sendall(content)
         connection.shutdown(socket.SHUT_WR)
-        return unpack_reply(read_frame(connection))
+        return unpack_reply(read_frame(connection, 60.0))
 
 
 def test_hello_over_the_socket(tiny_home):
@@ -71,6 +73,84 @@ def test_hello_over_the_socket(tiny_home):
 def test_socket_is_for_owner_and_group_only(tiny_home):
     with served(open_site(tiny_home)) as path:
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
+
+
+def test_a_socket_is_seen_once_it_can_be_asked(tiny_home, monkeypatch):
+    """Who finds the path finds mode 660 and an agent: never the moment between bind and listen."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, stop, seen = Path(folder) / "agent.sock", threading.Event(), []
+
+        class Watched(socket.socket):
+            def listen(self, *backlog):
+                seen.append(path.exists())
+                super().listen(*backlog)
+                modes = [stat.S_IMODE(one.stat().st_mode) for one in path.parent.iterdir()]
+                seen.append(modes == [0o660] and not path.exists())
+                stop.set()
+
+        monkeypatch.setattr(serving.socket, "socket", Watched)
+        serve(open_site(tiny_home), path, stop)
+        assert seen == [False, True]
+        assert not list(Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("name", ["s", "agent.sock"])
+def test_a_path_of_107_bytes_is_served(tiny_home, name):
+    with tempfile.TemporaryDirectory() as folder:
+        long = Path(folder) / ("x" * (107 - len(folder) - len(name) - 2))
+        long.mkdir()
+        path, stop = long / name, threading.Event()
+        assert len(bytes(path)) == 107
+        thread = threading.Thread(target=serve, args=(open_site(tiny_home), path, stop), daemon=True)
+        thread.start()
+        while not is_up(path):
+            assert thread.is_alive()
+        assert [one.name for one in long.iterdir()] == [name]
+        stop.set()
+        thread.join(20)
+
+
+def test_a_socket_that_came_meanwhile_is_left_to_its_agent(tiny_home, monkeypatch):
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as other:
+        path = Path(folder) / "s"
+        other.bind(str(path))
+        monkeypatch.setattr(serving, "_is_free", lambda _path: True)  # as it was a moment before
+        with pytest.raises(StorageError, match="Could not make the socket"):
+            serve(open_site(tiny_home), path, threading.Event())
+        assert [one.name for one in Path(folder).iterdir()] == ["s"]
+
+
+def trickle(connection, content):
+    """Send a byte at a time, each before any pause would be noticed, until the peer has had enough."""
+    try:
+        for byte in content:
+            connection.send(bytes([byte]))
+            time.sleep(0.02)
+    except OSError:
+        return
+    connection.close()
+
+
+def test_a_peer_that_trickles_is_cut_off(tiny_home, monkeypatch):
+    """The bound is on the whole request: at 20 ms a byte this one would take hours."""
+    monkeypatch.setattr(serving, "REQUEST_TIMEOUT_S", 0.5)
+    with served(open_site(tiny_home)) as path, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as slow:
+        slow.connect(str(path))
+        threading.Thread(target=trickle, args=(slow, FRAME[:16] + bytes(10**6)), daemon=True).start()
+        assert connect(path, 60.0)(HELLO).refusal is None
+
+
+def test_who_looks_whether_an_agent_answers_is_no_alarm(tiny_home, caplog):
+    """`doctor`, which reads the answer, and an agent that waits for this one's end, which goes away at once."""
+    caplog.set_level("INFO")
+    with served(open_site(tiny_home)) as path:
+        caplog.clear()
+        assert send(path, b"").refusal is RefusalCode.BAD_REQUEST
+        assert not serving._is_free(path)
+        assert machine.check_socket(path).status is Status.PASS
+        assert connect(path, 5.0)(HELLO).refusal is None
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [one for one in said if not one[1].startswith("hello of")] == [("INFO", serving.LOOKED)] * 3
 
 
 def test_an_old_socket_is_replaced(tiny_home, tmp_path):
@@ -152,7 +232,7 @@ def test_an_exception_stays_inside(tiny_home, tiny_proposal):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.connect(str(path))
             connection.sendall(pack_request(request))
-            frame = read_frame(connection)
+            frame = read_frame(connection, 60.0)
         assert connect(path, 5.0)(HELLO).refusal is None
     assert unpack_reply(frame) == Reply(Kind.WARMUP, "run-1", 0, RefusalCode.INTERNAL)
     for word in (b"DOE", b"export", b"KeyError", b"Traceback"):

@@ -8,12 +8,12 @@ import pytest
 
 from client.agent import answer, open_site
 from client.cli import main
-from client.home import Home, load_images
+from client.home import Home, load_images, read_site_config
 from client.ledger import ChargeRequest
 from common.config_text import build_config, to_toml
 from common.crypto import load_key
 from common.errors import ExitCode, StorageError
-from common.lock import alone
+from common.lock import alone, beside
 from common.messages import Kind
 from common.plan import plan
 from common.privacy import Charge, epsilon
@@ -88,15 +88,33 @@ def test_import_in_colour(run, tiny_home, tiny_proposal):
     assert (code, "channels=2" in err) == (ExitCode.CONFIG, True)
 
 
-def test_import_warns_of_a_class_that_nobody_has(run, tiny_home):
-    code, _, err = run("import", tiny_home.folder, "--classes", "clear,opacitty", "--size", 28)
+def test_import_warns_of_a_class_that_nobody_has(run, tiny_home, tmp_path):
+    code, out, err = run(
+        "import", tiny_home.folder, "--classes", "clear,opacitty", "--size", 28, "--json", tmp_path / "j"
+    )
+    found = int(out.split("by class: clear ")[1].split(",")[0])
+    left = len(load_images(tiny_home, ("clear", "opacity"), 28).images) - found
     assert (code, "no image here has the class opacitty" in err) == (0, True)
+    assert f"warning: {left} images have labels that are no class of the run: opacity {left}." in err
+    assert "opacity" not in out + (tmp_path / "j").read_text()  # labels are headers' values: for this terminal alone
+    assert (
+        "labels that are no class" not in run("import", tiny_home.folder, "--classes", "opacity,clear", "--size", 28)[2]
+    )
+
+
+def test_import_and_check_with_no_class_that_is_there(run, tiny_home, tmp_path):
+    source = read_site_config(tiny_home).data
+    check = ("check", source, "--classes", "Clear,Opacity", "--report", tmp_path / "seen")
+    for command in (("import", tiny_home.folder, "--classes", "Clear,Opacity", "--size", 28), check):
+        code, _, err = run(*command)
+        assert code == ExitCode.DATA
+        named = err.split("labels that are no class of the run: ")[1].split(".")[0]
+        assert sorted(one.split()[0] for one in named.split(", ")) == ["clear", "opacity"]
+        assert "capitals" in err
 
 
 def test_init_with_a_copy_of_the_head(run, tmp_path):
     home, copy = Home(tmp_path / "home"), tmp_path / "elsewhere" / "head.json"
-    code, _, err = init(run, home.folder, "--head-copy", copy)
-    assert (code, "elsewhere" in err) == (ExitCode.STORAGE, True)  # there is no such folder: begun, and taken up below
     copy.parent.mkdir()
     assert init(run, home.folder, "--head-copy", copy)[0] == 0
     assert tomllib.loads((home.folder / "site.toml").read_text())["head_copy"] == str(copy)
@@ -107,6 +125,29 @@ def test_init_with_a_copy_of_the_head(run, tmp_path):
     for command in (("ledger",), ("budget",), ("journal", "verify")):
         code, _, err = run(*command, home.folder)
         assert (code, "is missing. Mount its disk" in err) == (ExitCode.STORAGE, True)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("gone/head.json", "mount its disk, or make the folder"),
+        (".", "a file in it"),
+        ("other.json", "another home's"),
+        ("other.json/head.json", "make the folder"),
+    ],
+)
+def test_a_copy_that_cannot_be_kept_leaves_nothing(run, tmp_path, where, said):
+    (tmp_path / "other.json").write_text("{}")
+    code, _, err = init(run, tmp_path / "home", "--head-copy", tmp_path / where)
+    assert (code, said in err, (tmp_path / "home").exists()) == (ExitCode.CONFIG, True, False), err
+    assert (tmp_path / "other.json").read_text() == "{}"
+
+
+def test_an_init_that_broke_off_takes_its_copy_up(run, tmp_path):
+    home, copy = Home(tmp_path / "home"), tmp_path / "head.json"
+    assert init(run, home.folder, "--head-copy", copy)[0] == 0
+    home.policy.unlink()  # written last
+    assert init(run, home.folder, "--head-copy", copy)[0] == 0
 
 
 def test_a_copy_inside_the_home_or_relative_is_refused(run, tmp_path):
@@ -191,12 +232,23 @@ def test_budget_says_when_the_warm_up_is_over_it(run, tiny_home, planned, tiny_p
 
 
 def test_budget_says_whether_the_images_are_imported(run, tiny_home, tiny_proposal, tmp_path):
-    tree, path = tiny_proposal.model_dump(mode="json"), tmp_path / "planned.toml"
-    for channels, said in ((1, "images: imported"), (3, "images: Expected imported images of 28 px in colour")):
+    """Without them the site takes no part, whatever policy and budget allow."""
+    tree, path, written = tiny_proposal.model_dump(mode="json"), tmp_path / "planned.toml", tmp_path / "budget.json"
+    told = {
+        1: (0, "images: imported", "this site can join: the whole run; then", True),
+        3: (ExitCode.DATA, "images: NOT imported", "this site can join: nothing until its images are imported", False),
+    }
+    for channels, (code, images, joins, there) in told.items():
         path.write_text(to_toml(build_config(tree, {"image.channels": channels})))
-        assert said in run("budget", tiny_home.folder, "--config", path)[1]
+        ended, out, _ = run("budget", tiny_home.folder, "--config", path, "--json", written)
+        assert (ended, images in out, joins in out) == (code, True, True), out
+        assert json.loads(written.read_text())["images_imported"] is there
+    assert "then the whole run; then spent" in out
+    assert f"import {tiny_home.folder} --classes clear,opacity --size 28 --channels 3" in out
     path.write_text(to_toml(build_config(tree, {"image.classes": ()})))
-    assert "names no classes" in run("budget", tiny_home.folder, "--config", path)[1]
+    ended, out, _ = run("budget", tiny_home.folder, "--config", path, "--json", written)
+    assert (ended, "names no classes" in out) == (0, True)
+    assert json.loads(written.read_text())["images_imported"] is None
 
 
 def test_budget_reads_what_print_config_writes(run, tiny_home, tmp_path):
@@ -295,8 +347,9 @@ def test_serve_answers_nobody_without_a_pinned_coordinator(run, tiny_home, tmp_p
 
 def test_leave_waits_for_what_still_runs(run, tiny_home):
     pin(tiny_home)
-    for lock in (tiny_home.start_lock, tiny_home.relay_lock):
-        with alone(lock, "one"):
+    agent = beside(tiny_home.serve_lock)
+    for held in (alone(tiny_home.start_lock, "one"), alone(tiny_home.relay_lock, "one"), agent):
+        with held:
             code, _, error = run("leave", tiny_home.folder, "--yes")
         assert (code, "Stop them first" in error, tiny_home.federation.exists()) == (ExitCode.STORAGE, True, True)
     assert run("leave", tiny_home.folder, "--yes")[0] == 0

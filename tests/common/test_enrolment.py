@@ -22,7 +22,7 @@ from common.enrolment import (
     write_enrolment,
     write_invitation,
 )
-from common.errors import EnrolmentError, FedmedganError, WireError
+from common.errors import EnrolmentError, ExitCode, FedmedganError, WireError
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 SITE, COORDINATOR = SigningKey(bytes([1]) * 32), SigningKey(bytes([2]) * 32)
@@ -85,7 +85,7 @@ def test_one_spelling():
     ]
     for spelling in spellings:
         assert spelling != FILE.strip()
-        with pytest.raises(WireError, match="new file"):
+        with pytest.raises((WireError, EnrolmentError), match="new file"):
             read_enrolment(spelling, NOW)
 
 
@@ -94,15 +94,36 @@ def test_signed_by_its_identity_and_by_its_coordinator(read, content):
     for position in range(0, len(content) - 1, 7):
         changed = bytearray(content)
         changed[position] ^= 1
-        with pytest.raises(WireError):
+        with pytest.raises((WireError, EnrolmentError)):
             read(bytes(changed))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda c: c.replace(b"st-mary", b"st-marx"), ExitCode.ENROLMENT),  # tampered with, or mistyped
+        (lambda c: c[:-30], ExitCode.ENROLMENT),  # cut short
+        (lambda c: json.dumps(json.loads(c), indent=1).encode(), ExitCode.ENROLMENT),  # an editor saved it
+        (lambda c: c.replace(b'"2030', b'"203x'), ExitCode.ENROLMENT),
+        (lambda c: c.replace(b'"version":1', b'"version":2'), ExitCode.WIRE),  # of another release
+        (lambda _: b"PK\x03\x04", ExitCode.WIRE),  # another file
+        (lambda _: b"site = 'st-mary'", ExitCode.WIRE),
+    ],
+)
+def test_a_file_that_was_changed_has_another_code_than_another_file(change, code):
+    for content, read in ((FILE, lambda c: read_enrolment(c, NOW)), (INVITED, read_invitation)):
+        changed = change(content)
+        assert changed != content
+        with pytest.raises(FedmedganError) as raised:
+            read(changed)
+        assert raised.value.exit_code is code, raised.value
 
 
 def test_a_signature_by_another_key_or_for_another_purpose():
     other = SigningKey(bytes([3]) * 32)
     for key, kind in ((other, "enrolment"), (SITE, "invitation")):
         signature = key.sign(canonical(document()), f"site {kind}").hex()
-        with pytest.raises(WireError, match="signature does not fit"):
+        with pytest.raises(EnrolmentError, match="signature does not fit"):
             read_enrolment(canonical({"kind": "enrolment", "document": document(), "signature": signature}), NOW)
     with pytest.raises(ValueError):
         write_enrolment(ENROLMENT, other)
@@ -146,7 +167,7 @@ def test_a_version_of_the_future_is_named():
     ],
 )
 def test_values_that_are_none(changes):
-    with pytest.raises(WireError):
+    with pytest.raises(EnrolmentError, match="changed on its way"):
         read_enrolment(sealed("enrolment", document(**changes), SITE), NOW)
 
 
@@ -170,7 +191,7 @@ def test_values_that_are_none(changes):
     ],
 )
 def test_invitations_with_values_that_are_none(changes):
-    with pytest.raises(WireError):
+    with pytest.raises(EnrolmentError, match="changed on its way"):
         read_invitation(sealed("invitation", document(INVITED, **changes), COORDINATOR))
 
 

@@ -456,7 +456,7 @@ def send(path: Path, parts: Iterator[bytes]) -> tuple[bytes, int]:
             connection.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # the agent has seen enough; its answer is there to be read
-        return read_frame(connection), sent
+        return read_frame(connection, 60.0), sent
 
 
 def frame(body_bytes: int, *body: bytes) -> Iterator[bytes]:

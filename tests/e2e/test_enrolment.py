@@ -147,10 +147,15 @@ def test_mistakes_of_a_coordinator(run, tmp_path, arguments, code):
         (("join", "home", "st-mary.enrolment.json"), ExitCode.WIRE),
         (("join", "home", "home/policy.toml"), ExitCode.WIRE),
         (("enrol", "home", "--out", "home/policy.toml"), ExitCode.CONFIG),
-        (("enrol", "hub"), ExitCode.CONFIG),
+        (("enrol", "hub"), ExitCode.STORAGE),
+        (("join", "home", "changed.json"), ExitCode.ENROLMENT),
+        (("join", "home", "cut.json"), ExitCode.ENROLMENT),
     ],
 )
 def test_mistakes_of_a_site(run, tmp_path, arguments, code):
     joined(run, tmp_path)
+    invitation = (tmp_path / "st-mary.invitation.json").read_text()
+    (tmp_path / "changed.json").write_text(invitation.replace('"port":8', '"port":9', 1))
+    (tmp_path / "cut.json").write_text(invitation[:-40])
     found, said = site(run, *arguments)
     assert (found, said.startswith("error: ")) == (code, True), said

@@ -103,7 +103,7 @@ def send(path: Path, content: bytes) -> bytes:
             connection.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # the agent has seen enough; its answer is there to be read
-        return read_frame(connection)
+        return read_frame(connection, 60.0)
 
 
 def verified(home: Home) -> tuple[float, int]:

@@ -10,6 +10,7 @@ import pytest
 from client.cli import main
 from client.doctor.findings import Status, exit_code, failed, look, passed, warned
 from client.home import Home
+from client.joining import leave
 from common.certificates import authority_certificate, new_key
 from common.errors import ExitCode
 from tests.coordinator_home import free_port
@@ -40,6 +41,27 @@ def test_a_new_site_fails_nothing(doctor, tiny_home: Home) -> None:
     assert (found["joined"], found["socket"]) == ("WARN", "WARN")
     assert "tls" not in found  # nobody to connect to
     assert {path: path.stat().st_mtime_ns for path in tiny_home.folder.rglob("*")} == before
+
+
+def test_a_site_that_has_left_is_told_how_to_come_back(doctor, tiny_home: Home, tmp_path: Path) -> None:
+    pin(tiny_home)
+    leave(tiny_home.folder)
+    code, found = doctor("--json", tmp_path / "doctor.json")
+    assert (code, found["keys"], found["joined"]) == (ExitCode.OK, "PASS", "WARN")
+    (joined,) = [
+        one for one in json.loads((tmp_path / "doctor.json").read_text())["findings"] if one["name"] == "joined"
+    ]
+    assert "has left its federation" in joined["said"]
+    for word in ("fedmedgan-site enrol", "--readmit", "join", "start"):
+        assert word in joined["fix"]
+    assert "backup" not in (tmp_path / "doctor.json").read_text()
+
+
+def test_a_node_key_that_is_gone_is_no_leaving(doctor, tiny_home: Home) -> None:
+    pin(tiny_home, free_port(), authority_certificate(new_key(), "test", dt.datetime.now(dt.UTC)))
+    tiny_home.node_key.unlink()
+    code, found = doctor()
+    assert (code, found["keys"]) == (ExitCode.STORAGE, "FAIL")
 
 
 def test_one_failure_hides_no_other_and_the_first_gives_the_code(doctor, tiny_home: Home, tmp_path: Path) -> None:

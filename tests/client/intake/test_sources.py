@@ -40,6 +40,22 @@ def test_one_bad_file_stops_nothing(tmp_path: Path, write_dicom: WriteDicom) -> 
     assert sum(refused.values()) == 1
 
 
+def test_what_a_pull_has_not_kept_yet_is_not_looked_into(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """It may be half, or an image that was never asked for; a pull that is killed leaves it."""
+    write_dicom(tmp_path / "ab" / "kept.dcm", PatientID="A")
+    write_dicom(tmp_path / ".incoming" / "tmp1.dcm", PatientID="SOMEBODY")
+    write_dicom(tmp_path / "ab" / ".incoming" / "other.dcm", PatientID="B")  # that name elsewhere is any folder's
+    found = scan(tmp_path, "none")
+    assert {record.path.name for record in found.records} == {"other.dcm", "kept.dcm"}
+    assert not found.refused
+
+
+def test_an_inbox_where_nothing_is_kept_yet_is_empty(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / ".incoming" / "tmp1.dcm")
+    with pytest.raises(IntakeError, match="empty"):
+        scan(tmp_path)
+
+
 def test_deterministic_order(tmp_path: Path, write_dicom: WriteDicom) -> None:
     for name in ("b", "z/a", "a", "c/d/e", "c/a"):
         write_dicom(tmp_path / name)

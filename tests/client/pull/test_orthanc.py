@@ -16,6 +16,7 @@ from tests.real_pacs import (
     Orthanc,
     command,
     instance_uids,
+    kept,
     leftovers,
     make_files,
     pulled,
@@ -71,7 +72,7 @@ def test_pull_that_was_killed_goes_on_and_brings_nothing_twice(kind: str, orthan
     asked = write_list(tmp_path / "list.csv", "CANARY-ACC-2", "CANARY-ACC-3")
     process = subprocess.Popen(command(home, kind, "--list", str(asked)), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 30
-    while len(list((home / "inbox").rglob("*.dcm"))) < 6 and time.monotonic() < end:
+    while len(kept(home)) < 6 and time.monotonic() < end:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
