@@ -39,7 +39,9 @@ from common.plan import delta_warning
 from common.privacy import epsilon
 from common.secure_sum import Cohort, parse_cohort
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
 
 records = typer.Typer(no_args_is_help=True, help="Show, verify or export the record of every release.")
 app.add_typer(records, name="journal")

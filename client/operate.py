@@ -24,7 +24,9 @@ from common.flower_environment import flower_environment
 from common.lock import alone, is_held
 from common.passphrase import Passphrase
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
 app.command("passphrase")(passphrase.change)
 
 HomeArgument = Annotated[Path, typer.Argument(help="The site's home folder.")]

@@ -2,11 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 import typer
-import typer.core
 
 from common.errors import ExitCode, FedmedganError
 
@@ -33,26 +32,3 @@ def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, interr
     if code == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this code and says nothing
         print(interrupted, file=sys.stderr)
     sys.exit(code or ExitCode.OK)
-
-
-def _show_help_as_it_is() -> None:
-    """Keep Typer's help of arguments, which click from 8.5 on forgets, and write it without marks for rich.
-
-    flwr holds typer below the release that knows this click.
-    """
-    plain = typer.core.TyperArgument.__init__
-
-    def keeping(self: typer.core.TyperArgument, **given: Any) -> None:
-        plain(self, **given)
-        self.help = given.get("help")
-
-    typer.core.TyperArgument.__init__ = keeping
-    setattr(typer.core.TyperCommand, "format_arguments", _nothing)  # noqa: B010  # Typer lists them already
-    setattr(typer.core, "HAS_RICH", False)  # noqa: B010  # a constant to the type checker
-
-
-def _nothing(*_: object) -> None:
-    """Write nothing."""
-
-
-_show_help_as_it_is()

@@ -29,7 +29,9 @@ from server.membership import add_commands
 from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
 from server.status import COMPLETED, how_it_ended, stand, tables
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
 add_commands(app)
 app.command()(generate)
 

@@ -20,7 +20,7 @@ from common.command import run_command
 from common.errors import ConfigError, ExitCode, FedmedganError, MissingExtra
 from common.lock import alone
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 LOG = logging.getLogger("fedmedgan.pull")
 
 

@@ -15,7 +15,7 @@ from simulations.benchmark.samples import as_table
 
 BENCHMARKS = ("deployment", "dp-step", "federation", "intake", "quality")
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 @app.command()
@@ -26,7 +26,9 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="dp-step only: where D is trained, cpu or cuda.")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="dp-step only: activations of plain and fast have eight bits.")] = False,
-    config: Annotated[Path | None, typer.Option(help="quality only: a TOML file with the run and [quality].")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="quality only: a TOML file with the run and the table quality.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="quality only: the images. Default: phantoms.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="quality only: wins over the TOML file.")

@@ -8,7 +8,7 @@ import typer
 from common.command import run_command
 from common.errors import ExitCode
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 @app.command()
@@ -30,7 +30,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, s
 
 def test_help_explains_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = said(capsys, "start", "--help")
-    assert (code, text.count("The site's home folder.  [required]")) == (0, 1), text
+    assert (code, text.count("The site's home folder. [required]")) == (0, 1), text
 
 
 def test_a_wrong_word_is_answered_once(capsys: pytest.CaptureFixture[str]) -> None:
