@@ -14,7 +14,7 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Num
 from pydicom import Dataset
-from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
+from pydicom.pixels import apply_color_lut, get_decoder
 from pydicom.uid import (
     UID,
     JPEG2000TransferSyntaxes,
@@ -69,8 +69,12 @@ class DicomImage:
         dataset = self._dataset
         try:
             # Unused bits are cleared here: pydicom does not look at HighBit.
-            stored = pixel_array(
-                dataset, index=frame, decoding_plugin=self._plugin, correct_unused_bits=not _as_it_is(dataset)
+            stored, _ = get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(
+                dataset,
+                index=frame,
+                decoding_plugin=self._plugin,
+                correct_unused_bits=not _as_it_is(dataset),
+                view_only=True,  # of what is not compressed: it is read once and never written to
             )
             photometric = str(dataset.get("PhotometricInterpretation", ""))
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):

@@ -214,13 +214,15 @@ def unpack_reply(reply: bytes, frames: int, form: Form) -> list[Square | str]:
 
 
 def _dicom(path: Path, rules: IntakeRules) -> DicomImage | None:
-    with path.open("rb") as handle:
+    with path.open("rb", buffering=0) as handle:
         if handle.read(132)[128:] != b"DICM":
             return None
-        if os.fstat(handle.fileno()).st_size > rules.max_bytes:
+        size = os.fstat(handle.fileno()).st_size
+        if size > rules.max_bytes:
             raise Refused(Reason.TOO_LARGE)
         handle.seek(0)
-        return DicomImage(handle.read(rules.max_bytes + 1), rules)
+        # No more than its size: what is asked for is allocated first, whatever comes.
+        return DicomImage(handle.read(size), rules)
 
 
 @lru_cache(maxsize=2)
