@@ -24,7 +24,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.intake.headers import DAMAGED, parse, syntax_name
+from client.intake.headers import DAMAGED_DICOM, parse, syntax_name
 from client.intake.pixels import Levels
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -57,7 +57,7 @@ class DicomImage:
             if not any(name in self._dataset for name in ("PixelData", *_FLOATS)):
                 raise Refused(Reason.NO_IMAGE)
             self._plugin = _plugin(self._dataset)
-        except DAMAGED as error:
+        except DAMAGED_DICOM as error:
             raise Refused(Reason.PIXELS) from error
 
     def levels(self, frame: int) -> Levels:
@@ -80,7 +80,7 @@ class DicomImage:
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
                 return show(_stored_bits(stored, dataset), stages(dataset, frame, self._rules))
             levels = _colours(stored, dataset, photometric)
-        except DAMAGED as error:
+        except DAMAGED_DICOM as error:
             raise Refused(Reason.PIXELS) from error
         if levels.shape[2:] != (3,):  # such as a palette for pixels that are colours already
             raise Refused(Reason.PIXELS)
@@ -91,7 +91,7 @@ def stages(dataset: Dataset, frame: int, rules: IntakeRules) -> Stages:
     """Read what a header says about a frame's values.
 
     Raises:
-        Exception: One of `DAMAGED`, where a value is not what it should be.
+        Exception: One of `DAMAGED_DICOM`, where a value is not what it should be.
     """
     modality = _group(dataset, frame, "PixelValueTransformationSequence")
     slope, intercept = modality.get("RescaleSlope"), modality.get("RescaleIntercept")
