@@ -13,8 +13,8 @@ from client.intake.isolation import DecoderPool
 from client.intake.pixels import Square
 from client.intake.records import Record, Scan
 from client.intake.refusals import Reason, describe
+from client.intake.requests import Asked, Form, Job, ask_pixels
 from client.intake.rules import IntakeRules
-from client.intake.worker import Form, Job
 from common.config import IMAGE_CHANNELS, IMAGE_SIZES
 from common.errors import ConfigError, IntakeError
 
@@ -83,14 +83,16 @@ def decode_records(
     """
     waiting: deque[Record] = deque()
 
-    def jobs() -> Iterator[Job]:
+    form = Form(size, channels, rules or IntakeRules())
+
+    def asked() -> Iterator[Asked[Square]]:
         for (path, member, blank), group in groupby(records, key=attrgetter("path", "member", "blank")):
             same = list(group)
             waiting.extend(same)
-            yield Job(path, member, tuple(record.frame for record in same), blank)
+            yield ask_pixels(Job(path, member, tuple(record.frame for record in same), blank), form)
 
-    with DecoderPool(Form(size, channels, rules or IntakeRules())) as pool:
-        for square in pool.squares(jobs()):
+    with DecoderPool(form.rules) as pool:
+        for square in pool.answers(asked()):
             yield waiting.popleft(), square
 
 

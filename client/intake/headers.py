@@ -58,8 +58,8 @@ FACTS = (
 
 _FORM = ("PatientID", "IssuerOfPatientID", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
 
-# What pydicom, its decoders and NumPy raise beside, found by the fuzz test and by reading pydicom: values of a wrong type
-# (TypeError, AttributeError, ArithmeticError), unknown VRs (NotImplementedError, a RuntimeError), nesting
+# What pydicom, its decoders and NumPy raise beside, found by the fuzz test and by reading pydicom: values of a wrong
+# type (TypeError, AttributeError, ArithmeticError), unknown VRs (NotImplementedError, a RuntimeError), nesting
 # (RecursionError, also one).
 DAMAGED_DICOM = (
     *DAMAGED,

@@ -48,8 +48,8 @@ class Reason(StrEnum):
 
 
 DAMAGED = (OSError, EOFError, ValueError, LookupError, MemoryError, struct.error, zlib.error)
-"""What every reader raises for a damaged file: unreadable, cut short, values and lengths that cannot be. Each reader adds
-what its libraries raise beside."""
+"""What every reader raises for a damaged file: unreadable, cut short, values and lengths that cannot be. Each reader
+adds what its libraries raise beside."""
 
 _AFTER_READING = (
     Reason.NO_LABEL,

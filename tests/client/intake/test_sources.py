@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from client.intake import Reason, folders, read, scan
-from client.intake.folders import read_header as real
+from client.intake.requests import ask_header as real
 from common.errors import ConfigError, IntakeError, UnreadableSource
 
 WriteDicom = Callable[..., Path]
@@ -60,9 +60,9 @@ def test_known_files_are_not_opened(tmp_path: Path, write_dicom: WriteDicom) -> 
     write_dicom(tmp_path / "b", PatientID="changed", Modality="CR")
     (tmp_path / "labels.csv").write_text("file,label\na,x\nb,x\nc,y\ne.zip/one,x\n")
     opened: list[str] = []
-    with patch.object(folders, "read_header", side_effect=lambda *all_: (opened.append(all_[0].name), real(*all_))[1]):
+    with patch.object(folders, "ask_header", side_effect=lambda *all_: (opened.append(all_[0].name), real(*all_))[1]):
         second = scan(tmp_path, skip=lambda *about: about in known)
-    assert [Path(name).name for name in opened] == ["b", "c"]
+    assert opened == ["b", "c"]
     assert [path.name for path in second.skipped] == ["a", "d", "e.zip"]
     assert [(record.patient[1], record.label) for record in second.records] == [("changed", "x"), ("c", "y")]
     assert not second.refusals
