@@ -8,10 +8,11 @@ import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
-from client.intake import IntakeRules, Reason, decode_records, isolation, read, scan
+from client.intake import IntakeRules, Reason, decode_records, isolation, scan
 from client.intake.isolation import DecoderPool, number_of_workers, stop_idle
 from client.intake.pixels import Square
 from client.intake.requests import Asked, Form, Job, ask_pixels
+from tests.client.intake.pictures import read
 
 WriteDicom = Callable[..., Path]
 
