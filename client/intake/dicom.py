@@ -69,13 +69,10 @@ class DicomImage:
         dataset = self._dataset
         try:
             # Unused bits are cleared here: pydicom does not look at HighBit.
-            stored, _ = get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(
-                dataset,
-                index=frame,
-                decoding_plugin=self._plugin,
-                correct_unused_bits=not _as_it_is(dataset),
-                view_only=True,  # of what is not compressed: it is read once and never written to
-            )
+            # A view, where nothing is compressed: it is read once and never written to.
+            options: Any = {"correct_unused_bits": not _as_it_is(dataset), "view_only": True}
+            decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
+            stored, _ = decoder.as_array(dataset, index=frame, decoding_plugin=self._plugin, **options)
             photometric = str(dataset.get("PhotometricInterpretation", ""))
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
                 return show(_stored_bits(stored, dataset), stages(dataset, frame, self._rules))

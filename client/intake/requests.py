@@ -7,7 +7,6 @@ Out of scope: doing it (client/intake/worker).
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Generic, TypeVar, final
 
@@ -83,7 +82,7 @@ def is_npz(path: Path) -> bool:
 def ask_pixels(job: Job, form: Form) -> Asked[Square]:
     """Ask for the pixels of a job's frames, or the reasons why they are refused."""
     what = {"path": str(job.path), "member": job.member, "frames": job.frames, "blank": job.blank}
-    request = json.dumps([what, form.size, form.channels, _as_json(form.rules)]).encode()
+    request = json.dumps([what, form.size, form.channels, form.rules.model_dump_json()]).encode()
     longest = 2 + max(form.square_bytes(), MAX_REASON_BYTES)
 
     def unpack(reply: bytes, frames: int) -> list[Square | str]:
@@ -94,7 +93,7 @@ def ask_pixels(job: Job, form: Form) -> Asked[Square]:
 
 def ask_header(path: Path, keywords: Sequence[str], rules: IntakeRules) -> Asked[Header]:
     """Ask for what a scan needs of a DICOM file, or the reason why it is refused."""
-    request = json.dumps([{"path": str(path), "keywords": keywords}, 0, 0, _as_json(rules)]).encode()
+    request = json.dumps([{"path": str(path), "keywords": keywords}, 0, 0, rules.model_dump_json()]).encode()
     return Asked(request, 1, 1, MAX_HEADER_BYTES, _unpack_header)
 
 
@@ -138,8 +137,3 @@ def _reason(reply: bytes, place: int) -> str:
     if reply[place : place + 1] != b"-" or len(reply) < place + 2 or len(reply) < place + 2 + reply[place + 1]:
         raise ValueError("not a reply of a decoder")
     return reply[place + 2 : place + 2 + reply[place + 1]].decode("ascii")
-
-
-@lru_cache(maxsize=2)
-def _as_json(rules: IntakeRules) -> str:
-    return rules.model_dump_json()

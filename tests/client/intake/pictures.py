@@ -7,6 +7,7 @@ from itertools import groupby
 import numpy as np
 
 from client.intake import Dataset, IntakeRules, Reason, Record, Scan, decode_records
+from client.intake.importing import too_few
 
 
 def read(
@@ -23,6 +24,9 @@ def read(
             refused[square] += 1
         else:
             kept.append((record, square))
+    counts = {reason: count for reason, count in refused.items() if count}
+    if not kept:
+        raise too_few(0, 1, counts)
     patients = [number for number, (_, group) in enumerate(groupby(kept, lambda it: it[0].patient)) for _ in group]
     labels = [list(classes).index(str(record.label)) for record, _ in kept]
     return Dataset(np.stack([square for _, square in kept]), np.array(labels), np.array(patients)), {
