@@ -14,13 +14,12 @@ Two steps, between which a caller can stop, store, skip or choose:
 - `scan(..., skip=known)` does not open DICOM files and archives that the caller knows, by path and stamp.
 - `decode_records` decodes in child processes, in order and within bounded memory; whatever is in a file costs that
   file's frames at most. `decode` reads one record in its own size, float32 levels in [0, 255], in this process.
-- `read` does the second step whole, to a `Dataset` in memory.
 
 `IntakeRules` is the `[intake]` table of site.toml; `scan` and `decode_records` must be given the same.
 """
 
 from client.intake.dataset import Dataset, Form, Pixels
-from client.intake.decode import decode_records, read
+from client.intake.decode import decode_records
 from client.intake.headers import FACTS
 from client.intake.records import Record, Refusal, Scan
 from client.intake.refusals import Reason, Refused
@@ -41,6 +40,5 @@ __all__ = [
     "Scan",
     "decode",
     "decode_records",
-    "read",
     "scan",
 ]

@@ -5,11 +5,10 @@ An archive inside an archive is refused, never opened. Out of scope: other kinds
 
 import struct
 import zipfile
-import zlib
 from pathlib import Path
 from typing import BinaryIO, final
 
-from client.intake.refusals import Reason, Refused
+from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 
 MAX_DIRECTORY_BYTES = 64 * 1024**2
@@ -25,17 +24,8 @@ _BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Of these zipfile inflates as much as is asked for; of bzip2 and LZMA all that a read of the file gives."""
 _NESTED = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
-_DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    RuntimeError,  # an encrypted member; a zip version that is too new is a NotImplementedError, also one
-    MemoryError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-)
+# RuntimeError: an encrypted member; a zip version that is too new is a NotImplementedError, also one.
+_DAMAGED = (*DAMAGED, RuntimeError, zipfile.BadZipFile)
 
 
 @final

@@ -10,10 +10,8 @@ is above 1, else in [0, 255]. Store uint8 where this rule could guess wrong.
 
 import io
 import math
-import struct
 import tokenize
 import zipfile
-import zlib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +25,7 @@ from numpy.lib import format as npy
 from client.intake.archives import inflates_in_bounds, open_zip
 from client.intake.pixels import Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag, stamp_of
-from client.intake.refusals import Reason, Refused
+from client.intake.refusals import DAMAGED, Reason, Refused
 from common.errors import IntakeError
 
 MAX_DECODED_BYTES = 2 * 1024**3
@@ -35,21 +33,14 @@ MAX_IMAGES = 4 * 1024**2
 _HEADER_BYTES = 16 * 1024
 """Read of an array for its header: numpy takes none above 10,000 characters, but reads it whole before it says so."""
 
-# zipfile, zlib and the npy header parser raise all of these for damaged files; OSError covers an unreadable one,
-# RuntimeError encryption and recursion, MemoryError a header that lies within the limits.
+# What zipfile and the npy header parser raise beside; RuntimeError is encryption and recursion.
 _DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
+    *DAMAGED,
     TypeError,
-    LookupError,
     OverflowError,
     RuntimeError,
-    MemoryError,
     SyntaxError,
-    struct.error,
     tokenize.TokenError,
-    zlib.error,
     zipfile.BadZipFile,
 )
 

@@ -14,7 +14,7 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Num
 from pydicom import Dataset
-from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
+from pydicom.pixels import apply_color_lut, get_decoder
 from pydicom.uid import (
     UID,
     JPEG2000TransferSyntaxes,
@@ -24,7 +24,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.intake.headers import DAMAGED, parse, syntax_name
+from client.intake.headers import DAMAGED_DICOM, parse, syntax_name
 from client.intake.pixels import Levels
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -57,7 +57,7 @@ class DicomImage:
             if not any(name in self._dataset for name in ("PixelData", *_FLOATS)):
                 raise Refused(Reason.NO_IMAGE)
             self._plugin = _plugin(self._dataset)
-        except DAMAGED as error:
+        except DAMAGED_DICOM as error:
             raise Refused(Reason.PIXELS) from error
 
     def levels(self, frame: int) -> Levels:
@@ -69,14 +69,15 @@ class DicomImage:
         dataset = self._dataset
         try:
             # Unused bits are cleared here: pydicom does not look at HighBit.
-            stored = pixel_array(
-                dataset, index=frame, decoding_plugin=self._plugin, correct_unused_bits=not _as_it_is(dataset)
-            )
+            # A view, where nothing is compressed: it is read once and never written to.
+            options: Any = {"correct_unused_bits": not _as_it_is(dataset), "view_only": True}
+            decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
+            stored, _ = decoder.as_array(dataset, index=frame, decoding_plugin=self._plugin, **options)
             photometric = str(dataset.get("PhotometricInterpretation", ""))
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
                 return show(_stored_bits(stored, dataset), stages(dataset, frame, self._rules))
             levels = _colours(stored, dataset, photometric)
-        except DAMAGED as error:
+        except DAMAGED_DICOM as error:
             raise Refused(Reason.PIXELS) from error
         if levels.shape[2:] != (3,):  # such as a palette for pixels that are colours already
             raise Refused(Reason.PIXELS)
@@ -87,7 +88,7 @@ def stages(dataset: Dataset, frame: int, rules: IntakeRules) -> Stages:
     """Read what a header says about a frame's values.
 
     Raises:
-        Exception: One of `DAMAGED`, where a value is not what it should be.
+        Exception: One of `DAMAGED_DICOM`, where a value is not what it should be.
     """
     modality = _group(dataset, frame, "PixelValueTransformationSequence")
     slope, intercept = modality.get("RescaleSlope"), modality.get("RescaleIntercept")

@@ -13,7 +13,7 @@ from typing import Any
 from pydicom import dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from client.intake.headers import DAMAGED, file_meta
+from client.intake.headers import DAMAGED_DICOM, file_meta
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
 
@@ -63,7 +63,7 @@ def _file_ids(path: Path, rules: IntakeRules) -> list[list[str]]:
             raise Refused(Reason.HEADER)  # pydicom would inflate it without a bound, and PS3.10 8.6 knows no such
         records = dcmread(io.BytesIO(data)).get("DirectoryRecordSequence") or []
         return [_parts(value) for record in records if (value := record.get("ReferencedFileID"))]
-    except DAMAGED as error:
+    except DAMAGED_DICOM as error:
         raise Refused(Reason.HEADER) from error
 
 

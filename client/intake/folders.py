@@ -7,7 +7,8 @@ archive `ARCHIVE.zip/MEMBER`.
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import final
@@ -17,9 +18,11 @@ from pydicom.datadict import tag_for_keyword
 from client.intake.archives import Archive
 from client.intake.directory import named_files
 from client.intake.headers import Header, read_header
+from client.intake.isolation import DecoderPool
 from client.intake.labels import LabelRules, read_label_rules
 from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, Skip, Stamp, scan_of, stamp_of
 from client.intake.refusals import Reason, Refused
+from client.intake.requests import Asked, ask_header
 from client.intake.rules import IntakeRules
 from client.intake.table import Row, read_table
 from client.paths import INCOMING
@@ -54,17 +57,7 @@ def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip
         IntakeError: `labels.csv` is needed and missing, or cannot be read.
         ConfigError: The label's tag is not a DICOM keyword.
     """
-    search = _search(folder, label, rules, skip)
-    found: list[Found] = []
-    for path in _walk(folder):
-        if isinstance(path, Refusal):
-            found.append(path)
-            continue
-        items = list(_in_file(path, folder, search))
-        found += items
-        if any(isinstance(item, Refusal) and item.reason == Reason.INDEX for item in items):
-            found += [item for item in _missing(path, rules) if item.reason == Reason.MISSING]
-    return _as_scan(found, search)
+    return _scan(_walk(folder), folder, _search(folder, label, rules, skip), in_tree=True)
 
 
 def scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
@@ -73,8 +66,7 @@ def scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | N
     Raises:
         IntakeError, ConfigError: As in `scan_folder`.
     """
-    search = _search(path.parent, label, rules, skip)
-    return _as_scan(list(_in_file(path, path.parent, search)), search)
+    return _scan([path], path.parent, _search(path.parent, label, rules, skip))
 
 
 def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
@@ -84,16 +76,11 @@ def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, skip: Ski
         IntakeError, ConfigError: As in `scan_folder`; also where the DICOMDIR itself cannot be read.
     """
     search = _search(path.parent, label, rules, skip)
-    found: list[Found] = []
+    named = (Refusal(path, None, one) if isinstance(one, Reason) else one for one in named_files(path, rules))
     try:
-        for named in named_files(path, rules):
-            if isinstance(named, Reason):
-                found.append(Refusal(path, None, named))
-            else:
-                found += _in_file(named, path.parent, search)
+        return _scan(named, path.parent, search)
     except Refused as refusal:
         raise IntakeError(f"The DICOMDIR cannot be read: {refusal}. Give the folder instead.") from refusal
-    return _as_scan(found, search)
 
 
 def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:
@@ -115,30 +102,76 @@ def _beside(table: Mapping[str, Row], column: str) -> Mapping[str, str]:
     return {place: "\n".join(lines) for place, lines in texts.items()}
 
 
-def _in_file(path: Path, folder: Path, search: _Search) -> Iterator[Found]:
-    """Yield what a file holds; one that the caller knows is not opened."""
-    stamp = stamp_of(path)
+def _scan(paths: Iterable[Path | Refusal], folder: Path, search: _Search, in_tree: bool = False) -> Scan:
+    """List what files hold; their headers are read by the decoders' processes, a few at a time."""
+    files: deque[_File | Refusal] = deque()
+    found: list[Found] = []
+
+    def asked() -> Iterator[Asked[Header]]:
+        for path in paths:
+            file = path if isinstance(path, Refusal) else _known(path, folder, search)
+            if file is not None:
+                files.append(file)
+            if isinstance(file, _File) and not file.is_archive():
+                yield ask_header(file.path, search.keywords, search.rules)
+
+    def take_others() -> None:
+        while files and (isinstance(files[0], Refusal) or files[0].is_archive()):
+            other = files.popleft()
+            found.extend([other] if isinstance(other, Refusal) else _in_archive(other, search))
+
+    with DecoderPool(search.rules) as pool:
+        for header in pool.answers(asked()):
+            take_others()
+            file = files.popleft()
+            if isinstance(file, _File):
+                found.extend(_in_file(file, header, search))
+            if in_tree and header == Reason.INDEX:
+                found.extend(_missing(file.path, search.rules))
+    take_others()
+    records = [item for item in found if isinstance(item, Record)]
+    return scan_of(records, (item for item in found if isinstance(item, Refusal)), search.skipped)
+
+
+@final
+@dataclass(frozen=True)
+class _File:
+    """A file that is opened; `place` is its path within the folder, `beside` what the table says of it."""
+
+    path: Path = field(repr=False)
+    place: str = field(repr=False)
+    stamp: Stamp
+    beside: str = field(repr=False)
+
+    def is_archive(self) -> bool:
+        return self.path.suffix.lower() == ".zip"
+
+    def refusal(self, reason: str, member: str | None = None) -> Refusal:
+        return Refusal(self.path, member, reason, self.stamp, self.beside)
+
+
+def _known(path: Path, folder: Path, search: _Search) -> _File | None:
+    """Return a file that is to be opened; None for one that the caller knows."""
     place = path.relative_to(folder).as_posix()
-    if search.skip is not None and search.skip(path, stamp, search.beside.get(place, "")):
-        search.skipped.append(path)
-    elif path.suffix.lower() == ".zip":
-        yield from _in_archive(path, place, stamp, search)
+    file = _File(path, place, stamp_of(path), search.beside.get(place, ""))
+    if search.skip is None or not search.skip(path, file.stamp, file.beside):
+        return file
+    search.skipped.append(path)
+    return None
+
+
+def _in_file(file: _File, header: Header | str, search: _Search) -> Iterator[Found]:
+    if isinstance(header, str):
+        yield file.refusal(header)
     else:
-        try:
-            with path.open("rb") as handle:
-                header = read_header(handle, stamp[0], search.keywords, search.rules)
-        except (Refused, OSError) as error:
-            reason = error.reason if isinstance(error, Refused) else Reason.MISSING
-            yield Refusal(path, None, reason, stamp, search.beside.get(place, ""))
-        else:
-            yield from _records(path, None, stamp, header, place, search)
+        yield from _records(file, None, header, search)
 
 
-def _in_archive(path: Path, place: str, stamp: Stamp, search: _Search) -> Iterator[Found]:
+def _in_archive(file: _File, search: _Search) -> Iterator[Found]:
     try:
-        archive = Archive(path)
+        archive = Archive(file.path)
     except Refused as refusal:
-        yield Refusal(path, None, refusal.reason, stamp, search.beside.get(place, ""))
+        yield file.refusal(refusal.reason)
         return
     with archive:
         for name, unique in archive.members():
@@ -148,19 +181,17 @@ def _in_archive(path: Path, place: str, stamp: Stamp, search: _Search) -> Iterat
                 data = archive.read(name, search.rules)
                 header = read_header(io.BytesIO(data), len(data), search.keywords, search.rules)
             except Refused as refusal:
-                yield Refusal(path, name, refusal.reason, stamp, search.beside.get(place, ""))
+                yield file.refusal(refusal.reason, name)
             else:
-                yield from _records(path, name, stamp, header, f"{place}/{name}", search)
+                yield from _records(file, name, header, search)
 
 
-def _records(
-    path: Path, member: str | None, stamp: Stamp, header: Header, place: str, search: _Search
-) -> Iterator[Record]:
+def _records(file: _File, member: str | None, header: Header, search: _Search) -> Iterator[Record]:
+    place = file.place if member is None else f"{file.place}/{member}"
     label, site = _label(header.values, place, search)
-    beside = search.beside.get(place if member is None else place.removesuffix(f"/{member}"), "")
     frames = (None,) if header.frames is None else search.rules.chosen(header.frames)
     for frame in frames:
-        yield Record(path, frame, header.patient, label, site, member, stamp, header.facts, beside)
+        yield Record(file.path, frame, header.patient, label, site, member, file.stamp, header.facts, file.beside)
 
 
 def _label(values: Mapping[str, str], place: str, search: _Search) -> tuple[str | None, str | None]:
@@ -204,11 +235,6 @@ def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:
                 yield Refusal(path, None, named)
     except Refused:  # it is counted as what it is
         return
-
-
-def _as_scan(found: list[Found], search: _Search) -> Scan:
-    records = [item for item in found if isinstance(item, Record)]
-    return scan_of(records, (item for item in found if isinstance(item, Refusal)), search.skipped)
 
 
 def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], str]:

@@ -12,15 +12,20 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
+from pydicom.dataset import FileMetaDataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
     MediaStorageDirectoryStorage,
     RTDoseStorage,
     SegmentationStorage,
@@ -28,7 +33,7 @@ from pydicom.uid import (
 )
 
 from client.intake.pixels import check_size
-from client.intake.refusals import Reason, Refused
+from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 
 FACTS = (
@@ -53,26 +58,22 @@ FACTS = (
 
 _FORM = ("PatientID", "IssuerOfPatientID", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
 
-# What pydicom, its decoders and NumPy raise for damaged files, found by the fuzz test and by reading pydicom:
-# lengths beyond the file (EOFError, struct.error, MemoryError), values of a wrong type (TypeError, AttributeError,
-# ValueError, ArithmeticError), unknown VRs (NotImplementedError, a RuntimeError), nesting (RecursionError, also one).
-DAMAGED = (
+# What pydicom, its decoders and NumPy raise beside, found by the fuzz test and by reading pydicom: values of a wrong
+# type (TypeError, AttributeError, ArithmeticError), unknown VRs (NotImplementedError, a RuntimeError), nesting
+# (RecursionError, also one).
+DAMAGED_DICOM = (
+    *DAMAGED,
     InvalidDicomError,
     BytesLengthException,
-    OSError,
-    EOFError,
-    ValueError,
     TypeError,
     AttributeError,
-    LookupError,
     ArithmeticError,
-    MemoryError,
     RuntimeError,
     AssertionError,
-    struct.error,
-    zlib.error,
 )
 
+_PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
+"""Pixels as whole numbers, as doubles and as floats."""
 _LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
 _NO_PICTURES = (SegmentationStorage, _LABEL_MAP_STORAGE, RTDoseStorage)
 
@@ -117,25 +118,32 @@ def read_header(source: BinaryIO, size: int, keywords: Sequence[str], rules: Int
         Refused: There is no picture in it, it is damaged or too large, or names no patient.
     """
     try:
-        check_file(source, size, rules)
-        header = dcmread(source, stop_before_pixels=True, specific_tags=[*_FORM, *FACTS, *keywords])
-        frames = check_header(header, rules)
-        patient = (as_text(header.get("IssuerOfPatientID")), as_text(header.get("PatientID")))
-        values = {keyword: as_text(header.get(keyword)) for keyword in keywords}
-        facts = {name: text for name in FACTS if (text := as_text(header.get(name)))}
-        facts["TransferSyntaxUID"] = str(header.file_meta.TransferSyntaxUID)
-    except DAMAGED as error:
+        dataset = _contents(source, size, rules, _tags((*_FORM, *FACTS, *keywords)))
+        frames = check_header(dataset, rules)
+        said = {element.keyword: as_text(element.value) for element in dataset}
+        facts = {name: text for name in FACTS if (text := said.get(name))}
+        facts["TransferSyntaxUID"] = str(dataset.file_meta.TransferSyntaxUID)
+    except DAMAGED_DICOM as error:
         raise Refused(Reason.HEADER) from error
+    patient = (said.get("IssuerOfPatientID", ""), said.get("PatientID", ""))
     if not patient[1]:
         raise Refused(Reason.NO_PATIENT)
-    return Header(patient, values, frames, facts)
+    return Header(patient, {keyword: said.get(keyword, "") for keyword in keywords}, frames, facts)
 
 
-def check_file(source: BinaryIO, size: int, rules: IntakeRules) -> None:
-    """Refuse what is not a DICOM file of PS3.10, or too large now or when inflated; leaves `source` at its start.
+@lru_cache(maxsize=8)
+def _tags(keywords: tuple[str, ...]) -> tuple[BaseTag, ...]:
+    return tuple(map(Tag, keywords))
+
+
+def _contents(source: BinaryIO, size: int, rules: IntakeRules, tags: Sequence[BaseTag] = ()) -> Dataset:
+    """Read a DICOM file of PS3.10 from its start: whole, or of what stands before the pixels the given tags alone.
+
+    As pydicom's `dcmread`, which would read the file meta a second time and inflate without a bound.
 
     Raises:
-        Refused: With the reason.
+        Refused: It is no such file, or too large now or when inflated.
+        Exception: One of `DAMAGED_DICOM`.
 
     Guarantees:
         - inflates_within_the_limit: A deflated data set is refused when it would take more than the rules allow.
@@ -145,25 +153,44 @@ def check_file(source: BinaryIO, size: int, rules: IntakeRules) -> None:
         raise Refused(Reason.NO_PREAMBLE if _is_bare_data_set(start) else Reason.NOT_DICOM)
     if size > rules.max_bytes:
         raise Refused(Reason.TOO_LARGE)
-    # At 132 now; not pydicom's read_file_meta_info, which takes names of files alone.
-    meta = read_dataset(source, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+    meta = file_meta(source)
     if meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         raise Refused(Reason.INDEX)
     syntax = meta.get("TransferSyntaxUID")
     if not syntax:
         raise Refused(Reason.NO_SYNTAX)
     if syntax == DeflatedExplicitVRLittleEndian:
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        if len(inflater.decompress(source.read(), rules.max_bytes + 1)) > rules.max_bytes:
-            raise Refused(Reason.TOO_LARGE)
-    source.seek(0)
+        source = io.BytesIO(_inflated(source.read(), rules.max_bytes))
+    dataset = read_dataset(
+        source,
+        is_implicit_VR=syntax == ImplicitVRLittleEndian,
+        is_little_endian=syntax != ExplicitVRBigEndian,
+        stop_when=_at_pixels if tags else None,
+        specific_tags=list(tags) or None,
+    )
+    dataset.file_meta = FileMetaDataset(meta)
+    return dataset
+
+
+def _inflated(data: bytes, limit: int) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflated = inflater.decompress(data, limit + 1)
+    if len(inflated) > limit:
+        raise Refused(Reason.TOO_LARGE)
+    if not inflater.eof:
+        raise zlib.error("cut short")
+    return inflated
+
+
+def _at_pixels(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+    return tag in _PIXELS
 
 
 def file_meta(source: BinaryIO) -> Dataset:
     """Read the file meta of a file that has the preamble, and nothing behind it.
 
     Raises:
-        Exception: One of `DAMAGED`.
+        Exception: One of `DAMAGED_DICOM`.
     """
     source.seek(132)
     # Not pydicom's read_file_meta_info, which takes names of files alone.
@@ -200,10 +227,9 @@ def parse(data: bytes, rules: IntakeRules) -> Dataset:
 
     Raises:
         Refused: As in `read_header`.
+        Exception: One of `DAMAGED_DICOM`.
     """
-    source = io.BytesIO(data)
-    check_file(source, len(data), rules)
-    dataset = dcmread(source)
+    dataset = _contents(io.BytesIO(data), len(data), rules)
     check_header(dataset, rules)
     return dataset
 

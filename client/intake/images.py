@@ -6,8 +6,6 @@ not count. Files are named relative to the folder. A file of the folder may be a
 """
 
 import json
-import struct
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,7 +13,7 @@ from PIL import Image
 
 from client.intake.pixels import Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of
-from client.intake.refusals import Reason, Refused
+from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 from client.intake.table import Table, read_table
 from client.intake.volumes import Volume, is_volume
@@ -23,21 +21,8 @@ from common.errors import IntakeError
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 
-# What Pillow raises for damaged files; UnidentifiedImageError is an OSError.
-_DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    MemoryError,
-    RuntimeError,
-    SyntaxError,
-    struct.error,
-    zlib.error,
-)
+# What Pillow raises beside; UnidentifiedImageError is an OSError.
+_DAMAGED = (*DAMAGED, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError)
 
 
 def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules) -> Scan:

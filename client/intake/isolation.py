@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Pipe, wait
 from types import TracebackType
-from typing import final
+from typing import Any, final
 
-from client.intake.pixels import Square
 from client.intake.refusals import Reason
-from client.intake.worker import MAX_REASON_BYTES, Form, Job, pack_job, unpack_reply
+from client.intake.requests import Answer, Asked
+from client.intake.rules import IntakeRules
 
 MAX_WORKERS = 8
 """By default: as many as there are cores, and no more than this."""
@@ -31,7 +31,7 @@ _QUEUED = 3
 _MAX_REQUEST = 2**14
 """Bytes of a request that fit into the pipe of a busy worker; a longer one waits until it has nothing to do."""
 _MAX_READY = 512
-"""Images of a job that are kept until it is their turn; then its worker waits."""
+"""Answers of a job that are kept until it is their turn; then its worker waits."""
 
 # Not multiprocessing.Process: that imports the caller's main module again, which runs a plain script twice.
 _PROGRAM = """
@@ -59,23 +59,22 @@ def number_of_workers(asked: int | None) -> int:
 @final
 @dataclass(eq=False)
 class _Task:
-    """A job, what has come of it, and what was taken already."""
+    """What was asked, what has come of it, and what was taken already."""
 
-    job: Job
-    request: bytes
+    asked: Asked[Any]
     came: int = 0
-    ready: deque[Square | str] = field(default_factory=deque[Square | str])
+    ready: deque[Any] = field(default_factory=deque[Any])
     begun: bool = False
 
     def missing(self) -> int:
-        return len(self.job.frames) - self.came
+        return self.asked.answers - self.came
 
-    def frames_of_a_reply(self) -> int:
-        return min(self.job.frames_a_reply(), self.missing())
+    def answers_of_a_reply(self) -> int:
+        return min(self.asked.together, self.missing())
 
-    def add(self, images: Iterable[Square | str]) -> None:
-        for image in images:
-            self.ready.append(image)
+    def add(self, answers: Iterable[Any]) -> None:
+        for answer in answers:
+            self.ready.append(answer)
             self.came += 1
 
 
@@ -102,7 +101,7 @@ class _Worker:
         return not self.tasks or (len(self.tasks) < _QUEUED and len(request) <= _MAX_REQUEST)
 
     def backlog(self) -> int:
-        """Return how many of its images wait for their turn."""
+        """Return how many of its answers wait for their turn."""
         return sum(len(task.ready) for task in self.tasks)
 
     def begin(self, task: _Task) -> None:
@@ -111,7 +110,7 @@ class _Worker:
             self.since = time.monotonic()
         self.tasks.append(task)
         try:
-            self.connection.send_bytes(task.request)
+            self.connection.send_bytes(task.asked.request)
         except OSError:
             self.connection.close()
 
@@ -138,24 +137,24 @@ atexit.register(stop_idle)
 
 @final
 class DecoderPool:
-    """Decodes jobs in child processes. A context manager.
+    """Has child processes do what is asked. A context manager.
 
     Args:
-        form: What is asked of every image.
+        rules: How many children there are, and how long an answer may take.
         program: What runs in a child, Python that takes the descriptor of its end of the pipe as argument.
 
     Guarantees:
         - survives_abort: When a child dies on a file, that file's missing frames are refused and the next is decoded.
         - survives_hang: So it is when a child does not answer within the rules' `decode_seconds` for each image.
-        - in_order: Results come in the order of the jobs, whichever child is done first.
+        - in_order: Answers come in the order of what was asked, whichever child is done first.
         - memory_is_bounded: Beyond the job whose turn it is, only a few jobs for each child are under way or done.
     """
 
-    def __init__(self, form: Form, program: str = _PROGRAM) -> None:
+    def __init__(self, rules: IntakeRules, program: str = _PROGRAM) -> None:
         """Start nothing yet."""
-        self._form = form
+        self._seconds = rules.decode_seconds
         self._program = program
-        self._limit = number_of_workers(form.rules.workers)
+        self._limit = number_of_workers(rules.workers)
         self._workers: list[_Worker] = []
         self._waiting: deque[_Task] = deque()
 
@@ -174,9 +173,9 @@ class DecoderPool:
                 worker.stop()
         self._workers.clear()
 
-    def squares(self, jobs: Iterable[Job]) -> Iterator[Square | str]:
-        """Yield for each frame of each job its pixels, or the reason why it is refused."""
-        requests = (_Task(job, pack_job(job, self._form)) for job in jobs)
+    def answers(self, asked: Iterable[Asked[Answer]]) -> Iterator[Answer | str]:
+        """Yield every answer to what is asked, or the reason of a refusal."""
+        requests = map(_Task, asked)
         order: deque[_Task] = deque()
         while self._begin(order, requests) or order:
             head = order[0]
@@ -212,7 +211,7 @@ class DecoderPool:
             worker = _taken() if self._program is _PROGRAM else None
             self._workers.append(worker or _Worker(self._program))
             return self._workers[-1]
-        return least if least is not None and least.takes(task.request) else None
+        return least if least is not None and least.takes(task.asked.request) else None
 
     def _receive(self, head: _Task) -> None:
         """Wait until a worker answers or is late, and take what it says."""
@@ -229,14 +228,13 @@ class DecoderPool:
                 self._give_up(worker, Reason.TOO_SLOW)
 
     def _due(self, worker: _Worker) -> float:
-        return worker.since + worker.tasks[0].frames_of_a_reply() * self._form.rules.decode_seconds
+        return worker.since + worker.tasks[0].answers_of_a_reply() * self._seconds
 
     def _take(self, worker: _Worker) -> None:
         task = worker.tasks[0]
-        frames = task.frames_of_a_reply()
-        longest = frames * (2 + max(self._form.square_bytes(), MAX_REASON_BYTES))
+        count = task.answers_of_a_reply()
         try:
-            task.add(unpack_reply(worker.connection.recv_bytes(longest), frames, self._form))
+            task.add(task.asked.unpack(worker.connection.recv_bytes(count * task.asked.longest), count))
         except (EOFError, OSError, ValueError):  # OSError: a broken pipe, or a reply that is too long
             self._give_up(worker, Reason.DIED)
             return

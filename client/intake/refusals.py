@@ -1,7 +1,9 @@
 """Why an image is not used: one closed list of reasons for code, reports and tests. Out of scope: deciding it."""
 
 import logging
+import struct
 import warnings
+import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -44,6 +46,10 @@ class Reason(StrEnum):
     ULTRASOUND = "ultrasound"
     DUPLICATE = "the same image as another"
 
+
+DAMAGED = (OSError, EOFError, ValueError, LookupError, MemoryError, struct.error, zlib.error)
+"""What every reader raises for a damaged file: unreadable, cut short, values and lengths that cannot be. Each reader
+adds what its libraries raise beside."""
 
 _AFTER_READING = (
     Reason.NO_LABEL,

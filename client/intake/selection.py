@@ -86,6 +86,7 @@ def choose(
     Guarantees:
         - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used.
         - accounted: Every record is either chosen or refused with one reason.
+        - patients_adjacent: Records come by (issuer, id) of their patient, one patient's together.
     """
     ranks = practice.patients.ranks(record.patient for record in found.records)
     chosen: list[Record] = []

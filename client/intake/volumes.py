@@ -9,14 +9,13 @@ it would take the sizes of extensions from it. Out of scope: pairs of .hdr and .
 import gzip
 import math
 import struct
-import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
 import numpy as np
 
 from client.intake.pixels import Levels, check_size
-from client.intake.refusals import Reason, Refused
+from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 from client.intake.windows import Stages, show
 
@@ -25,17 +24,7 @@ MAX_VOLUME_BYTES = 2 * 1024**3
 
 _MAX_OFFSET = 1024**2
 _HEADER_BYTES = 540
-_DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
+_DAMAGED = (*DAMAGED, TypeError, ArithmeticError)
 
 
 def is_volume(path: Path) -> bool:

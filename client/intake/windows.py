@@ -17,7 +17,7 @@ from client.intake.pixels import Grey
 from client.intake.refusals import Reason, Refused
 
 _MAX_CURVE = 2**16
-"""Most different whole numbers for which the curve is worked out beforehand."""
+"""Most different whole numbers for which the curve is worked out beforehand; not where there are fewer pixels."""
 
 Values = Float64[np.ndarray, "values"]
 
@@ -112,7 +112,7 @@ def show(stored: Num[np.ndarray, "rows columns"], stages: Stages) -> Grey:
     """
     if stored.dtype.kind in "iu" and stored.size:
         low, high = int(stored.min()), int(stored.max())
-        if high - low < _MAX_CURVE:
+        if high - low < min(_MAX_CURVE, stored.size):
             place = np.subtract(stored, np.array(low, stored.dtype), dtype=_unsigned(stored.dtype), casting="unsafe")
             counts = None if stages.view else np.bincount(place.ravel(), minlength=high - low + 1)
             curve = _levels(np.arange(low, high + 1, dtype=np.float64), counts, stages)

@@ -1,66 +1,36 @@
 """What a decoder's process does: take a job, decode, resize, answer. Nothing here runs in the agent's own process.
 
-A job is one file, or one member of an archive, and the frames that are asked of it; it is read and parsed once.
-Out of scope: starting and watching these processes (client/intake/isolation).
+Out of scope: what is asked (client/intake/requests), starting and watching these processes (client/intake/isolation).
 """
 
 import contextlib
+import gc
 import json
 import os
 import resource
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 
 from client.intake import arrays, images
 from client.intake.archives import Archive
 from client.intake.dicom import DicomImage
+from client.intake.headers import read_header
 from client.intake.pixels import Levels, Square, fit
 from client.intake.records import Record, Region
 from client.intake.refusals import Reason, Refused, quiet
+from client.intake.requests import MAX_HEADER_BYTES, MAX_REASON_BYTES, Form, Job, is_npz
 from client.intake.rules import IntakeRules
 from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
 
 MEMORY_BYTES = 6 * 1024**3
 """Address space of one decoder's process: what a damaged file may make it ask for, before it is refused."""
-MAX_REASON_BYTES = 200
-_ROWS_A_REPLY = 256
-
-
-@final
-@dataclass(frozen=True)
-class Job:
-    """A file or member, and which of its frames are asked. Its repr shows nothing."""
-
-    path: Path = field(repr=False)
-    member: str | None = field(repr=False)
-    frames: tuple[int | None, ...] = field(repr=False)
-    blank: tuple[Region, ...] = field(default=(), repr=False)
-
-    def frames_a_reply(self) -> int:
-        """Return how many frames are answered together: rows of an NPZ are small and need no decoder."""
-        return _ROWS_A_REPLY if is_npz(self.path) else 1
-
-
-@final
-@dataclass(frozen=True)
-class Form:
-    """What is asked of every image."""
-
-    size: int
-    channels: int
-    rules: IntakeRules
-
-    def square_bytes(self) -> int:
-        """Return the bytes of one image."""
-        return self.channels * self.size * self.size
 
 
 class Source:
@@ -122,11 +92,6 @@ def blanked(levels: Levels, regions: tuple[Region, ...]) -> Levels:
     return levels
 
 
-def is_npz(path: Path) -> bool:
-    """Return whether a file is called like an NPZ."""
-    return path.suffix.lower() == ".npz"
-
-
 def decode(record: Record, rules: IntakeRules) -> Levels:
     """Decode one record, in its own size and in this process: a damaged file may end it.
 
@@ -137,20 +102,16 @@ def decode(record: Record, rules: IntakeRules) -> Levels:
         return Source(record.path, record.member, rules).levels(record.frame)
 
 
-def pack_job(job: Job, form: Form) -> bytes:
-    """Return a job as JSON."""
-    what = {"path": str(job.path), "member": job.member, "frames": job.frames, "blank": job.blank}
-    return json.dumps([what, form.size, form.channels, form.rules.model_dump_json()]).encode()
-
-
 def serve(connection: Connection) -> None:
     """Do one job after the other until the other end hangs up; runs in the child.
 
-    A reply is, for each of a few frames, `+` and the pixels, or `-`, a length and the reason; never a pickle.
+    A reply is, for each of a few frames, `+` and the pixels, or `-`, a length and the reason; of a header `+` and JSON.
+    Never a pickle.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the image
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing is ever written
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    gc.freeze()  # what the modules hold stays: looking through it again costs as much as a small image
     with quiet(), contextlib.suppress(BrokenPipeError):
         while True:
             try:
@@ -158,9 +119,26 @@ def serve(connection: Connection) -> None:
             except EOFError:
                 return
             what, size, channels, rules = json.loads(request)
+            if "keywords" in what:
+                connection.send_bytes(_header(Path(what["path"]), what["keywords"], _rules(rules)))
+                continue
             job = Job(Path(what["path"]), what["member"], tuple(what["frames"]), tuple(map(tuple, what["blank"])))
             for reply in _replies(job, Form(size, channels, _rules(rules))):
                 connection.send_bytes(reply)
+
+
+def _header(path: Path, keywords: list[str], rules: IntakeRules) -> bytes:
+    try:
+        with path.open("rb") as handle:
+            header = read_header(handle, os.fstat(handle.fileno()).st_size, keywords, rules)
+        answer = b"+" + json.dumps([header.patient, header.values, header.frames, header.facts]).encode()
+        if len(answer) > MAX_HEADER_BYTES:
+            raise Refused(Reason.HEADER)
+    except Refused as refusal:
+        return _refusal(refusal)
+    except OSError:
+        return _refusal(Refused(Reason.MISSING))
+    return answer
 
 
 def _replies(job: Job, form: Form) -> Iterator[bytes]:
@@ -191,36 +169,16 @@ def _refusal(refusal: Refused) -> bytes:
     return struct.pack(">cB", b"-", len(reason)) + reason
 
 
-def unpack_reply(reply: bytes, frames: int, form: Form) -> list[Square | str]:
-    """Read a reply for so many frames.
-
-    Raises:
-        ValueError: It is not one.
-    """
-    found: list[Square | str] = []
-    place, length = 0, form.square_bytes()
-    for _ in range(frames):
-        kind = reply[place : place + 1]
-        if kind == b"+" and len(reply) >= place + 1 + length:
-            pixels = np.frombuffer(reply, np.uint8, length, place + 1)
-            found.append(pixels.reshape(form.channels, form.size, form.size))
-            place += 1 + length
-        elif kind == b"-" and len(reply) >= place + 2 + reply[place + 1]:
-            found.append(reply[place + 2 : place + 2 + reply[place + 1]].decode("ascii"))
-            place += 2 + reply[place + 1]
-        else:
-            raise ValueError("not a reply of a decoder")
-    return found
-
-
 def _dicom(path: Path, rules: IntakeRules) -> DicomImage | None:
-    with path.open("rb") as handle:
+    with path.open("rb", buffering=0) as handle:
         if handle.read(132)[128:] != b"DICM":
             return None
-        if os.fstat(handle.fileno()).st_size > rules.max_bytes:
+        size = os.fstat(handle.fileno()).st_size
+        if size > rules.max_bytes:
             raise Refused(Reason.TOO_LARGE)
         handle.seek(0)
-        return DicomImage(handle.read(rules.max_bytes + 1), rules)
+        # No more than its size: what is asked for is allocated first, whatever comes.
+        return DicomImage(handle.read(size), rules)
 
 
 @lru_cache(maxsize=2)

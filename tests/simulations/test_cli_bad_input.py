@@ -90,7 +90,8 @@ def test_fewer_patients_than_min_patients(capsys, tmp_path) -> None:
 def test_nan_pixels_are_counted_and_skipped(capsys, tmp_path) -> None:
     images = np.random.default_rng(0).random((60, 28, 28)).astype(np.float32)
     images[:3] = np.nan
-    from client.intake import read, scan
+    from client.intake import scan
+    from tests.client.intake.pictures import read
 
     found = scan(_npz(tmp_path / "a.npz", images=images))
     dataset, refused = read(found, ("0", "1"), 28)

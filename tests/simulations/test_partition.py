@@ -10,9 +10,10 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from client.intake import Dataset, Record, Scan, read, scan
+from client.intake import Dataset, Record, Scan, scan
 from common.errors import ConfigError, IntakeError, StorageError
 from simulations.partition import assign, at_most, hold_out, place
+from tests.client.intake.pictures import read
 
 PARTITIONS = ["iid", "dirichlet:0.05", "dirichlet:1", "dirichlet:100", "by-site-column"]
 

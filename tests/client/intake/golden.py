@@ -14,7 +14,7 @@ import pydicom
 from PIL import Image
 
 from client.intake.folders import scan_file
-from client.intake.headers import DAMAGED, is_dicom
+from client.intake.headers import DAMAGED_DICOM, is_dicom
 from client.intake.records import LabelSource
 from client.intake.refusals import Reason, Refused, quiet
 from client.intake.rules import IntakeRules
@@ -74,7 +74,7 @@ def describe(path: Path) -> str:
         return "no DICOM file of PS3.10 | | "
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True)
-    except DAMAGED:
+    except DAMAGED_DICOM:
         return "damaged | | "
     kind = pydicom.uid.UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", ""))).name
     syntax = header.file_meta.get("TransferSyntaxUID")

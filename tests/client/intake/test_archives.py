@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.intake import IntakeRules, Reason, Refused, archives, read, scan
+from client.intake import IntakeRules, Reason, Refused, archives, scan
 from client.intake.archives import Archive
 from common.errors import IntakeError
+from tests.client.intake.pictures import read
 
 WriteDicom = Callable[..., Path]
 RULES = IntakeRules(max_file_mb=1)

@@ -17,11 +17,12 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_voi_lut, convert_color_space
 from pydicom.uid import MPEG2MPML, JPEG2000Lossless, RLELossless
 
-from client.intake import Reason, read, scan
+from client.intake import Reason, scan
 from client.intake.refusals import Refused
 from client.intake.rules import IntakeRules
 from client.intake.worker import Source
 from common.errors import ConfigError, IntakeError
+from tests.client.intake.pictures import read
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 WriteDicom = Callable[..., Path]

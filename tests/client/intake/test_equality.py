@@ -26,9 +26,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.intake import IntakeRules, read, scan
+from client.intake import IntakeRules, scan
 from client.intake.refusals import quiet
 from client.intake.worker import Form, Source
+from tests.client.intake.pictures import read
 
 WriteDicom = Callable[..., Path]
 SIDE = 64

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.intake import Reason, read, scan
+from client.intake import Reason, scan
 from common.errors import IntakeError
+from tests.client.intake.pictures import read
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 RAMP = np.linspace(0, 255, 32 * 32).reshape(32, 32).round().astype(np.uint8)

@@ -8,9 +8,11 @@ import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
-from client.intake import IntakeRules, Reason, decode_records, isolation, read, scan
+from client.intake import IntakeRules, Reason, decode_records, isolation, scan
 from client.intake.isolation import DecoderPool, number_of_workers, stop_idle
-from client.intake.worker import Form, Job
+from client.intake.pixels import Square
+from client.intake.requests import Asked, Form, Job, ask_pixels
+from tests.client.intake.pictures import read
 
 WriteDicom = Callable[..., Path]
 
@@ -37,12 +39,12 @@ while True:
 """
 
 
-def jobs(*names: str, frames: tuple[int | None, ...] = (0, 1, 2)) -> list[Job]:
-    return [Job(Path(name), None, frames) for name in names]
+def jobs(*names: str, frames: tuple[int | None, ...] = (0, 1, 2)) -> list[Asked[Square]]:
+    return [ask_pixels(Job(Path(name), None, frames), Form(28, 1, rules())) for name in names]
 
 
-def form(workers: int = 2, seconds: float = 20) -> Form:
-    return Form(28, 1, IntakeRules(workers=workers, decode_seconds=seconds))
+def rules(workers: int = 2, seconds: float = 20) -> IntakeRules:
+    return IntakeRules(workers=workers, decode_seconds=seconds)
 
 
 def numbers(squares: Iterator[np.ndarray | str]) -> list[int | str]:
@@ -51,23 +53,23 @@ def numbers(squares: Iterator[np.ndarray | str]) -> list[int | str]:
 
 @pytest.mark.slow
 def test_survives_abort() -> None:
-    with DecoderPool(form(), FAULTY) as pool:
-        found = numbers(pool.squares(jobs("1", "abort", "2", "long", "nonsense", "3")))
+    with DecoderPool(rules(), FAULTY) as pool:
+        found = numbers(pool.answers(jobs("1", "abort", "2", "long", "nonsense", "3")))
     assert found == [1] * 3 + [0, Reason.DIED, Reason.DIED] + [2] * 3 + [Reason.DIED] * 6 + [3] * 3
 
 
 @pytest.mark.slow
 def test_survives_hang() -> None:
-    with DecoderPool(form(workers=1, seconds=1), FAULTY) as pool:
-        assert numbers(pool.squares(jobs("1", frames=(0,)))) == [1]
-        assert numbers(pool.squares(jobs("hang", "2", frames=(0,)))) == [Reason.TOO_SLOW, 2]
+    with DecoderPool(rules(workers=1, seconds=1), FAULTY) as pool:
+        assert numbers(pool.answers(jobs("1", frames=(0,)))) == [1]
+        assert numbers(pool.answers(jobs("hang", "2", frames=(0,)))) == [Reason.TOO_SLOW, 2]
 
 
 @pytest.mark.slow
 def test_in_order() -> None:
     names = ["slow", *map(str, range(1, 30))]
-    with DecoderPool(form(), FAULTY) as pool:
-        assert numbers(pool.squares(jobs(*names, frames=(0,)))) == list(range(30))
+    with DecoderPool(rules(), FAULTY) as pool:
+        assert numbers(pool.answers(jobs(*names, frames=(0,)))) == list(range(30))
 
 
 @pytest.mark.slow
@@ -75,13 +77,13 @@ def test_memory_is_bounded() -> None:
     """While the first job is slow, only a few others are begun."""
     begun: list[str] = []
 
-    def source() -> Iterator[Job]:
+    def source() -> Iterator[Asked[Square]]:
         for name in ["slow", *["7"] * 1000]:
             begun.append(name)
-            yield Job(Path(name), None, (0,))
+            yield from jobs(name, frames=(0,))
 
-    with DecoderPool(form(), FAULTY) as pool:
-        assert next(pool.squares(source())).max() == 0
+    with DecoderPool(rules(), FAULTY) as pool:
+        assert next(pool.answers(source())).max() == 0
         assert 2 <= len(begun) <= 2 * isolation._AHEAD
 
 

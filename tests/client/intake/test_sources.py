@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.intake import Reason, folders, read, scan
-from client.intake.folders import read_header as real
+from client.intake import Reason, folders, scan
+from client.intake.requests import ask_header as real
 from common.errors import ConfigError, IntakeError, UnreadableSource
+from tests.client.intake.pictures import read
 
 WriteDicom = Callable[..., Path]
 
@@ -76,9 +77,9 @@ def test_known_files_are_not_opened(tmp_path: Path, write_dicom: WriteDicom) -> 
     write_dicom(tmp_path / "b", PatientID="changed", Modality="CR")
     (tmp_path / "labels.csv").write_text("file,label\na,x\nb,x\nc,y\ne.zip/one,x\n")
     opened: list[str] = []
-    with patch.object(folders, "read_header", side_effect=lambda *all_: (opened.append(all_[0].name), real(*all_))[1]):
+    with patch.object(folders, "ask_header", side_effect=lambda *all_: (opened.append(all_[0].name), real(*all_))[1]):
         second = scan(tmp_path, skip=lambda *about: about in known)
-    assert [Path(name).name for name in opened] == ["b", "c"]
+    assert opened == ["b", "c"]
     assert [path.name for path in second.skipped] == ["a", "d", "e.zip"]
     assert [(record.patient[1], record.label) for record in second.records] == [("changed", "x"), ("c", "y")]
     assert not second.refusals
@@ -111,16 +112,6 @@ def test_no_cross_patient_statistics(tmp_path: Path, write_dicom: WriteDicom) ->
     (tmp_path / "2").unlink()
     others, _ = read(scan(tmp_path, "none"), ["all"], 32)
     assert np.array_equal(np.delete(everyone.images, 2, axis=0), others.images)
-
-
-def test_read_checks_its_arguments(tmp_path: Path) -> None:
-    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8), np.uint8), patient_id=np.arange(2))
-    found = scan(tmp_path, "none")
-    for classes, size in ((["all"], 30), ([], 28), (["all", "all"], 28)):
-        with pytest.raises(ConfigError):
-            read(found, classes, size)
-    with pytest.raises(IntakeError, match="2 label not among the classes"):
-        read(found, ["other"], 28)
 
 
 def test_a_file_that_goes_away_is_counted(tmp_path: Path) -> None:

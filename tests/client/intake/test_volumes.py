@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.intake import IntakeRules, Reason, Refused, read, scan
+from client.intake import IntakeRules, Reason, Refused, scan
 from client.intake import volumes as module
 from client.intake.volumes import Volume
+from tests.client.intake.pictures import read
 
 WHOLE = IntakeRules(percentiles=(0, 100), frames="all")
 BODY = np.random.default_rng(0).integers(-1000, 1000, (20, 16, 6)).astype(np.int16)

@@ -1,0 +1,139 @@
+"""What is asked of a decoder's process, and how its replies read: JSON and bytes, never a pickle.
+
+A job is one file, or one member of an archive, and the frames that are asked of it; it is read and parsed once.
+Out of scope: doing it (client/intake/worker).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar, final
+
+import numpy as np
+
+from client.intake.headers import FACTS, Header
+from client.intake.pixels import Square
+from client.intake.records import Region
+from client.intake.rules import IntakeRules
+
+MAX_REASON_BYTES = 200
+MAX_HEADER_BYTES = 2**20
+"""Of the reply with a header: the few elements that a scan asks for."""
+_ROWS_A_REPLY = 256
+
+Answer = TypeVar("Answer")
+
+
+@final
+@dataclass(frozen=True)
+class Job:
+    """A file or member, and which of its frames are asked. Its repr shows nothing."""
+
+    path: Path = field(repr=False)
+    member: str | None = field(repr=False)
+    frames: tuple[int | None, ...] = field(repr=False)
+    blank: tuple[Region, ...] = field(default=(), repr=False)
+
+    def frames_a_reply(self) -> int:
+        """Return how many frames are answered together: rows of an NPZ are small and need no decoder."""
+        return _ROWS_A_REPLY if is_npz(self.path) else 1
+
+
+@final
+@dataclass(frozen=True)
+class Form:
+    """What is asked of every image."""
+
+    size: int
+    channels: int
+    rules: IntakeRules
+
+    def square_bytes(self) -> int:
+        """Return the bytes of one image."""
+        return self.channels * self.size * self.size
+
+
+@final
+@dataclass(frozen=True)
+class Asked(Generic[Answer]):
+    """A request to a decoder's process. Its repr shows nothing.
+
+    Attributes:
+        request: What is sent.
+        answers: How many answers come.
+        together: How many of them make a reply; fewer in the last.
+        longest: Most bytes of an answer.
+        unpack: Reads a reply of so many answers; ValueError: it is none.
+    """
+
+    request: bytes = field(repr=False)
+    answers: int
+    together: int
+    longest: int
+    unpack: Callable[[bytes, int], list[Answer | str]] = field(repr=False)
+
+
+def is_npz(path: Path) -> bool:
+    """Return whether a file is called like an NPZ."""
+    return path.suffix.lower() == ".npz"
+
+
+def ask_pixels(job: Job, form: Form) -> Asked[Square]:
+    """Ask for the pixels of a job's frames, or the reasons why they are refused."""
+    what = {"path": str(job.path), "member": job.member, "frames": job.frames, "blank": job.blank}
+    request = json.dumps([what, form.size, form.channels, form.rules.model_dump_json()]).encode()
+    longest = 2 + max(form.square_bytes(), MAX_REASON_BYTES)
+
+    def unpack(reply: bytes, frames: int) -> list[Square | str]:
+        return unpack_pixels(reply, frames, form)
+
+    return Asked(request, len(job.frames), job.frames_a_reply(), longest, unpack)
+
+
+def ask_header(path: Path, keywords: Sequence[str], rules: IntakeRules) -> Asked[Header]:
+    """Ask for what a scan needs of a DICOM file, or the reason why it is refused."""
+    request = json.dumps([{"path": str(path), "keywords": keywords}, 0, 0, rules.model_dump_json()]).encode()
+    return Asked(request, 1, 1, MAX_HEADER_BYTES, _unpack_header)
+
+
+def unpack_pixels(reply: bytes, frames: int, form: Form) -> list[Square | str]:
+    """Read a reply for so many frames.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    found: list[Square | str] = []
+    place, length = 0, form.square_bytes()
+    for _ in range(frames):
+        if reply[place : place + 1] == b"+" and len(reply) >= place + 1 + length:
+            pixels = np.frombuffer(reply, np.uint8, length, place + 1)
+            found.append(pixels.reshape(form.channels, form.size, form.size))
+            place += 1 + length
+        else:
+            found.append(_reason(reply, place))
+            place += 2 + reply[place + 1]
+    return found
+
+
+def _unpack_header(reply: bytes, _answers: int) -> list[Header | str]:
+    if not reply.startswith(b"+"):
+        return [_reason(reply, 0)]
+    try:
+        (issuer, patient), values, frames, facts = json.loads(reply[1:])
+        texts = (issuer, patient, *values, *values.values(), *facts, *facts.values())
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("not a header") from error
+    known = all(isinstance(text, str) for text in texts) and facts.keys() <= _FACTS
+    if not known or not (frames is None or (type(frames) is int and frames > 1)):
+        raise ValueError("not a header")
+    return [Header((issuer, patient), values, frames, facts)]
+
+
+_FACTS = {*FACTS, "TransferSyntaxUID"}
+
+
+def _reason(reply: bytes, place: int) -> str:
+    if reply[place : place + 1] != b"-" or len(reply) < place + 2 or len(reply) < place + 2 + reply[place + 1]:
+        raise ValueError("not a reply of a decoder")
+    return reply[place + 2 : place + 2 + reply[place + 1]].decode("ascii")
