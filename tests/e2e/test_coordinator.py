@@ -137,11 +137,11 @@ def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Conso
     enrol(coordinator, "st-mary")
     code, said = ask(coordinator, "run", coordinator.folder, config, "--detach")
     assert code == 0, said
-    number = said.split()[1].rstrip(",")
+    assert said.startswith("run-0001 in ")
     wait_for(lambda: processes_of(coordinator, "--run"))
-    assert ask(coordinator, "stop", coordinator.folder, "12345")[0] == 8
+    assert ask(coordinator, "stop", coordinator.folder, "run-0002")[0] == 8
     code, said = ask(coordinator, "stop", coordinator.folder)
-    assert (code, number in said) == (0, True)
+    assert (code, "stopped run-0001" in said) == (0, True)
     wait_for(lambda: not processes_of(coordinator, "--run"))
     tree = json.loads(ask(coordinator, "status", coordinator.folder, "--json")[1])
     assert [one["state"] for one in tree["runs"]] == ["stopped"]
