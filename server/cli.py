@@ -48,7 +48,10 @@ def print_plan(
     patients: Annotated[list[int], typer.Argument(help="The declared cohort size of each site.")],
     config: Annotated[Path | None, typer.Option(help="A TOML file of the run.")] = None,
 ) -> None:
-    """Print what a run would ask of sites of these sizes: sample rate, noise, steps, bytes."""
+    """Print what a run would ask of sites of these sizes.
+
+    Sample rate, noise, steps, bytes.
+    """
     from common.plan import delta_warning, plans_of
     from server.lens import foretell
     from server.rounds import round_bytes
@@ -104,7 +107,10 @@ HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
 
 @app.command()
 def start(home: HomeArgument) -> None:
-    """Serve the federation until Ctrl-C or SIGTERM: one public port for the sites, all else on loopback."""
+    """Serve the federation until Ctrl-C or SIGTERM.
+
+    One public port for the sites, all else on loopback. It says when it is ready.
+    """
     consortium = load_consortium(home.absolute())
     arguments = [sys.executable, "-P", "-m", "server.supervise", str(consortium.folder)]
     os.execve(sys.executable, arguments, flower_environment(consortium.folder))  # noqa: S606 - without torch from here
@@ -138,7 +144,8 @@ def resume(
     consortium = Consortium(home.absolute())
     path = _folder_of(consortium, folder)
     _require_resumable(path)
-    _start_run(load_consortium(consortium.folder), path / "config.toml", path, resume=True, detach=detach)
+    begun = (path / "run.json").exists()  # else it ended before it had an id: it begins anew
+    _start_run(load_consortium(consortium.folder), path / "config.toml", path, resume=begun, detach=detach)
 
 
 def _folder_of(consortium: Consortium, run: Path) -> Path:
@@ -159,7 +166,10 @@ def _require_resumable(path: Path) -> None:
 def status(
     home: HomeArgument, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False
 ) -> None:
-    """Print the sites, who is connected, what each has spent, and where the last runs stand."""
+    """Print where sites and runs stand.
+
+    Who is connected, what each site has spent, as it declared, and the last runs, a row each.
+    """
     consortium = load_consortium(home.absolute())
     with control.connect(consortium) as client:
         nodes, runs = control.list_nodes(client), control.list_runs(client)

@@ -10,11 +10,11 @@ from rich.console import Console
 from common.config_text import build_config, to_toml
 from common.files import write_atomic
 from common.lock import alone
+from server.consortium import Consortium
 from server.control import KILLED, UNHEARD, NodeStatus, RunStatus
 from server.handshake import all_refuse
 from server.records import RoundRecord, SiteRelease, write_records
 from server.run_folder import RunFolder
-from server.consortium import Consortium
 from server.status import RunStanding, SiteStanding, stand, without_process
 from server.status_text import how_it_ended, tables
 
