@@ -140,7 +140,8 @@ def _shown(
         "a_site": records[-1].bytes_a_site if records else (0, 0),
         "attack_bounds": attack_bounds,
         "final_sheet": (sheets[-1][0], _data_uri(sheets[-1][1])) if sheets else None,
-        "class_sheets": [(name, _data_uri(path)) for name, path in there],
+        "class_sheets": [(name, _data_uri(path)) for name, path in there] if len(sheets) > 1 else [],
+        "records_count": len(records),
         "curves": list(_curves(config, records, names)),
         "refusals": _refusals(records),
         "settings": _settings(config, "simulated" in str(card.get("randomness"))),
@@ -149,18 +150,20 @@ def _shown(
 
 
 def _settings(config: Config, simulated: bool) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """List what the run was set to; between machines nothing of `simulation`, nor the engine that simulates."""
-    left_out = {("performance", "engine")}
+    """List what the run was set to; between machines nothing that a simulation alone reads."""
+    left_out = {("performance", "engine"), ("performance", "parallel_sites")}
     return [
         (section, [pair for pair in getattr(config, section) if simulated or (section, pair[0]) not in left_out])
         for section in Config.model_fields
-        if simulated or section != "simulation"
+        if simulated or section not in ("simulation", "run")
     ]
 
 
 def _curves(config: Config, records: Sequence[RoundRecord], names: Sequence[str]) -> Iterator[Curve]:
     trained = [record for record in records if record.round > config.refinements]
     told = [(record.round, record.fake_accuracy) for record in trained if record.fake_accuracy is not None]
+    if len(records) == 1 and not trained:  # of one point no curve is to be seen
+        return
     if names:
         yield _epsilon_curve(records, names)
     if told:

@@ -60,8 +60,7 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 ({{ config.image.classes[:8]|join(", ") }}{{ ", …" if config.image.classes|length > 8 }}):
 {% set refined = [info.rounds, config.refinements]|min %}
 {% if config.warmup.share > 0 %}a warm-up{% if config.refinements %} of {{ 1 + refined }} of {{ 1 + config.refinements }} releases{% endif %}, then {% endif %}{% if config.training_rounds %}{{ info.rounds - refined }} of {{ config.training_rounds }} rounds{% else %}no round of training{% endif %}.
-{% if "simulated" not in card.randomness %}The sites' ledgers and journals name this run <code>{{ info.run_id }}</code>.{% endif %}
-No image left a site; what left is private per patient, at the figures below. The images shown here are synthetic.
+{% if "simulated" not in card.randomness %}The sites' ledgers and journals name this run <code>{{ info.run_id }}</code>. {% endif %}No image left a site; what left is private per patient, at the figures below. The images shown here are synthetic.
 </p>
 <dl class="facts">
 <div><dt>epsilon, worst site</dt><dd>{{ card.epsilon_max|up }}</dd></div>
@@ -133,7 +132,8 @@ the figures alone guarantee, against every attack; they are not what an attack w
 <dt>Unit</dt><dd>{{ card.unit }}: {{ card.relation }}</dd>
 <dt>Trust model</dt><dd>{{ card.trust_model }}</dd>
 <dt>Warm-up</dt><dd>{{ card.mechanism.warm_up }}</dd>
-<dt>Training</dt><dd>{{ card.mechanism.training }} (max_grad_norm {{ "%g"|format(card.mechanism.max_grad_norm) }})</dd>
+{% if config.training_rounds %}<dt>Training</dt><dd>{{ card.mechanism.training }} (max_grad_norm {{ "%g"|format(card.mechanism.max_grad_norm) }})</dd>{% endif %}
+
 <dt>Accountant</dt><dd>{{ card.accountant }}</dd>
 <dt>Randomness</dt><dd>{{ card.randomness }}</dd>
 <dt>Noise</dt><dd>{{ card.noise }}</dd>
@@ -152,7 +152,7 @@ the figures alone guarantee, against every attack; they are not what an attack w
 {% endfor %}
 </div>
 {% if not curves %}
-<p class="muted">No round is finished.</p>
+<p class="muted">{{ "One round, the warm-up: there is no curve to draw." if records_count else "No round is finished." }}</p>
 {% endif %}
 <h3>Refusals</h3>
 {% if refusals %}

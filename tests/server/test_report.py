@@ -177,7 +177,7 @@ def test_report_needs_a_finished_run(tmp_path: Path) -> None:
 def test_settings_of_the_simulator_stand_in_a_simulation_alone() -> None:
     config = build_config({}, {"image.classes": ("a",)})
     told, hidden = (dict(_settings(config, simulated)) for simulated in (True, False))
-    assert told.keys() - hidden.keys() == {"simulation"}
+    assert told.keys() - hidden.keys() == {"simulation", "run"}
     assert "engine" in dict(told["performance"])
     assert "engine" not in dict(hidden["performance"])
 
