@@ -15,13 +15,17 @@ _LOOK_S = 0.1
 
 
 @contextmanager
-def alone(lock: Path, what: str, wait_s: float = 0.0) -> Generator[None]:
+def alone(lock: Path, what: str, wait_s: float = 0.0) -> Generator[int]:
     """Hold a lock file, so that no second `what` is at work there.
 
     Args:
         lock: The file.
         what: For the message.
         wait_s: How long to wait for one that ends.
+
+    Yields:
+        The file's descriptor: a child process that inherits it holds the lock as long as it lives, also after this
+        block.
 
     Raises:
         StorageError: Another process holds it, or it cannot be made.
@@ -32,7 +36,7 @@ def alone(lock: Path, what: str, wait_s: float = 0.0) -> Generator[None]:
             if time.monotonic() > deadline:
                 raise StorageError(f"Another {what} is at work there already ({lock}). Wait for it, or stop it.")
             time.sleep(_LOOK_S)
-        yield
+        yield handle.fileno()
 
 
 @contextmanager

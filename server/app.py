@@ -5,9 +5,10 @@ Read `federate` top to bottom; everything else here connects it to Flower, to a 
 
 import signal
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
@@ -25,12 +26,12 @@ from server import checkpoint, display
 from server.consortium import load_consortium, load_trust
 from server.deadline import round_deadline_s
 from server.exchange import PERMANENT, Link
-from server.handshake import Handshake, Met, all_refuse, meet
+from server.handshake import Met, all_refuse, meet
+from server.now import Event, open_note
 from server.records import (
     Failed,
     Progress,
     RoundRecord,
-    Waiting,
     append_record,
     is_landmark,
     read_records,
@@ -46,8 +47,6 @@ from server.warmup_round import warm_up
 
 ATTEMPTS_A_ROUND = 3
 RETRY_AFTER_S = 2.0
-
-Event = Progress | Waiting | Handshake | Failed | RoundRecord
 
 
 @final
@@ -104,7 +103,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
         else:
             one_round = train if config.train.algorithm == "local" else train_together
             events = one_round(link, config, members, state)  # 2 weights out, updates in, combined, stepped
-        for event in events:
+        for event in chain([Progress(number, 0, len(members), "sites")], events):
             if isinstance(event, Progress):
                 yield event
                 continue
@@ -113,6 +112,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
                 if _nobody_can_go_on(record):
                     if state is None:  # nothing was learned yet, so there is nothing to end well with
                         raise all_refuse(record.refused)
+                    yield Failed(record, config.federation.min_sites, 1, 1)
                     return
                 attempts += 1
                 yield Failed(record, config.federation.min_sites, attempts, ATTEMPTS_A_ROUND)
@@ -138,14 +138,20 @@ def run(grid: Grid, job: Job) -> None:
     """
     # Whoever resumes a run that is still at work would spoil its folder.
     with nullcontext() if job.trust is None else alone(job.folder.lock, "run"):
-        with display.open_display(job.config) as show:
+        with display.open_display(job.config) as show, _open_note(job) as note:
             for event in federate(grid, job):
                 show(event)
+                note(event)
         state = checkpoint.load_latest(job.folder.checkpoints)
         if state is not None and (not job.stop.is_set() or state.round >= job.config.federation.rounds):
             secrets = SIMULATED_SECRETS if job.trust is None else SITES_SECRETS
             with unbroken():
                 write_results(job.config, job.folder, state, read_records(job.folder.metrics), secrets)
+
+
+def _open_note(job: Job) -> AbstractContextManager[Callable[[Event], None]]:
+    """Open the note of what a run does; within one machine nobody asks for it."""
+    return nullcontext(lambda _: None) if job.trust is None else open_note(job.config, job.folder.now)
 
 
 @contextmanager
@@ -226,7 +232,7 @@ def _too_few(config: Config, record: RoundRecord, left_out: Mapping[str, str]) -
     return (
         f"Round {record.round} heard {len(record.sites)} sites in {ATTEMPTS_A_ROUND} attempts; "
         f"federation.min_sites={config.federation.min_sites} are needed{missing} ({codes}). "
-        "Mend the sites, then use --resume."
+        "Mend the sites, then resume the run."
     )
 
 

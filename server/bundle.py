@@ -57,6 +57,7 @@ MODULES: tuple[str, ...] = (
     "server/handshake.py",
     "server/ladder.py",
     "server/lens.py",
+    "server/now.py",
     "server/pace.py",
     "server/records.py",
     "server/report.py",

@@ -27,7 +27,8 @@ from server import control
 from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
 from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
-from server.status import COMPLETED, how_it_ended, stand, tables
+from server.status import COMPLETED, stand, without_process
+from server.status_text import how_it_ended, tables
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -49,7 +50,10 @@ def print_plan(
     patients: Annotated[list[int], typer.Argument(help="The declared cohort size of each site.")],
     config: Annotated[Path | None, typer.Option(help="A TOML file of the run.")] = None,
 ) -> None:
-    """Print what a run would ask of sites of these sizes: sample rate, noise, steps, bytes."""
+    """Print what a run would ask of sites of these sizes.
+
+    Sample rate, noise, steps, bytes.
+    """
     from common.plan import delta_warning, plans_of
     from server.lens import foretell
     from server.rounds import round_bytes
@@ -105,7 +109,10 @@ HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
 
 @app.command()
 def start(home: HomeArgument) -> None:
-    """Serve the federation until Ctrl-C or SIGTERM: one public port for the sites, all else on loopback."""
+    """Serve the federation until Ctrl-C or SIGTERM.
+
+    One public port for the sites, all else on loopback. It says when it is ready.
+    """
     consortium = load_consortium(home.absolute())
     arguments = [sys.executable, "-P", "-m", "server.supervise", str(consortium.folder)]
     os.execve(sys.executable, arguments, flower_environment(consortium.folder))  # noqa: S606 - without torch from here
@@ -132,18 +139,25 @@ def run(
 @app.command()
 def resume(
     home: HomeArgument,
-    folder: Annotated[Path, typer.Argument(help="The folder of a run that ended early.")],
+    folder: Annotated[Path, typer.Argument(help="The run that ended early: its name or its folder.")],
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run.")] = False,
 ) -> None:
     """Go on with a run from its last whole round, and follow it."""
-    path = folder.absolute()
+    consortium = Consortium(home.absolute())
+    path = _folder_of(consortium, folder)
     _require_resumable(path)
-    _start_run(load_consortium(home.absolute()), path / "config.toml", path, resume=True, detach=detach)
+    begun = (path / "run.json").exists()  # else it ended before it had an id: it begins anew
+    _start_run(load_consortium(consortium.folder), path / "config.toml", path, resume=begun, detach=detach)
+
+
+def _folder_of(consortium: Consortium, run: Path) -> Path:
+    """Return the folder of a run that is given by its name or by a path to its folder."""
+    return consortium.runs / run if run.parent == Path() and not (run / "config.toml").exists() else run.absolute()
 
 
 def _require_resumable(path: Path) -> None:
     if not (path / "config.toml").exists():
-        raise ResumeError(f"Expected {path} as the folder of a run. `fedmedgan-coordinator status HOME` names them.")
+        raise ResumeError(f"{path} is no folder of a run. `fedmedgan-coordinator status HOME` names the runs.")
     if is_complete(path):
         raise ResumeError(f"The run of {path} is complete: see its report.html. There is nothing to go on with.")
     if is_held(RunFolder(path, "").lock):
@@ -154,36 +168,44 @@ def _require_resumable(path: Path) -> None:
 def status(
     home: HomeArgument, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False
 ) -> None:
-    """Print the sites, who is connected, what each has spent, and where the last runs stand."""
+    """Print where sites and runs stand.
+
+    Who is connected, what each site has spent, as it declared, and the last runs, a row each.
+    """
     consortium = load_consortium(home.absolute())
     with control.connect(consortium) as client:
         nodes, runs = control.list_nodes(client), control.list_runs(client)
     now = time.time()
-    sites, latest = stand(nodes, runs, now)
+    sites, latest = stand(nodes, runs, now, without_process(consortium, runs))
     if as_json:
         tree = {"sites": [asdict(site) for site in sites], "runs": [asdict(one) for one in latest]}
         print(json.dumps(tree, default=str))
         return
     console = Console()
-    for part in tables(sites, latest, now, str(consortium.folder)):
+    for part in tables(sites, latest, now, consortium.folder):
         console.print(part)
 
 
 @app.command()
 def stop(
-    home: HomeArgument, run_id: Annotated[int | None, typer.Argument(help="One run; all when left out.")] = None
+    home: HomeArgument,
+    run: Annotated[
+        Path | None, typer.Argument(help="One run, its name or folder; all when left out.", show_default=False)
+    ] = None,
 ) -> None:
-    """Stop the runs that are under way; `resume` goes on with them from their last whole round."""
-    with control.connect(load_consortium(home.absolute())) as client:
+    """Stop the runs under way; `resume` goes on with them.
+
+    A run goes on from its last whole round.
+    """
+    consortium = load_consortium(home.absolute())
+    with control.connect(consortium) as client:
         active = [one for one in control.list_runs(client) if one.status != control.FINISHED]
-        chosen = [one for one in active if run_id is None or one.run_id == run_id]
-        if run_id is not None and not chosen:
-            raise FederationError(
-                f"No run {run_id} is under way. `fedmedgan-coordinator status {home}` lists the runs."
-            )
+        chosen = [one for one in active if run is None or one.folder == _folder_of(consortium, run)]
+        if run is not None and not chosen:
+            raise FederationError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
         for one in chosen:
             control.stop_run(client, one.run_id)
-            print(f"stopped run {one.run_id}: {one.folder}")
+            print(f"stopped {one.name}; to go on: fedmedgan-coordinator resume {home} {one.name}")
     if not chosen:
         print("no run is under way")
 
@@ -191,7 +213,7 @@ def stop(
 def _start_run(consortium: Consortium, config: Path, folder: Path, *, resume: bool, detach: bool) -> None:
     with control.connect(consortium) as client:
         run_id = control.submit(client, consortium.folder, config, folder, resume)
-        print(f"run {run_id}, folder {folder}", flush=True)
+        print(f"{folder.name} in {folder}", flush=True)
         if detach:
             return
         try:
@@ -199,11 +221,12 @@ def _start_run(consortium: Consortium, config: Path, folder: Path, *, resume: bo
                 print(text, end="", flush=True)
         except KeyboardInterrupt:
             home = consortium.folder
-            print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {run_id}", file=sys.stderr)
+            print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {folder.name}", file=sys.stderr)
             raise typer.Exit(ExitCode.INTERRUPTED) from None
         ended = control.read_run(client, run_id)
     if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
-        raise FederationError(how_it_ended(ended, consortium.folder))
+        (standing,) = stand([], [ended], time.time())[1]
+        raise FederationError(how_it_ended(standing, consortium.folder))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

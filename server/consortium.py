@@ -7,6 +7,7 @@
     control.token           what the control API asks for
     superexec.secret        what the ServerApp's executor shows
     sites/NAME.json         an enrolled site
+    start.lock, running/    held by the coordinator and by the process of each run, as long as they live
     link.db, logs/, runs/   what the running link and the runs write
 
 Secrets have mode 0600. Out of scope: how a site is enrolled or revoked (server/enrol), the link itself.
@@ -117,6 +118,16 @@ class Consortium:
         return self.folder / "superexec.secret"
 
     @property
+    def lock(self) -> Path:
+        """Return the path of the lock that the one coordinator at work on this home holds."""
+        return self.folder / "start.lock"
+
+    @property
+    def running(self) -> Path:
+        """Return the folder of the locks that the processes of runs hold."""
+        return self.folder / "running"
+
+    @property
     def sites(self) -> Path:
         """Return the folder of the enrolled sites."""
         return self.folder / "sites"
@@ -135,6 +146,10 @@ class Consortium:
     def runs(self) -> Path:
         """Return the folder of the runs."""
         return self.folder / "runs"
+
+    def run_lock(self, number: int) -> Path:
+        """Return the path of the lock that the process of a run holds, by the link's number of the run."""
+        return self.running / str(number)
 
     def site(self, name: str) -> Path:
         """Return the path of one site's record."""

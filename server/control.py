@@ -43,6 +43,8 @@ from server.run_folder import write_nodes
 FINISHED = "finished"
 NODE_GONE, NODE_ONLINE = "unregistered", "online"
 """Words of Flower's own."""
+KILLED, UNHEARD = "its process was killed", "No heartbeat received from the task"
+"""What the link holds of a run whose process ended without a word: the executor's words, and Flower's own."""
 RECONNECT_S = 1.0
 LONGEST_OUTAGE_S = 600.0
 """A link that restarts is waited for this long while a run is followed."""
@@ -89,6 +91,11 @@ class RunStatus:
     details: str
     folder: Path
     started: str
+
+    @property
+    def name(self) -> str:
+        """Return the run's name: that of its folder."""
+        return self.folder.name
 
 
 @final

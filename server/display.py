@@ -15,18 +15,20 @@ from rich.text import Text
 
 from common.config import Config
 from server.handshake import Handshake, lines
-from server.pace import duration, megabytes, round_up, seconds_left
+from server.now import SITES_NAMED, Event, codes_of, now_line, warmup_label, who
+from server.pace import amount, duration, round_up, seconds_left
 from server.records import Failed, Progress, RoundRecord, Waiting, is_landmark
 
 SHOWN_ROUNDS = 15
+FIT_LINE_S = 15.0
+"""A fit that takes longer gets a line this often."""
 ALL_LINES = 200
 """A run of more rounds gets a line for some of them only."""
-SITE_COLUMNS = 4
+SITE_COLUMNS = SITES_NAMED
 """With more sites than this their epsilons share one column, from the smallest to the largest."""
 SITE_CHARACTERS = 9
 """Longer names are cut from the left, so that four columns fit in 80 characters."""
 
-Event = Progress | Waiting | Handshake | Failed | RoundRecord
 Show = Callable[[Event], None]
 
 
@@ -39,6 +41,7 @@ class Seen:
     limits: dict[str, float] = field(default_factory=dict[str, float])
     most_sites: int = 0
     now: Progress | Waiting | Failed | None = None
+    fit_told_s: float = 0.0
 
 
 @contextmanager
@@ -52,7 +55,8 @@ def open_display(config: Config, console: Console | None = None) -> Generator[Sh
     Yields:
         A function that takes each event. On a terminal it redraws a table; elsewhere it writes and flushes one line
         for each finished round, in a long run for some of them and for each in which other sites refuse than before,
-        and nothing for progress inside one. A handshake is written above the table, and before the lines.
+        and of progress inside one only how far the fit of a warm-up is. A handshake is written above the table, and
+        before the lines.
     """
     console = console or Console()
     seen = Seen()
@@ -78,10 +82,10 @@ def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
         records: At least one; those before the newest tell the pace.
     """
     record = records[-1]
-    codes = f" ({_who(record)})" if record.refused else ""
+    codes = f" ({who(record)})" if record.refused else ""
     parts = [
         f"round {record.round}/{config.federation.rounds}",
-        _warmup(config, record.round) if config.refinements else "",
+        warmup_label(config, record.round) if config.warmup.share > 0 else "",
         f"sites {len(record.sites)} in {len(record.refused)} out{codes}",
         f"epsilon {_spent(record)} of {_allowed(record)}" if record.sites else "",
         f"fakes told {record.fake_accuracy:.2f}" if record.fake_accuracy is not None else "",
@@ -95,35 +99,7 @@ def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
 def traffic(record: RoundRecord) -> str:
     """Write what a round sent to a site and what one sent back; nothing where no site was asked."""
     down, up = record.bytes_a_site
-    return f"{megabytes(down)} down {megabytes(up)} up a site" if record.asked else ""
-
-
-def now_line(config: Config, now: Progress | Waiting | Failed) -> str:
-    """Write where the round under way stands, for whom the run waits, or what was in vain."""
-    if isinstance(now, Waiting):
-        return waiting_line(now)
-    if isinstance(now, Failed):
-        return failed_line(now)
-    label = _warmup(config, now.round) or f"round {now.round}"
-    if now.what == "fit":
-        return f"{label}: fitting the generator {now.done}/{now.of}"
-    return f"{label}: {now.done} of {now.of} {now.what}"
-
-
-def waiting_line(waiting: Waiting) -> str:
-    """Write for whom a run waits."""
-    names = f" for {', '.join(waiting.missing)}" if waiting.missing else ""
-    here = f"{waiting.here} of {_count(waiting.expected, 'site')} connected, at least {waiting.needed} needed"
-    return f"waiting{names}: {here}, for {duration(waiting.left_s)} at most"
-
-
-def failed_line(failed: Failed) -> str:
-    """Write which attempt at a round was in vain, and whose answer was missing."""
-    record = failed.record
-    who = f" ({_who(record)})" if record.refused else ""
-    heard = f"{len(record.sites)} in {len(record.refused)} out{who}, at least {failed.needed} needed"
-    again = "it is tried again" if failed.attempt < failed.of else "the run ends"
-    return f"round {record.round} failed, attempt {failed.attempt} of {failed.of}: sites {heard}; {again}"
+    return f"{amount(down)} down {amount(up)} up a site" if record.asked else ""
 
 
 def _add(seen: Seen, event: Progress | Waiting | Failed | RoundRecord) -> Seen:
@@ -148,8 +124,16 @@ def _print(console: Console, config: Config, seen: Seen, event: Event) -> None:
     if isinstance(event, RoundRecord):
         if rounds <= ALL_LINES or is_landmark(event.round, rounds) or event.refused != before:
             _write(console, plain_line(config, records))
-    elif not isinstance(event, Progress):
+    elif not isinstance(event, Progress) or _fit_is_told(seen, event):
         _write(console, now_line(config, event))
+
+
+def _fit_is_told(seen: Seen, progress: Progress) -> bool:
+    """Tell whether the fit has a line to write: at its first step, and then every FIT_LINE_S."""
+    if progress.what != "fit" or (progress.done > 1 and progress.seconds < seen.fit_told_s + FIT_LINE_S):
+        return False
+    seen.fit_told_s = progress.seconds
+    return True
 
 
 def _write(console: Console, line: str) -> None:
@@ -179,7 +163,7 @@ def _table(config: Config, seen: Seen) -> Table:
     shown = seen.records[-SHOWN_ROUNDS:]
     limits = seen.limits
     names = sorted(limits) if len(limits) <= SITE_COLUMNS else []
-    outside = any(_codes(record, names) for record in shown)
+    outside = any(codes_of(record, names) for record in shown)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("round", "sites\nin/out"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -194,29 +178,22 @@ def _table(config: Config, seen: Seen) -> Table:
         table.add_column("refused")
     for record in shown:
         cells = [
-            _warmup(config, record.round) or f"{record.round}/{config.federation.rounds}",
+            warmup_label(config, record.round) or f"{record.round}/{config.federation.rounds}",
             f"{len(record.sites)}/{len(record.refused)}",
             *([_of_site(record, name) for name in names] or [_of_all(record)]),
             "" if record.fake_accuracy is None else f"{record.fake_accuracy:.2f}",
             f"{record.seconds:.1f}",
-            *([_codes(record, names)] if outside else []),
+            *([codes_of(record, names)] if outside else []),
         ]
         table.add_row(*(Text(cell) for cell in cells))
     return table
-
-
-def _warmup(config: Config, number: int) -> str:
-    """Name a round of the warm-up, the first release by 1; nothing for a round of training."""
-    if number > config.refinements:
-        return ""
-    return f"warm-up {number + 1}" if config.refinements else "warm-up"
 
 
 def _waiting(config: Config, seen: Seen) -> str:
     if not seen.records:
         return "waiting for the sites"
     after = seen.records[-1].round + 1
-    label = _warmup(config, after) or f"round {after}"
+    label = warmup_label(config, after) or f"round {after}"
     return "finished" if after > config.federation.rounds else f"{label}: waiting for the sites"
 
 
@@ -238,18 +215,6 @@ def _spent(record: RoundRecord) -> str:
 def _allowed(record: RoundRecord) -> str:
     low, high = (pick(site.epsilon_allowed for site in record.sites.values()) for pick in (min, max))
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
-
-
-def _codes(record: RoundRecord, without: Sequence[str] = ()) -> str:
-    codes = [code for name, code in record.refused.items() if name not in without]
-    return ", ".join(f"{codes.count(code)} {code}" if codes.count(code) > 1 else code for code in sorted(set(codes)))
-
-
-def _who(record: RoundRecord) -> str:
-    """Name the sites that gave nothing, with their codes; where they are many, count the codes."""
-    if len(record.refused) > SITE_COLUMNS:
-        return _codes(record)
-    return ", ".join(f"{name}: {code}" for name, code in sorted(record.refused.items()))
 
 
 def _eta(config: Config, records: Sequence[RoundRecord]) -> str:

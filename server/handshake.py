@@ -19,6 +19,15 @@ from common.wire import Release
 from server.run_folder import RunFolder
 
 VERSION = 1
+ALL_REFUSE = "Every site refuses this run for good"
+"""So the message of a run begins that going on with is of no use by itself."""
+_FIXES = {
+    RefusalCode.OVER_BUDGET.value: "the site's budget does not pay for it; propose less (privacy.epsilon, "
+    "federation.rounds) in a new run",
+    RefusalCode.POLICY.value: "its policy forbids what is proposed; change the configuration and start a new run",
+    RefusalCode.NO_DATA.value: "it has imported nothing for these classes, size and channels; the site imports, then "
+    "`resume`; or change [image] and start a new run",
+}
 _NAMED = 3
 """Sites that a line of many names."""
 
@@ -41,12 +50,14 @@ class Handshake:
         left_out: Why others take no part.
         first: Whether this is the run's first, with a heading.
         compact: Whether one line for all of them is enough: within one machine they are all of this release.
+        run_id: The run, as the sites' ledgers and journals name it.
     """
 
     sites: Mapping[str, Greeting]
     left_out: Mapping[str, str]
     first: bool
     compact: bool
+    run_id: str = ""
 
 
 @final
@@ -92,19 +103,17 @@ def meet(met: Met, sites: Mapping[str, Greeting], left_out: Mapping[str, str], *
         met.sites |= said
         met.left_out = {name: reason for name, reason in (met.left_out | why).items() if name not in said}
         _write(met)
-        yield Handshake(said, why, first, met.compact)
+        yield Handshake(said, why, first, met.compact, met.folder.run_id)
     codes = {name: greeting.verdict.value for name, greeting in sites.items() if _will_never(greeting)}
     if not begun and sites and len(codes) == len(sites):
         raise all_refuse(codes)
 
 
 def all_refuse(codes: Mapping[str, str]) -> PolicyRefusal:
-    """Return the error of a run that every site refuses, by the codes of the sites."""
+    """Return the error of a run that every site refuses, by the codes of the sites: who must do what."""
     listed = ", ".join(f"{site}: {code}" for site, code in codes.items())
-    return PolicyRefusal(
-        RefusalCode.POLICY,
-        f"Every site refuses this run for good ({listed}); their own logs say why. Propose another configuration.",
-    )
+    fixes = " ".join(f"{code}: {fix}." for code, fix in _FIXES.items() if code in codes.values())
+    return PolicyRefusal(RefusalCode.POLICY, f"{ALL_REFUSE} ({listed}). {fixes} Each site's agent.log has the details.")
 
 
 def lines(config: Config, handshake: Handshake) -> list[str]:
@@ -112,6 +121,8 @@ def lines(config: Config, handshake: Handshake) -> list[str]:
     heading = (
         f"handshake: protocol {PROTOCOL_VERSION}, fedmedgan {PACKAGE_VERSION}, configuration {config.digest()[:12]}"
     )
+    if not handshake.compact:
+        heading += f", run {handshake.run_id} in the sites' ledgers"
     first = [heading] if handshake.first else []
     missing = [f"  {name}  left out: {reason}" for name, reason in handshake.left_out.items()]
     if handshake.compact:
@@ -167,6 +178,8 @@ def other_proposal(config: Config, said: Greeting) -> str | None:
 def _write(met: Met) -> None:
     tree = {
         "version": VERSION,
+        "run": met.folder.path.name,
+        "run_id": met.folder.run_id,
         "protocol": PROTOCOL_VERSION,
         "package": PACKAGE_VERSION,
         "config_sha256": met.config.digest(),

@@ -50,7 +50,10 @@ def init(
     port: Annotated[int, typer.Option(help="The one inbound port.")] = 8443,
     control_port: Annotated[int, typer.Option(help="Of the control API, on loopback only.")] = 8444,
 ) -> None:
-    """Make a coordinator's home: certificate authority, server certificate, signing key, secrets."""
+    """Make a coordinator's home.
+
+    Certificate authority, server certificate, signing key, secrets.
+    """
     try:
         settings = FederationConfig(name=name, host=host, port=port, control_port=control_port)
     except ValidationError as error:
@@ -73,7 +76,10 @@ def enrol(
         Path | None, typer.Option(help="The file to write; by default NAME.invitation.json in the current folder.")
     ] = None,
 ) -> None:
-    """Enrol a site, once its words are compared by phone, and write its invitation; again: a new node key or file."""
+    """Enrol a site and write its invitation.
+
+    Its words are compared by phone first. Enrolled again, it gets a new node key or file.
+    """
     consortium, now = load_consortium(home), datetime.now(UTC)
     found = enrolment.read_candidate(consortium, read_bounded(file, MAX_DOCUMENT_BYTES), now, readmit)
     site = found.enrolment.site
@@ -88,7 +94,10 @@ def enrol(
 
 
 def revoke(home: HomeArgument, name: Annotated[str, typer.Argument(help="The site's name.")]) -> None:
-    """Revoke a site: its node is not let in again, and its old file cannot bring it back."""
+    """Revoke a site, at once.
+
+    Its node is not let in again, and its old file cannot bring it back.
+    """
     record = enrolment.revoke(load_consortium(home), name, datetime.now(UTC))
     print(f"{record.name} is revoked; no other site's files change")
 
@@ -97,7 +106,10 @@ def renew(
     home: HomeArgument,
     ca: Annotated[bool, typer.Option("--ca", help="Renew the certificate authority's certificate too.")] = False,
 ) -> None:
-    """Make a new server certificate; what the sites have pinned goes on to hold."""
+    """Make a new server certificate.
+
+    What the sites have pinned goes on to hold.
+    """
     consortium = load_consortium(home)
     held = enrolment.renew(consortium, datetime.now(UTC), ca)
     print(f"the server certificate holds until {held.ends:%Y-%m-%d}; sites need nothing new")

@@ -11,6 +11,8 @@ from server.records import RoundRecord
 PACE_ROUNDS = 5
 """So many rounds, the newest, tell the pace."""
 _HUGE = 1e9
+_FEW_BYTES = 99_950
+"""Below, two decimals of a megabyte would say little."""
 
 
 def seconds_left(records: Sequence[RoundRecord], refinements: int, rounds: int) -> float:
@@ -39,13 +41,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def megabytes(size: int) -> str:
-    """Write bytes for a person.
+def amount(size: int) -> str:
+    """Write bytes for a person: megabytes, below a tenth of one kilobytes.
 
-    >>> megabytes(2_224_084), megabytes(640)
-    ('2.22 MB', '0.00 MB')
+    >>> amount(2_224_084), amount(99_940), amount(640), amount(0)
+    ('2.22 MB', '99.9 kB', '0.6 kB', '0 kB')
     """
-    return f"{size / 1e6:.2f} MB"
+    if size >= _FEW_BYTES:
+        return f"{size / 1e6:.2f} MB"
+    return f"{size / 1e3:.1f} kB" if size else "0 kB"
 
 
 def round_up(value: float, digits: int = 2) -> str:

@@ -120,13 +120,14 @@ class Failed:
 @final
 @dataclass(frozen=True)
 class Progress:
-    """A step inside a round, for display only: which site was heard, or how far the fit is."""
+    """A step inside a round, for display only: which site was heard, or how far the fit is, and its seconds so far."""
 
     round: int
     done: int
     of: int
     what: str
     sites: Mapping[str, SiteRelease] = field(default_factory=dict[str, SiteRelease])
+    seconds: float = 0.0
 
 
 def is_landmark(number: int, rounds: int) -> bool:

@@ -27,7 +27,7 @@ from common.config_text import build_config, read_config
 from common.errors import ResumeError
 from common.files import write_atomic
 from common.generate import file_names
-from server.pace import round_up
+from server.pace import amount, round_up
 from server.records import RoundRecord, read_records
 from server.report_page import PAGE
 
@@ -40,7 +40,11 @@ LINES = ("#0b6e99", "#c8553d", "#5b8c2a", "#7a4fa3", "#b07d12", "#3a3a3a")
 
 _KNOWN_FILES = {
     "config.toml": "every setting of the run",
-    "run.json": "the run's id",
+    "run.json": "the run's id in the sites' ledgers",
+    "nodes.json": "which site each node of the link was registered for",
+    "cohort.json": "with secure-sum: who takes part, with the declared patients",
+    "run.lock": "held while the run is at work",
+    "now.txt": "what the run does at this moment",
     "handshake.json": "what each site said before it was asked: versions, and how many rounds it will join",
     "start": "the generator that the run started from, trained on public data",
     "metrics.jsonl": "one line a round: sites, cost, accuracy on fakes, time",
@@ -82,7 +86,7 @@ def write_report(run: Path) -> Path:
     info, card = load_info(run), _read_json(run / "privacy.json")
     evaluation = _read_json(run / "evaluation.json") if (run / "evaluation.json").exists() else None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"up": round_up, "figure": _figure, "percent": _percent}
+    environment.filters |= {"up": round_up, "amount": amount, "figure": _figure, "percent": _percent}
     shown = _shown(run, config, info, records, card)
     try:
         html = environment.from_string(PAGE).render(evaluation=evaluation, **shown)
@@ -136,17 +140,30 @@ def _shown(
         "a_site": records[-1].bytes_a_site if records else (0, 0),
         "attack_bounds": attack_bounds,
         "final_sheet": (sheets[-1][0], _data_uri(sheets[-1][1])) if sheets else None,
-        "class_sheets": [(name, _data_uri(path)) for name, path in there],
+        "class_sheets": [(name, _data_uri(path)) for name, path in there] if len(sheets) > 1 else [],
+        "records_count": len(records),
         "curves": list(_curves(config, records, names)),
         "refusals": _refusals(records),
-        "settings": [(section, list(getattr(config, section))) for section in Config.model_fields],
+        "settings": _settings(config, "simulated" in str(card.get("randomness"))),
         "files": _files(run),
     }
+
+
+def _settings(config: Config, simulated: bool) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """List what the run was set to; between machines nothing that a simulation alone reads."""
+    left_out = {("performance", "engine"), ("performance", "parallel_sites")}
+    return [
+        (section, [pair for pair in getattr(config, section) if simulated or (section, pair[0]) not in left_out])
+        for section in Config.model_fields
+        if simulated or section not in ("simulation", "run")
+    ]
 
 
 def _curves(config: Config, records: Sequence[RoundRecord], names: Sequence[str]) -> Iterator[Curve]:
     trained = [record for record in records if record.round > config.refinements]
     told = [(record.round, record.fake_accuracy) for record in trained if record.fake_accuracy is not None]
+    if len(records) == 1 and not trained:  # of one point no curve is to be seen
+        return
     if names:
         yield _epsilon_curve(records, names)
     if told:

@@ -59,17 +59,17 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 {{ "class" if config.image.classes|length == 1 else "classes" }}
 ({{ config.image.classes[:8]|join(", ") }}{{ ", …" if config.image.classes|length > 8 }}):
 {% set refined = [info.rounds, config.refinements]|min %}
-{% if config.warmup.share > 0 %}a warm-up{% if config.refinements %} of {{ 1 + refined }} of {{ 1 + config.refinements }} releases{% endif %}, then {% endif %}{{ info.rounds - refined }} of {{ config.training_rounds }} rounds.
-No image left a site; what left is private per patient, at the figures below. The images shown here are synthetic.
+{% if config.warmup.share > 0 %}a warm-up{% if config.refinements %} of {{ 1 + refined }} of {{ 1 + config.refinements }} releases{% endif %}, then {% endif %}{% if config.training_rounds %}{{ info.rounds - refined }} of {{ config.training_rounds }} rounds{% else %}no round of training{% endif %}.
+{% if "simulated" not in card.randomness %}The sites' ledgers and journals name this run <code>{{ info.run_id }}</code>. {% endif %}No image left a site; what left is private per patient, at the figures below. The images shown here are synthetic.
 </p>
 <dl class="facts">
 <div><dt>epsilon, worst site</dt><dd>{{ card.epsilon_max|up }}</dd></div>
 <div><dt>delta</dt><dd>{{ "%g"|format(card.delta) }}</dd></div>
 <div><dt>patients, declared</dt><dd>{{ "{:,}".format(sites.values()|sum(attribute="declared_patients")) }}</dd></div>
 <div><dt>time of all rounds</dt><dd>{% if seconds < 600 %}{{ "%.0f"|format(seconds) }} <small>s</small>{% else %}{{ "%.1f"|format(seconds / 60) }} <small>min</small>{% endif %}</dd></div>
-<div><dt>received from the sites</dt><dd>{{ "%.1f"|format(upload_bytes / 1e6) }} <small>MB</small></dd></div>
-<div><dt>sent to the sites</dt><dd>{{ "%.1f"|format(download_bytes / 1e6) }} <small>MB</small></dd></div>
-<div><dt>a site and round, down and up</dt><dd>{{ "%.2f"|format(a_site[0] / 1e6) }} and {{ "%.2f"|format(a_site[1] / 1e6) }} <small>MB</small></dd></div>
+<div><dt>received from the sites</dt><dd>{{ upload_bytes|amount }}</dd></div>
+<div><dt>sent to the sites</dt><dd>{{ download_bytes|amount }}</dd></div>
+<div><dt>a site and round, down and up</dt><dd>{{ a_site[0]|amount }} and {{ a_site[1]|amount }}</dd></div>
 {% if evaluation is not none %}
 <div><dt>accuracy, TSTR</dt><dd>{{ evaluation.tstr_accuracy|percent }}</dd></div>
 {% endif %}
@@ -132,7 +132,8 @@ the figures alone guarantee, against every attack; they are not what an attack w
 <dt>Unit</dt><dd>{{ card.unit }}: {{ card.relation }}</dd>
 <dt>Trust model</dt><dd>{{ card.trust_model }}</dd>
 <dt>Warm-up</dt><dd>{{ card.mechanism.warm_up }}</dd>
-<dt>Training</dt><dd>{{ card.mechanism.training }} (max_grad_norm {{ "%g"|format(card.mechanism.max_grad_norm) }})</dd>
+{% if config.training_rounds %}<dt>Training</dt><dd>{{ card.mechanism.training }} (max_grad_norm {{ "%g"|format(card.mechanism.max_grad_norm) }})</dd>{% endif %}
+
 <dt>Accountant</dt><dd>{{ card.accountant }}</dd>
 <dt>Randomness</dt><dd>{{ card.randomness }}</dd>
 <dt>Noise</dt><dd>{{ card.noise }}</dd>
@@ -151,7 +152,7 @@ the figures alone guarantee, against every attack; they are not what an attack w
 {% endfor %}
 </div>
 {% if not curves %}
-<p class="muted">No round is finished.</p>
+<p class="muted">{{ "One round, the warm-up: there is no curve to draw." if records_count else "No round is finished." }}</p>
 {% endif %}
 <h3>Refusals</h3>
 {% if refusals %}

@@ -8,6 +8,7 @@ cohort.json             with secure-sum: who takes part, with the declared patie
 start/                  the generator that the run starts from, if it was trained on public data before
 checkpoints/            one file a round, the last three
 metrics.jsonl           one line a round
+now.txt                 with a coordinator, while the run is at work: what it does at this moment
 samples/                sheets of the same latents over the rounds
 generator.safetensors   the result, with generator.json
 privacy.json            the guarantee, per site
@@ -23,9 +24,10 @@ from typing import Any, final
 
 from common.config import Config
 from common.config_text import build_config, read_config, to_toml
-from common.errors import ResumeError
-from common.files import make_folder, write_atomic
+from common.errors import FedmedganError, ResumeError
+from common.files import make_folder, read_bounded, write_atomic
 
+MAX_NOTE_BYTES = 65_536
 FREE_SECTIONS = frozenset({"run", "performance"})
 """Sections that may change between start and resume, since they change where and how fast, never what."""
 
@@ -54,6 +56,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def now(self) -> Path:
+        """Return the path of the line that says what a run between machines does at this moment."""
+        return self.path / "now.txt"
+
+    @property
     def samples(self) -> Path:
         """Return the folder of the sample sheets."""
         return self.path / "samples"
@@ -62,6 +69,26 @@ class RunFolder:
 def is_complete(path: Path) -> bool:
     """Return whether a run's results stand in its folder: the report is written last."""
     return (path / "report.html").exists()
+
+
+def read_now(path: Path) -> str:
+    """Return what the run in a folder does at this moment, in words; nothing where it does not say."""
+    return _text(RunFolder(path, "").now).strip()
+
+
+def site_run_id(path: Path) -> str:
+    """Return the id by which the sites' ledgers and journals name the run in a folder; empty before it has begun."""
+    try:
+        return str(json.loads(_text(path / "run.json"))["run_id"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bounded(path, MAX_NOTE_BYTES).decode(errors="replace")
+    except (FedmedganError, OSError):
+        return ""
 
 
 def next_folder(parent: Path) -> Path:

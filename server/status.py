@@ -1,28 +1,25 @@
 """Where the federation stands: what the link says of nodes and runs, and what the run folders say of the rounds.
 
 What a site spent is what it declared with its newest release, in whatever run. Out of scope: asking the link
-(server/control).
+(server/control), the words (server/status_text).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import final
-
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from common.config import Config
 from common.config_text import build_config
 from common.errors import FedmedganError
-from server.control import FINISHED, NodeStatus, RunStatus
-from server.pace import duration, megabytes, round_up, seconds_left
+from common.lock import is_held
+from server.consortium import Consortium
+from server.control import FINISHED, KILLED, UNHEARD, NodeStatus, RunStatus
+from server.pace import seconds_left
 from server.records import RoundRecord, read_records
-from server.run_folder import RunFolder, is_complete, stored_tree
+from server.run_folder import RunFolder, is_complete, read_now, site_run_id, stored_tree
 
-COMPLETED = "completed"
+COMPLETED, INTERRUPTED = "completed", "interrupted"
 SHOWN_RUNS = 10
 
 
@@ -60,11 +57,14 @@ class RunStanding:
     """A run, as the link and its folder know it.
 
     Attributes:
-        run_id: The link's number of it.
-        state: pending, starting, running, completed, failed or stopped.
+        run: Its name here: that of its folder.
+        run_id: Its name in the ledgers and journals of the sites; empty before it has begun.
+        link_run: The link's number of it, in the logs of link, executor and relays.
+        state: pending, starting, running, completed, failed, stopped, or interrupted: its process is gone.
+        now: What it does at this moment, in words; empty where nothing tells.
         details: Why it failed.
         folder: Its run folder.
-        started: When it was submitted, ISO 8601.
+        started: When it was submitted first, ISO 8601.
         round: Its newest whole round; None before the first.
         rounds: Its last; None where the folder does not say.
         seconds_left: What the rest will take by the pace of the newest rounds; None where nothing tells it.
@@ -72,8 +72,11 @@ class RunStanding:
         upload_bytes: What a site sent back.
     """
 
-    run_id: int
+    run: str
+    run_id: str
+    link_run: int
     state: str
+    now: str
     details: str
     folder: Path
     started: str
@@ -85,7 +88,7 @@ class RunStanding:
 
 
 def stand(
-    nodes: Sequence[NodeStatus], runs: Sequence[RunStatus], now: float
+    nodes: Sequence[NodeStatus], runs: Sequence[RunStatus], now: float, dead: Iterable[int] = ()
 ) -> tuple[list[SiteStanding], list[RunStanding]]:
     """Put together what link and folders say.
 
@@ -93,63 +96,28 @@ def stand(
         nodes: From `control.list_nodes`.
         runs: From `control.list_runs`, the newest first.
         now: Seconds since 1970; what the round under way took already counts as done.
+        dead: From `without_process`.
 
     Returns:
-        All sites, and the newest runs.
+        All sites, and the newest runs: one for each folder, however often it was resumed.
     """
-    folders = list(dict.fromkeys(run.folder for run in runs))[:SHOWN_RUNS]
-    records = {folder: _records(folder) for folder in folders}
+    gone = frozenset(dead)
+    by_folder = _by_folder(runs)
+    records = {folder: _records(folder) for folder in by_folder}
     newest = next((found for found in records.values() if found), [])
     sites = [_site(node, newest, list(records.values())) for node in nodes]
-    return sites, [_run(run, records[run.folder], now) for run in runs[:SHOWN_RUNS] if run.folder in records]
+    return sites, [_run(submitted, records[folder], now, gone) for folder, submitted in by_folder.items()]
 
 
-def tables(
-    sites: Sequence[SiteStanding], runs: Sequence[RunStanding], now: float, title: str
-) -> Iterator[RenderableType]:
-    """Write sites, runs, and a line for each run under way, so that 80 columns hold them."""
-    yield Text(title, "bold")
-    of_sites = _table("site", "connected", "last seen", "rounds", "epsilon spent", "last round")
-    for site in sites:
-        online = Text("yes", "green") if site.online else Text("no", "red")
-        of_sites.add_row(
-            Text(site.name),
-            online,
-            _ago(site.last_seen, now),
-            f"{site.rounds_joined}/{site.rounds}" if site.rounds else "-",
-            "-" if site.epsilon_spent is None else f"{round_up(site.epsilon_spent)} of {site.epsilon_allowed:g}",
-            Text(site.last or "-"),
-        )
-    yield of_sites
-    yield Text("")
-    of_runs = _table("folder", "state", "round", "ETA", "begun", "run")
-    for run in runs:
-        made = "-" if run.rounds is None else f"{'-' if run.round is None else run.round}/{run.rounds}"
-        eta = "-" if run.seconds_left is None else duration(run.seconds_left)
-        of_runs.add_row(Text(run.folder.name), run.state, made, eta, _ago(run.started, now), str(run.run_id))
-    yield of_runs
-    for run in runs:
-        if run.download_bytes or run.upload_bytes:
-            traffic = f"{megabytes(run.download_bytes)} down, {megabytes(run.upload_bytes)} up"
-            yield Text(f"{run.folder.name}: each site and round {traffic}")
+def without_process(consortium: Consortium, runs: Sequence[RunStatus]) -> set[int]:
+    """Return the link's numbers of the runs that it believes to be under way, but whose process is gone."""
+    locks = {run.run_id: consortium.run_lock(run.run_id) for run in runs if run.status != FINISHED}
+    return {number for number, lock in locks.items() if lock.exists() and not is_held(lock)}
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def how_it_ended(run: RunStatus, home: Path) -> str:
-    """Say how a run ended that did not complete, and what to do."""
-    records, total = _records(run.folder), _rounds(run.folder)
-    made = f"after round {records[-1].round} of {total}" if records else "before its first round"
-    again = f"To go on: fedmedgan-coordinator resume {home} {run.folder}"
-    if run.outcome == "stopped":
-        return f"Run {run.run_id} was stopped {made}. {again}"
-    why = run.details.removeprefix("ServerApp failed with exception: ") or "the link does not say why"
-    return f"Run {run.run_id} failed {made}: {why.rstrip('.')}. Log: {home / 'logs' / 'executor.log'}. {again}"
+def _by_folder(runs: Sequence[RunStatus]) -> dict[Path, list[RunStatus]]:
+    folders = list(dict.fromkeys(run.folder for run in runs))[:SHOWN_RUNS]
+    return {folder: [run for run in runs if run.folder == folder] for folder in folders}
 
 
 def _site(node: NodeStatus, newest: Sequence[RoundRecord], runs: Sequence[Sequence[RoundRecord]]) -> SiteStanding:
@@ -168,18 +136,40 @@ def _site(node: NodeStatus, newest: Sequence[RoundRecord], runs: Sequence[Sequen
     )
 
 
-def _run(run: RunStatus, records: Sequence[RoundRecord], now: float) -> RunStanding:
+def _run(
+    submitted: Sequence[RunStatus], records: Sequence[RoundRecord], now: float, dead: frozenset[int]
+) -> RunStanding:
+    alive = (run for run in submitted if run.status != FINISHED and run.run_id not in dead)
+    run = next(alive, submitted[0])  # a second attempt at a run that is at work ends at once
+    under_way = run.status != FINISHED and run.run_id not in dead
     config = _config(run.folder)
-    rounds = None if config is None else config.federation.rounds
     left_s = None
-    if config is not None and run.status != FINISHED:
+    if config is not None and under_way:
         whole_s = seconds_left(records, config.refinements, config.federation.rounds)
         since_s = max(0.0, now - _written(run.folder))
         left_s = max(1.0, whole_s - min(since_s, records[-1].seconds)) if whole_s else None
     down, up = records[-1].bytes_a_site if records else (0, 0)
-    state = COMPLETED if run.status == FINISHED and is_complete(run.folder) else run.outcome or run.status
-    number = records[-1].round if records else None
-    return RunStanding(run.run_id, state, run.details, run.folder, run.started, number, rounds, left_s, down, up)
+    return RunStanding(
+        run=run.name,
+        run_id=site_run_id(run.folder),
+        link_run=run.run_id,
+        state=_state(run, dead),
+        now=read_now(run.folder) if under_way else "",
+        details=run.details,
+        folder=run.folder,
+        started=submitted[-1].started,
+        round=records[-1].round if records else None,
+        rounds=None if config is None else config.federation.rounds,
+        seconds_left=left_s,
+        download_bytes=down,
+        upload_bytes=up,
+    )
+
+
+def _state(run: RunStatus, dead: frozenset[int]) -> str:
+    if run.status == FINISHED and is_complete(run.folder):
+        return COMPLETED
+    return INTERRUPTED if run.run_id in dead or run.details in (KILLED, UNHEARD) else run.outcome or run.status
 
 
 def _records(folder: Path) -> list[RoundRecord]:
@@ -196,28 +186,8 @@ def _config(folder: Path) -> Config | None:
         return None
 
 
-def _rounds(folder: Path) -> int | str:
-    config = _config(folder)
-    return "?" if config is None else config.federation.rounds
-
-
 def _written(folder: Path) -> float:
     try:
         return RunFolder(folder, "").metrics.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _ago(moment: str, now: float) -> str:
-    """Write how long ago a moment was."""
-    if moment in ("", "now"):
-        return moment or "never"
-    try:
-        then = datetime.fromisoformat(moment)
-    except ValueError:
-        return moment
-    since_s = max(0.0, now - (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp())
-    for unit, length_s in (("days", 86400), ("h", 3600), ("min", 60)):
-        if since_s >= 2 * length_s:
-            return f"{since_s / length_s:.0f} {unit} ago"
-    return f"{since_s:.0f} s ago"

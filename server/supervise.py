@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,13 +16,16 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import NoReturn, final
 
 from common.errors import ExitCode, FedmedganError
 from common.files import make_folder
 from common.flower_environment import flower_environment
-from server.consortium import Consortium, load_consortium
+from common.lock import alone
+from server.consortium import Consortium, load_consortium, read_settings, records
 
 LOG = logging.getLogger("fedmedgan.coordinator")
 
@@ -31,6 +35,7 @@ HEALTHY_S = 60.0
 MAX_LOG_BYTES = 10 << 20
 STOP_S = 30.0
 _WATCH_S = 0.2
+_ANSWER_S = 2.0
 _SUPERVISED = "--supervised"
 
 
@@ -98,11 +103,22 @@ def supervise(consortium: Consortium, stop: threading.Event) -> ExitCode:
 
     Returns:
         OK after a stop; the exit code of a process that says that starting it again is of no use.
+
+    Raises:
+        StorageError: Another coordinator is at work on this home.
+
+    Guarantees:
+        - one_a_home: A second one on the same home ends before it starts anything.
     """
+    with alone(consortium.lock, "coordinator"):
+        return _supervise(consortium, stop)
+
+
+def _supervise(consortium: Consortium, stop: threading.Event) -> ExitCode:
     make_folder(consortium.logs, 0o700)
     make_folder(consortium.runs, 0o700)
     link, executor = (Child(f"server.{name}", consortium.logs / f"{name}.log") for name in ("link", "executor"))
-    children = [link, executor]
+    children, ready = [link, executor], None
     try:
         while not stop.wait(_WATCH_S):
             for child in children:
@@ -110,6 +126,9 @@ def supervise(consortium: Consortium, stop: threading.Event) -> ExitCode:
                     print(f"error: {child.module} ended: {_last_line(child.log)}", file=sys.stderr)
                     return final_code
                 rotate(child.log)
+            if ready is not link.process and link.process is not None and _answers(consortium):
+                ready = link.process
+                print(_ready(consortium), flush=True)
     finally:
         for child in (executor, link):
             _end(child)
@@ -142,6 +161,31 @@ def _start(child: Child, consortium: Consortium) -> None:
         child.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
     child.started = time.monotonic()
     LOG.info("%s runs as process %d, log %s", child.module, child.process.pid, child.log)
+
+
+def _answers(consortium: Consortium) -> bool:
+    """Return whether the public port answers with this home's certificate."""
+    try:
+        trust = ssl.create_default_context(cafile=str(consortium.ca_pem))
+        connection = HTTPSConnection("127.0.0.1", read_settings(consortium).port, timeout=_ANSWER_S, context=trust)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == HTTPStatus.OK
+        finally:
+            connection.close()
+    except (OSError, HTTPException):
+        return False
+
+
+def _ready(consortium: Consortium) -> str:
+    settings = read_settings(consortium)
+    try:
+        count = sum(record.revoked is None for record in records(consortium).values())
+        listed = f"{count} {'site' if count == 1 else 'sites'} enrolled"
+    except FedmedganError as error:  # the link goes on with the sites that it knows, and so does this
+        count, listed = 0, str(error).rstrip(".")
+    hint = "" if count else f"; next: fedmedgan-coordinator enrol {consortium.folder} NAME.enrolment.json"
+    return f"ready: {settings.name} at {settings.address}, {listed}, logs in {consortium.logs}{hint}"
 
 
 def _end(child: Child) -> None:

@@ -63,9 +63,11 @@ def warm_up(link: Link, config: Config, members: Members, before: Beginning | St
         rng = reproducible(config.federation.seed, "fit", number)
         alike = all(release.look == "means" for release in so_far)
         latent = config.model.latent_dim
+        began = time.monotonic()
         for fit in fit_generator(pair.generator, targets, config.warmup, latent, rng, alike):
             loss = fit.loss
-            yield Progress(number, fit.step, config.warmup.steps, "fit", dict(heard.sites))
+            done_s = time.monotonic() - began
+            yield Progress(number, fit.step, config.warmup.steps, "fit", dict(heard.sites), done_s)
     take_over_decoder(pair.discriminator, pair.generator)
     weights = get_weights(pair)
     if state is None:

@@ -137,14 +137,35 @@ def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Conso
     enrol(coordinator, "st-mary")
     code, said = ask(coordinator, "run", coordinator.folder, config, "--detach")
     assert code == 0, said
-    number = said.split()[1].rstrip(",")
+    assert said.startswith("run-0001 in ")
     wait_for(lambda: processes_of(coordinator, "--run"))
-    assert ask(coordinator, "stop", coordinator.folder, "12345")[0] == 8
+    assert ask(coordinator, "stop", coordinator.folder, "run-0002")[0] == 8
     code, said = ask(coordinator, "stop", coordinator.folder)
-    assert (code, number in said) == (0, True)
+    assert (code, "stopped run-0001" in said) == (0, True)
     wait_for(lambda: not processes_of(coordinator, "--run"))
     tree = json.loads(ask(coordinator, "status", coordinator.folder, "--json")[1])
     assert [one["state"] for one in tree["runs"]] == ["stopped"]
+
+
+def test_a_killed_run_ends(coordinator: Consortium) -> None:
+    """Who follows hears of it at once, not after the minute without a heartbeat; so does who asks."""
+    enrol(coordinator, "st-mary")
+    config = write_config(coordinator, connect_timeout_s=600.0)
+    out = coordinator.folder / "out.log"
+    with out.open("w") as log:
+        following = command(coordinator, "run", coordinator.folder, config, stdout=log, stderr=log)
+    wait_for(lambda: "waiting for st-mary" in out.read_text())
+    assert "waiting for st-mary" in ask(coordinator, "status", coordinator.folder)[1]
+    (run,) = processes_of(coordinator, "--run")
+    run.kill()
+    assert following.wait(90) == 8
+    again = f"To go on: fedmedgan-coordinator resume {coordinator.folder} run-0001"
+    assert f"run-0001 was interrupted before its first round: its process was killed. {again}" in out.read_text()
+    code, said = ask(coordinator, "resume", coordinator.folder, "run-0001", "--detach")
+    assert code == 0, said
+    wait_for(lambda: processes_of(coordinator, "--run"))
+    (one,) = json.loads(ask(coordinator, "status", coordinator.folder, "--json")[1])["runs"]
+    assert (one["run"], one["state"]) in (("run-0001", "starting"), ("run-0001", "running"))
 
 
 def test_a_bundle_of_other_code_is_not_started(coordinator: Consortium, tmp_path: Path) -> None:

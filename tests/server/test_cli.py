@@ -38,7 +38,7 @@ def test_resume_says_where_there_is_nothing_to_go_on_with(tmp_path: Path, capsys
         assert stopped.value.code == ExitCode.RESUME
         return capsys.readouterr().err
 
-    assert "as the folder of a run" in resumed(tmp_path)
+    assert "is no folder of a run" in resumed(tmp_path)
     (tmp_path / "config.toml").touch()
     with alone(tmp_path / "run.lock", "run"):
         assert "is at work" in resumed(tmp_path)

@@ -10,8 +10,9 @@ from rich.console import Console
 from common.config import Config
 from common.config_text import build_config
 from common.messages import PACKAGE_VERSION
-from server.display import Event, open_display, plain_line
+from server.display import open_display, plain_line
 from server.handshake import Handshake
+from server.now import Event
 from server.records import Failed, Progress, RoundRecord, SiteRelease, Waiting
 from tests.function_sites import greeting
 
@@ -48,8 +49,18 @@ def test_plain_is_one_line_a_round_and_none_for_progress() -> None:
     ]
     lines = _shown(events, terminal=False).splitlines()
     assert len(lines) == 4
-    assert lines[0] == "round 0/8  sites 4 in 0 out  epsilon 7.41-7.58 of 10  5.2 s"
+    assert lines[0] == "round 0/8  warm-up  sites 4 in 0 out  epsilon 7.41-7.58 of 10  5.2 s"
     assert lines[3] == "round 3/8  sites 4 in 0 out  epsilon 7.41-7.58 of 10  fakes told 0.63  5.2 s  ETA 26 s"
+
+
+def test_a_long_fit_is_told_now_and_then_with_the_time_left() -> None:
+    events: list[Event] = [Progress(0, step, 4000, "fit", {}, 0.01 * step) for step in range(1, 4001)]
+    lines = _shown(events, terminal=False).splitlines()
+    assert lines[0].startswith("warm-up: fitting the generator, step 1 of 4000")
+    assert lines[1:] == [
+        "warm-up: fitting the generator, step 1501 of 4000, ETA 25 s",
+        "warm-up: fitting the generator, step 3001 of 4000, ETA 10 s",
+    ]
 
 
 def test_plain_has_few_lines_in_a_long_run_but_tells_who_left() -> None:
@@ -119,7 +130,7 @@ def test_an_attempt_in_vain_is_a_line_with_names(attempt: int, after: str) -> No
 
 
 def test_plain_line_without_sites() -> None:
-    assert plain_line(_config(), [_record(0, {})]) == "round 0/8  sites 0 in 0 out  5.2 s"
+    assert plain_line(_config(), [_record(0, {})]) == "round 0/8  warm-up  sites 0 in 0 out  5.2 s"
 
 
 @pytest.mark.parametrize(("rounds", "eta"), [(2, "ETA 5 s"), (13, "ETA 1 min 2 s"), (1001, "ETA 1 h 26 min")])
@@ -138,12 +149,12 @@ def test_terminal_shows_header_rows_and_progress() -> None:
     assert rows[2] == ["round", "in/out", *["eps", "of", "10"] * 4, "told", "seconds"]
     assert rows[3] == ["warm-up", "4/0", "7.41", "7.50", "7.58", "7.44", "5.2"]
     assert rows[4] == ["1/8", "4/0", "7.41", "7.50", "7.58", "7.44", "0.63", "5.2"]
-    assert "round 2: 2 of 4 sites, ETA 36 s" in last
+    assert "round 2: 2 of 4 sites answered, ETA 36 s" in last
 
 
 def test_terminal_shows_how_far_the_fit_is() -> None:
     text = _shown([Progress(0, 120, 400, "fit", _record(0, FOUR).sites)], terminal=True)
-    assert "warm-up: fitting the generator 120/400" in text
+    assert "warm-up: fitting the generator, step 120 of 400" in text
 
 
 def test_terminal_shows_refusals_in_the_site_or_beside() -> None:
@@ -205,7 +216,7 @@ def test_rounds_of_the_warm_up_are_named_and_their_time_tells_nothing_of_the_res
     text = _shown([*slow[:2], Progress(2, 120, 400, "fit")], terminal=True, config=config)
     last = text[text.rindex("fedmedgan") :]
     assert [row.split()[:2] for row in last.splitlines()[3:5]] == [["warm-up", "1"], ["warm-up", "2"]]
-    assert "warm-up 3: fitting the generator 120/400" in last
+    assert "warm-up 3: fitting the generator, step 120 of 400" in last
     assert "warm-up 3: waiting for the sites" in _shown(slow[:2], terminal=True, config=config)
     assert "round 3: waiting for the sites" in _shown(slow, terminal=True, config=config)
 

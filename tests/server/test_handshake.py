@@ -60,7 +60,8 @@ def test_a_line_a_site_under_a_heading(met: Met) -> None:
     older = dataclasses.replace(said(Verdict.OVER_BUDGET, 61, "b"), package="0.0.9")
     (event,) = news(met, ALL, older, **{"st-john": "why"})
     assert lines(CONFIG, event) == [
-        f"handshake: protocol {PROTOCOL_VERSION}, fedmedgan {PACKAGE_VERSION}, configuration {CONFIG.digest()[:12]}",
+        f"handshake: protocol {PROTOCOL_VERSION}, fedmedgan {PACKAGE_VERSION}, configuration {CONFIG.digest()[:12]}, "
+        "run run in the sites' ledgers",
         f"  st-anne  300 patients  fedmedgan {PACKAGE_VERSION}  will join 100 of 100 rounds",
         f"  b        40 patients  fedmedgan 0.0.9, here {PACKAGE_VERSION}  will join 60 of 100 rounds: budget",
         "  st-john  left out: why",
@@ -89,6 +90,7 @@ def test_it_is_kept_in_the_run_folder(met: Met) -> None:
     news(met, ALL, **{"st-mary": "it speaks protocol 1"})
     tree = json.loads((met.folder.path / "handshake.json").read_text())
     head = {"version": 1, "protocol": PROTOCOL_VERSION, "package": PACKAGE_VERSION, "rounds": 101}
+    head |= {"run": met.folder.path.name, "run_id": "run"}
     assert tree == head | {
         "config_sha256": CONFIG.digest(),
         "sites": {"st-anne": ALL.as_fields()},
@@ -106,7 +108,7 @@ def test_nothing_is_charged_in_vain(met: Met) -> None:
     """A run that everybody refuses ends, after it was told who and why."""
     told = meet(met, {site.site: site for site in FINAL}, {}, begun=False)
     assert set(next(told).sites) == {"a", "b", "c"}
-    with pytest.raises(PolicyRefusal, match=r"a: over-budget, b: policy, c: no-data.*Propose another configuration"):
+    with pytest.raises(PolicyRefusal, match=r"a: over-budget, b: policy, c: no-data.*propose less.*the site imports"):
         next(told)
 
 

@@ -20,7 +20,7 @@ from common.models import build
 from common.sheets import save_sheet
 from server.pace import round_up
 from server.records import RoundRecord, SiteRelease, write_records
-from server.report import attack_bounds, write_report
+from server.report import _settings, attack_bounds, write_report
 from server.results import SIMULATED_SECRETS, privacy_card, write_class_sheets
 from server.run_folder import open_run
 
@@ -172,6 +172,14 @@ def test_report_needs_a_finished_run(tmp_path: Path) -> None:
     (tmp_path / "privacy.json").unlink()
     with pytest.raises(ResumeError, match=r"privacy\.json does not read"):
         write_report(tmp_path)
+
+
+def test_settings_of_the_simulator_stand_in_a_simulation_alone() -> None:
+    config = build_config({}, {"image.classes": ("a",)})
+    told, hidden = (dict(_settings(config, simulated)) for simulated in (True, False))
+    assert told.keys() - hidden.keys() == {"simulation", "run"}
+    assert "engine" in dict(told["performance"])
+    assert "engine" not in dict(hidden["performance"])
 
 
 def test_report_refuses_a_card_that_is_none(tmp_path: Path) -> None:

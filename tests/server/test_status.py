@@ -1,6 +1,7 @@
 """What `status` says of sites and runs, from what the link and the run folders hold."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,14 @@ from rich.console import Console
 
 from common.config_text import build_config, to_toml
 from common.files import write_atomic
-from server.control import NodeStatus, RunStatus
+from common.lock import alone
+from server.consortium import Consortium
+from server.control import KILLED, UNHEARD, NodeStatus, RunStatus
+from server.handshake import all_refuse
 from server.records import RoundRecord, SiteRelease, write_records
 from server.run_folder import RunFolder
-from server.status import SiteStanding, how_it_ended, stand, tables
+from server.status import RunStanding, SiteStanding, stand, without_process
+from server.status_text import how_it_ended, tables
 
 STARTED = "2026-11-27T07:00:00+00:00"
 BEGUN_S = 1_795_762_800.0  # the same
@@ -25,6 +30,7 @@ def run_of(folder: Path, status: str = "running", outcome: str = "", details: st
 
 def make_folder(path: Path, rounds: int, of: int = 6, sites: tuple[str, ...] = ("st-anne", "st-mary")) -> RunFolder:
     """Make a run folder after some rounds; st-mary is late in every second."""
+    path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path, "")
     config = build_config({}, {"federation.rounds": of, "image.classes": ("a",)})
     write_atomic(path / "config.toml", to_toml(config).encode())
@@ -103,26 +109,74 @@ def test_tables_fit(home: Path, width: int) -> None:
     sites, runs = stand([*NODES, NEW], [run_of(folder.path)], now)
     stream = io.StringIO()
     console = Console(file=stream, width=width)
-    for part in tables(sites, runs, now, "/srv/hub"):
+    for part in tables(sites, runs, now, Path("/srv/hub")):
         console.print(part)
     lines = [line.split("  ") for line in stream.getvalue().splitlines()]
     rows = [[cell.strip() for cell in cells if cell.strip()] for cells in lines]
     assert ["st-anne", "yes", "now", "4/4", "5.07 of 10", "in"] in rows
     assert ["st-new", "no", "never", "0/4", "-", "-"] in rows
     assert [row[:4] for row in rows if row[:1] == ["run-0001"]] == [["run-0001", "running", "3/2000", "16 h 38 min"]]
-    assert "3697077156631750793" in stream.getvalue()
+    assert "3697077156631750793" not in stream.getvalue()  # one name
     assert "run-0001: each site and round 3.00 MB down, 2.00 MB up" in stream.getvalue()
     print(stream.getvalue())
 
 
+def standing(run: RunStatus, dead: tuple[int, ...] = ()) -> RunStanding:
+    return stand([], [run], BEGUN_S, dead)[1][0]
+
+
 def test_how_a_run_ended_is_said_with_what_to_do(home: Path) -> None:
+    folder = make_folder(home / "runs" / "run-0001", 4).path
+    again = f"To go on: fedmedgan-coordinator resume {home} run-0001"
+    stopped = how_it_ended(standing(run_of(folder, "finished", "stopped")), home)
+    assert stopped == f"run-0001 was stopped after round 3 of 6. {again}"
+    why = "ServerApp failed with exception: Too few sites."
+    failed = how_it_ended(standing(run_of(folder, "finished", "failed", why)), home)
+    assert failed == f"run-0001 failed after round 3 of 6: Too few sites. Log: {home}/logs/executor.log. {again}"
+    gone = how_it_ended(standing(run_of(home / "gone", "finished", "stopped")), home)
+    assert gone.startswith("gone was stopped before its first round.")
+    assert gone.endswith(f"resume {home} {home}/gone")
+
+
+def test_a_run_that_all_refuse_is_not_to_be_resumed_as_it_is(home: Path) -> None:
+    folder = make_folder(home / "runs" / "run-0001", 0).path
+    details = f"ServerApp failed with exception: {all_refuse({'a': 'over-budget', 'b': 'no-data'})}"
+    said = how_it_ended(standing(run_of(folder, "finished", "failed", details)), home)
+    assert "To go on" not in said
+    assert "over-budget: the site's budget does not pay for it" in said
+    assert "no-data: it has imported nothing" in said
+    assert "policy:" not in said
+    assert "\n" not in said
+
+
+def test_a_resumed_run_is_one_row_with_its_newest_state(home: Path) -> None:
     folder = make_folder(home / "run-0001", 4).path
-    again = f"To go on: fedmedgan-coordinator resume {home} {folder}"
-    stopped = how_it_ended(run_of(folder, "finished", "stopped"), home)
-    assert stopped == f"Run 3697077156631750793 was stopped after round 3 of 6. {again}"
-    why = "ServerApp failed with exception: Every site refuses this run for good (a: policy)."
-    failed = how_it_ended(run_of(folder, "finished", "failed", why), home)
-    assert failed.startswith("Run 3697077156631750793 failed after round 3 of 6: Every site refuses this run for good")
-    assert failed.endswith(f"(a: policy). Log: {home}/logs/executor.log. {again}")
-    assert "\n" not in failed
-    assert "before its first round" in how_it_ended(run_of(home / "gone", "finished", "stopped"), home)
+    write_atomic(folder / "run.json", b'{"version": 1, "run_id": "c89152efa8927228"}')
+    ended = replace(run_of(folder, "finished", "stopped"), run_id=1, started="2026-11-27T06:00:00+00:00")
+    (run,) = stand(NODES, [run_of(folder), ended], BEGUN_S)[1]
+    assert (run.run, run.run_id, run.link_run, run.state) == (
+        "run-0001",
+        "c89152efa8927228",
+        3697077156631750793,
+        "running",
+    )
+    assert run.started == ended.started
+    second = replace(run_of(folder, "finished", "failed", "Another run is at work"), run_id=2)
+    assert stand(NODES, [second, run_of(folder), ended], BEGUN_S)[1][0].state == "running"
+
+
+def test_a_run_whose_process_is_gone_is_interrupted(home: Path) -> None:
+    consortium, run = Consortium(home), run_of(make_folder(home / "runs" / "run-0001", 4).path)
+    assert without_process(consortium, [run]) == set()  # nobody has taken it yet
+    with alone(consortium.run_lock(run.run_id), "run"):
+        assert without_process(consortium, [run]) == set()
+    assert without_process(consortium, [run]) == {run.run_id}
+    assert without_process(consortium, [replace(run, status="finished")]) == set()
+    assert standing(run).state == "running"
+    write_atomic(RunFolder(run.folder, "").now, b"round 4: 0 of 2 sites answered\n")
+    assert standing(run).now == "round 4: 0 of 2 sites answered"
+    found = standing(run, (run.run_id,))
+    assert (found.state, found.now, found.seconds_left) == ("interrupted", "", None)
+    assert how_it_ended(found, home).endswith(f"To go on: fedmedgan-coordinator resume {home} run-0001")
+    for details in (KILLED, UNHEARD):
+        assert standing(run_of(run.folder, "finished", "failed", details)).state == "interrupted"

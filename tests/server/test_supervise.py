@@ -5,8 +5,10 @@ import time
 import psutil
 import pytest
 
+from common.errors import ExitCode
+from server.consortium import read_settings
 from server.supervise import MAX_LOG_BYTES, rotate
-from tests.coordinator_home import end, make_home, start, wait_until_up
+from tests.coordinator_home import client, end, make_home, start, wait_until_up
 
 
 def test_a_long_log_is_cut_while_it_is_written(tmp_path) -> None:
@@ -53,3 +55,25 @@ def test_a_home_that_cannot_work_ends_with_its_code(tmp_path) -> None:
     process = start(consortium, "server.supervise")
     assert process.wait(40) == 7
     assert "chmod 600" in (consortium.logs / "test-server.supervise.log").read_text()
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_one_a_home_and_it_says_when_it_is_ready(tmp_path) -> None:
+    consortium = make_home(tmp_path / "home")
+    first = start(consortium, "server.supervise")
+    log = consortium.logs / "test-server.supervise.log"
+    try:
+        while "ready: " not in log.read_text():
+            assert first.poll() is None
+            time.sleep(0.2)
+        with client(consortium) as http:
+            assert http.get("/health").status_code == 200
+        settings = read_settings(consortium)
+        assert f"ready: lab at 127.0.0.1:{settings.port}, 0 sites enrolled" in log.read_text()
+        assert start(consortium, "server.supervise").wait(60) == ExitCode.STORAGE
+        assert f"Another coordinator is at work there already ({consortium.lock})" in log.read_text()
+        assert first.poll() is None
+    finally:
+        end(first, 40)
