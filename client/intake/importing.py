@@ -218,7 +218,7 @@ def _opened(vault: Path, key: SealingKey, form: Form) -> Manifest:
     return manifest
 
 
-def _alone(vault: Path) -> AbstractContextManager[None]:
+def _alone(vault: Path) -> AbstractContextManager[int]:
     return alone_on(vault / "lock", "import")
 
 
