@@ -24,7 +24,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.intake.headers import DAMAGED_DICOM, parse, syntax_name
+from client.intake.headers import DAMAGED_DICOM, damaged, parse, syntax_name
+from client.intake.memory import header_bytes, within
 from client.intake.pixels import Levels
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -58,7 +59,7 @@ class DicomImage:
                 raise Refused(Reason.NO_IMAGE)
             self._plugin = _plugin(self._dataset)
         except DAMAGED_DICOM as error:
-            raise Refused(Reason.PIXELS) from error
+            raise damaged(error, Reason.PIXELS) from error
 
     def levels(self, frame: int) -> Levels:
         """Decode a frame, from 0.
@@ -75,10 +76,12 @@ class DicomImage:
             stored, _ = decoder.as_array(dataset, index=frame, decoding_plugin=self._plugin, **options)
             photometric = str(dataset.get("PhotometricInterpretation", ""))
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
-                return show(_stored_bits(stored, dataset), stages(dataset, frame, self._rules))
+                with within(header_bytes(self._rules)):
+                    said = stages(dataset, frame, self._rules)
+                return show(_stored_bits(stored, dataset), said)
             levels = _colours(stored, dataset, photometric)
         except DAMAGED_DICOM as error:
-            raise Refused(Reason.PIXELS) from error
+            raise damaged(error, Reason.PIXELS) from error
         if levels.shape[2:] != (3,):  # such as a palette for pixels that are colours already
             raise Refused(Reason.PIXELS)
         return levels

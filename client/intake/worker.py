@@ -5,6 +5,7 @@ Out of scope: what is asked (client/intake/requests), starting and watching thes
 
 import contextlib
 import gc
+import io
 import json
 import os
 import resource
@@ -20,11 +21,13 @@ import numpy as np
 from client.intake import arrays, images
 from client.intake.archives import Archive
 from client.intake.dicom import DicomImage
+from client.intake.directory import file_ids
 from client.intake.headers import read_header
+from client.intake.labels import Labelling, parse_labelling
 from client.intake.pixels import Levels, Square, fit
 from client.intake.records import Record, Region
 from client.intake.refusals import Reason, Refused, quiet
-from client.intake.requests import MAX_HEADER_BYTES, MAX_REASON_BYTES, Form, Job, is_npz
+from client.intake.requests import MAX_DIRECTORY_BYTES, MAX_HEADER_BYTES, MAX_REASON_BYTES, Form, Job, is_npz
 from client.intake.rules import IntakeRules
 from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
@@ -119,26 +122,42 @@ def serve(connection: Connection) -> None:
             except EOFError:
                 return
             what, size, channels, rules = json.loads(request)
-            if "keywords" in what:
-                connection.send_bytes(_header(Path(what["path"]), what["keywords"], _rules(rules)))
+            if "labels" in what or "directory" in what:
+                connection.send_bytes(_listed(what, _rules(rules)))
                 continue
             job = Job(Path(what["path"]), what["member"], tuple(what["frames"]), tuple(map(tuple, what["blank"])))
             for reply in _replies(job, Form(size, channels, _rules(rules))):
                 connection.send_bytes(reply)
 
 
-def _header(path: Path, keywords: list[str], rules: IntakeRules) -> bytes:
+def _listed(what: dict[str, Any], rules: IntakeRules) -> bytes:
+    """Answer what a scan asks: a header, or what a DICOMDIR names."""
     try:
-        with path.open("rb") as handle:
-            header = read_header(handle, os.fstat(handle.fileno()).st_size, keywords, rules)
-        answer = b"+" + json.dumps([header.patient, header.values, header.frames, header.facts]).encode()
-        if len(answer) > MAX_HEADER_BYTES:
-            raise Refused(Reason.HEADER)
+        if "directory" in what:
+            with Path(what["directory"]).open("rb") as handle:
+                said: Any = file_ids(handle, rules)
+        else:
+            said = _header(Path(what["path"]), what["member"], parse_labelling(what["labels"]), rules)
+        answer = b"+" + json.dumps(said).encode()
+        if len(answer) > (MAX_DIRECTORY_BYTES if "directory" in what else MAX_HEADER_BYTES):
+            raise Refused(Reason.TOO_LARGE)
     except Refused as refusal:
         return _refusal(refusal)
     except OSError:
         return _refusal(Refused(Reason.MISSING))
+    except MemoryError:
+        return _refusal(Refused(Reason.TOO_LARGE))
     return answer
+
+
+def _header(path: Path, member: str | None, labels: Labelling, rules: IntakeRules) -> list[Any]:
+    if member is None:
+        with path.open("rb") as handle:
+            header = read_header(handle, os.fstat(handle.fileno()).st_size, labels, rules)
+    else:
+        data = _archive(path, path.stat().st_mtime_ns).read(member, rules)
+        header = read_header(io.BytesIO(data), len(data), labels, rules)
+    return [header.patient, header.label, header.frames, header.facts]
 
 
 def _replies(job: Job, form: Form) -> Iterator[bytes]:
