@@ -41,6 +41,9 @@ _FLOATS = ("FloatPixelData", "DoubleFloatPixelData")
 class DicomImage:
     """A DICOM file in memory, of which frames are decoded one by one.
 
+    Attributes:
+        digest: Of its header, as the scan takes it.
+
     Guarantees:
         - frame_groups_win: Rescale and window of a frame's functional groups win over shared ones and the top level.
         - high_bits_are_cleared: What stands beside the stored bits changes nothing.
@@ -54,7 +57,7 @@ class DicomImage:
         """
         self._rules = rules
         try:
-            self._dataset = parse(data, rules)
+            self._dataset, self.digest = parse(data, rules)
             if not any(name in self._dataset for name in ("PixelData", *_FLOATS)):
                 raise Refused(Reason.NO_IMAGE)
             self._plugin = _plugin(self._dataset)

@@ -169,7 +169,8 @@ def _records(file: _File, header: Header, search: _Search) -> Iterator[Record]:
     label, site = _label(header, file.place, search)
     frames = (None,) if header.frames is None else search.rules.chosen(header.frames)
     for frame in frames:
-        yield Record(file.path, frame, header.patient, label, site, file.member, file.stamp, header.facts, file.beside)
+        record = Record(file.path, frame, header.patient, label, site, file.member, file.stamp, header.facts)
+        yield replace(record, beside=file.beside, seen=header.seen)
 
 
 def _label(header: Header, place: str, search: _Search) -> tuple[str | None, str | None]:

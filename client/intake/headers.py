@@ -7,6 +7,7 @@ Source: DICOM PS3.10 7.1 (preamble and file meta), PS3.3 C.7.6.6 (multi-frame). 
 (client/intake/dicom), which of the pictures may be used.
 """
 
+import hashlib
 import io
 import struct
 import zlib
@@ -35,6 +36,7 @@ from pydicom.uid import (
 from client.intake.labels import Labelling
 from client.intake.memory import header_bytes, within
 from client.intake.pixels import check_size
+from client.intake.records import Seen
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 
@@ -92,12 +94,14 @@ class Header:
         label: Of the tag or by the rules that labels are read from; "" for none.
         frames: Number of frames; None where the file does not say, so that it is one.
         facts: See `FACTS`.
+        seen: What tells a later reader that the file is the same.
     """
 
     patient: tuple[str, str] = field(repr=False)
     label: str = field(repr=False)
     frames: int | None = field(repr=False)
     facts: Mapping[str, str] = field(repr=False)
+    seen: Seen = field(repr=False)
 
 
 def is_dicom(path: Path) -> bool:
@@ -109,7 +113,7 @@ def is_dicom(path: Path) -> bool:
         return handle.read(132)[128:] == b"DICM"
 
 
-def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRules) -> Header:
+def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRules, state: str = "") -> Header:
     """Read a header for the scan.
 
     Args:
@@ -117,6 +121,7 @@ def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRul
         size: Its bytes.
         labels: Where labels are read from.
         rules: The limits.
+        state: Of the file.
 
     Raises:
         Refused: There is no picture in it, it is damaged or too large, or names no patient.
@@ -124,6 +129,7 @@ def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRul
     try:
         dataset = _contents(source, size, rules, _tags((*_FORM, *FACTS, *labels.tags())))
         with within(header_bytes(rules)):
+            seen = (state, digest_of(dataset))
             frames = check_header(dataset, rules)
             said = {element.keyword: as_text(element.value) for element in dataset}
         facts = {name: text for name in FACTS if (text := said.get(name))}
@@ -133,12 +139,23 @@ def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRul
     patient = (said.get("IssuerOfPatientID", ""), said.get("PatientID", ""))
     if not patient[1]:
         raise Refused(Reason.NO_PATIENT)
-    return Header(patient, labels.class_of(said) or "", frames, facts)
+    return Header(patient, labels.class_of(said) or "", frames, facts, seen)
 
 
 def damaged(error: BaseException, reason: Reason) -> Refused:
     """Return the refusal for one of `DAMAGED_DICOM`: a header that takes more memory than it may is too large."""
     return Refused(Reason.TOO_LARGE if isinstance(error, MemoryError) else reason)
+
+
+def digest_of(dataset: Dataset) -> str:
+    """Return a digest of what a header says about whose picture it is and whether it may be used.
+
+    Taken before anything else looks at the data set, of the values as they stand in the file: pydicom puts what it
+    makes of a value in its place.
+    """
+    values: list[Any] = [dataset.get_item(tag) for tag in _tags((*_FORM, *FACTS))]
+    said = [None if element is None else element.value for element in values]
+    return hashlib.sha256(repr([said, dataset.file_meta.get("MediaStorageSOPClassUID")]).encode()).hexdigest()
 
 
 @lru_cache(maxsize=8)
@@ -246,7 +263,7 @@ def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
     return frames if frames > 1 else None
 
 
-def parse(data: bytes, rules: IntakeRules) -> Dataset:
+def parse(data: bytes, rules: IntakeRules) -> tuple[Dataset, str]:
     """Read a whole file from memory, where a length that the header makes up cannot allocate more than the file has.
 
     Raises:
@@ -254,8 +271,10 @@ def parse(data: bytes, rules: IntakeRules) -> Dataset:
         Exception: One of `DAMAGED_DICOM`.
     """
     dataset = _contents(io.BytesIO(data), len(data), rules)
+    with within(header_bytes(rules)):
+        digest = digest_of(dataset)
     check_header(dataset, rules)
-    return dataset
+    return dataset, digest
 
 
 def syntax_name(uid: str) -> str:

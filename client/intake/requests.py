@@ -15,7 +15,7 @@ import numpy as np
 from client.intake.headers import FACTS, Header
 from client.intake.labels import Labelling
 from client.intake.pixels import Square
-from client.intake.records import Region
+from client.intake.records import Region, Seen
 from client.intake.rules import IntakeRules
 
 MAX_REASON_BYTES = 200
@@ -34,11 +34,12 @@ Answer = TypeVar("Answer")
 @final
 @dataclass(frozen=True)
 class Job:
-    """A file or member, and which of its frames are asked. Its repr shows nothing."""
+    """A file or member as the scan saw it, and which of its frames are asked. Its repr shows nothing."""
 
     path: Path = field(repr=False)
     member: str | None = field(repr=False)
     frames: tuple[int | None, ...] = field(repr=False)
+    seen: Seen = field(repr=False)
     blank: tuple[Region, ...] = field(default=(), repr=False)
 
     def frames_a_reply(self) -> int:
@@ -87,7 +88,7 @@ def is_npz(path: Path) -> bool:
 
 def ask_pixels(job: Job, form: Form) -> Asked[Square]:
     """Ask for the pixels of a job's frames, or the reasons why they are refused."""
-    what = {"path": str(job.path), "member": job.member, "frames": job.frames, "blank": job.blank}
+    what = {"path": str(job.path), "member": job.member, "frames": job.frames, "seen": job.seen, "blank": job.blank}
     request = json.dumps([what, form.size, form.channels, form.rules.model_dump_json()]).encode()
     longest = 2 + max(form.square_bytes(), MAX_REASON_BYTES)
 
@@ -133,14 +134,14 @@ def _unpack_header(reply: bytes, _answers: int) -> list[Header | str]:
     if not reply.startswith(b"+"):
         return [_reason(reply, 0)]
     try:
-        (issuer, patient), label, frames, facts = json.loads(reply[1:])
-        texts = (issuer, patient, label, *facts, *facts.values())
+        (issuer, patient), label, frames, facts, (state, digest) = json.loads(reply[1:])
+        texts = (issuer, patient, label, *facts, *facts.values(), state, digest)
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError("not a header") from error
     known = all(isinstance(text, str) for text in texts) and facts.keys() <= _FACTS
     if not known or not (frames is None or (type(frames) is int and frames > 1)):
         raise ValueError("not a header")
-    return [Header((issuer, patient), label, frames, facts)]
+    return [Header((issuer, patient), label, frames, facts, (state, digest))]
 
 
 def _unpack_directory(reply: bytes, _answers: int) -> list[FileIds | str]:
