@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from client.intake.pixels import Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of, state_of
@@ -23,6 +24,9 @@ from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
+
+_PHOTOMETRIC = 262
+"""Tag of a TIFF: 0 where the lowest value is white."""
 
 # What Pillow raises beside; UnidentifiedImageError is an OSError.
 _DAMAGED = (*DAMAGED, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError)
@@ -70,7 +74,8 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
 def decode(source: BinaryIO) -> Levels:
     """Read one PNG, JPEG or TIFF file as grey or colour levels.
 
-    8-bit files as they are (alpha is dropped), deeper ones stretched between the image's own minimum and maximum.
+    8-bit files as they are (alpha is dropped), deeper ones stretched between the image's own minimum and maximum. Where
+    a TIFF says that the lowest value is white, it is.
 
     Raises:
         Refused: It is damaged, too large, of several frames, or none of these.
@@ -78,7 +83,8 @@ def decode(source: BinaryIO) -> Levels:
     try:
         with Image.open(source, formats=("PNG", "JPEG", "TIFF")) as image:
             check_size(image.height, image.width)
-            if getattr(image, "n_frames", 1) != 1:
+            # A directory that names another one and leads to none, such as itself, is of no one page either.
+            if getattr(image, "n_frames", 1) != 1 or (isinstance(image, TiffImageFile) and image.tag_v2.next):
                 raise Refused(Reason.MULTI_FRAME)
             return _levels(image)
     except Image.DecompressionBombError as error:
@@ -91,7 +97,10 @@ def _levels(image: Image.Image) -> Levels:
     if image.mode in ("L", "LA", "1"):
         return np.asarray(image.convert("L"), dtype=np.float32)
     if image.mode.startswith(("I", "F")):
-        return full_range(np.asarray(image))
+        values = np.asarray(image)
+        # Pillow turns the depths around that it reads as L, and where the tag is missing takes it as 0.
+        white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC, 0) == 0
+        return full_range(-values.astype(np.float64) if white_is_zero else values)
     return np.asarray(image.convert("RGB"), dtype=np.float32)
 
 
