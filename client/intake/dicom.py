@@ -139,11 +139,21 @@ def _group(dataset: Dataset, frame: int, name: str) -> Dataset:
 
 
 def _lut(item: Dataset, dataset: Dataset) -> Lut:
+    """Read a table of 16-bit words, or of bytes of which two are packed in a word, the lower one first.
+
+    Source: DICOM PS3.3 C.11.1.1.1, C.11.2.1.1.
+    """
     entries, first, bits = (int(number) for number in item.LUTDescriptor)
+    entries = entries % 2**16 or 2**16  # of a descriptor in signed words too
     order = "<" if dataset.original_encoding[1] else ">"
     data = item.LUTData
-    table = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
-    return Lut(first, table.astype(np.float64)[: entries or 2**16], bits)
+    words = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
+    table = words.astype("<u2")
+    if len(table) != entries and bits <= 8 and len(table) == (entries + 1) // 2:
+        table = table.view(np.uint8)[:entries]
+    if len(table) != entries or not 1 <= bits <= 16 or int(table.max()) >= 2**bits:
+        raise Refused(Reason.PIXELS)
+    return Lut(first, table.astype(np.float64), bits)
 
 
 def _padding(dataset: Dataset) -> tuple[float, float] | None:
