@@ -14,6 +14,7 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Num
 from pydicom import Dataset
+from pydicom.encaps import get_frame
 from pydicom.pixels import apply_color_lut, get_decoder
 from pydicom.uid import (
     UID,
@@ -24,6 +25,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from client.intake.codestream import shape_of
 from client.intake.headers import DAMAGED_DICOM, damaged, parse, syntax_name
 from client.intake.memory import header_bytes, within
 from client.intake.pixels import Levels
@@ -46,6 +48,7 @@ class DicomImage:
 
     Guarantees:
         - frame_groups_win: Rescale and window of a frame's functional groups win over shared ones and the top level.
+        - codestreams_have_the_headers_shape: A compressed frame of other rows, columns or samples is not decoded.
         - high_bits_are_cleared: What stands beside the stored bits changes nothing.
     """
 
@@ -72,6 +75,7 @@ class DicomImage:
         """
         dataset = self._dataset
         try:
+            _check_shape(dataset, frame)
             # Unused bits are cleared here: pydicom does not look at HighBit.
             # A view, where nothing is compressed: it is read once and never written to.
             options: Any = {"correct_unused_bits": not _as_it_is(dataset), "view_only": True}
@@ -88,6 +92,22 @@ class DicomImage:
         if levels.shape[2:] != (3,):  # such as a palette for pixels that are colours already
             raise Refused(Reason.PIXELS)
         return levels
+
+
+def _check_shape(dataset: Dataset, frame: int) -> None:
+    """Refuse a codestream of another shape than the header's: decoders allocate it, and pydicom would shear it."""
+    syntax: UID = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or syntax == RLELossless:
+        return
+    offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
+    data = get_frame(
+        dataset.PixelData,
+        frame,
+        number_of_frames=int(dataset.get("NumberOfFrames") or 1),
+        extended_offsets=None if None in offsets else offsets,
+    )
+    if shape_of(data) != (dataset.Rows, dataset.Columns, dataset.get("SamplesPerPixel", 1)):
+        raise Refused(Reason.PIXELS)
 
 
 def stages(dataset: Dataset, frame: int, rules: IntakeRules) -> Stages:
