@@ -154,9 +154,11 @@ def place(scan: Scan, folder: Path) -> None:
 def _place_rows(records: Sequence[Record], folder: Path) -> None:
     rows = [record.frame for record in records if record.frame is not None]
     content = io.BytesIO()
+    with records[0].path.open("rb") as handle:
+        images = load_stack(handle)[rows]
     np.savez(
         content,
-        images=load_stack(records[0].path)[rows],
+        images=images,
         labels=np.array([record.label or "" for record in records]),
         issuer=np.array([record.patient[0] for record in records]),
         patient_id=np.array([record.patient[1] for record in records]),

@@ -3,11 +3,13 @@
 An archive inside an archive is refused, never opened. Out of scope: other kinds of archive; what the members are.
 """
 
+import os
 import struct
 import zipfile
 from pathlib import Path
 from typing import BinaryIO, final
 
+from client.intake.records import state_of
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 
@@ -48,9 +50,17 @@ class Archive:
             Refused: It is damaged, or expands beyond the limits.
         """
         try:
-            self._zip = open_zip(path)
-            size = path.stat().st_size
+            self._file = path.open("rb")
+        except OSError as error:
+            raise Refused(Reason.ARCHIVE) from error
+        try:
+            self._zip = open_zip(self._file)
+            size = os.fstat(self._file.fileno()).st_size
+        except Refused:
+            self._file.close()
+            raise
         except _DAMAGED as error:
+            self._file.close()
             raise Refused(Reason.ARCHIVE) from error
         total = sum(member.file_size for member in self._zip.infolist())
         if total > min(MAX_TOTAL_BYTES, FREE_BYTES + MAX_RATIO * size):
@@ -68,6 +78,11 @@ class Archive:
     def close(self) -> None:
         """Close the file."""
         self._zip.close()
+        self._file.close()
+
+    def state(self) -> str:
+        """Return the state of the file that is open, whatever stands at its path by now."""
+        return state_of(os.fstat(self._file.fileno()))
 
     def members(self) -> list[tuple[str, bool]]:
         """Return the names of all files in it, and whether each can be told from all others by its name."""
@@ -95,7 +110,7 @@ class Archive:
         return data
 
 
-def open_zip(path: Path) -> zipfile.ZipFile:
+def open_zip(handle: BinaryIO) -> zipfile.ZipFile:
     """Open a zip archive whose directory is within `MAX_DIRECTORY_BYTES`.
 
     Raises:
@@ -106,10 +121,9 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         - the_end_that_is_checked_is_the_one_that_is_read: The size of the directory is taken from the record that
           zipfile goes by.
     """
-    with path.open("rb") as handle:
-        if _directory_bytes(handle) > MAX_DIRECTORY_BYTES:
-            raise Refused(Reason.ARCHIVE_LIMITS)
-    return zipfile.ZipFile(path)
+    if _directory_bytes(handle) > MAX_DIRECTORY_BYTES:
+        raise Refused(Reason.ARCHIVE_LIMITS)
+    return zipfile.ZipFile(handle)
 
 
 def inflates_in_bounds(member: zipfile.ZipInfo) -> bool:

@@ -10,12 +10,13 @@ is above 1, else in [0, 255]. Store uint8 where this rule could guess wrong.
 
 import io
 import math
+import os
 import tokenize
 import zipfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from numpy.lib import format as npy
 
 from client.intake.archives import inflates_in_bounds, open_zip
 from client.intake.pixels import Levels, check_size, full_range
-from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag, stamp_of
+from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag, state_of
 from client.intake.refusals import DAMAGED, Reason, Refused
 from common.errors import IntakeError
 
@@ -56,7 +57,8 @@ def scan_arrays(path: Path, label: LabelSource) -> Scan:
         ConfigError: The labels are asked of a DICOM tag.
     """
     refuse_tag(label)
-    with _opened(path) as archive:
+    with _file(path) as handle, _opened(handle) as archive:
+        about = os.fstat(handle.fileno())
         stack = _stack_name(archive)
         _check_sizes(archive, [stack, _label_name(label, stack), "patient_id", "issuer", "site"])
         count = _count(_header(archive, stack)[0])
@@ -65,9 +67,9 @@ def scan_arrays(path: Path, label: LabelSource) -> Scan:
         issuers = _column(archive, "issuer", count) if _has(archive, "issuer") else [""] * count
         sites = _column(archive, "site", count) if _has(archive, "site") else [""] * count
     named = zip(issuers, patients, labels, sites, strict=True)
-    stamp = stamp_of(path)
+    stamp, seen = (about.st_size, about.st_mtime_ns), (state_of(about), "")
     records = tuple(
-        Record(path, row, (issuer, patient), name or None, site or None, stamp=stamp)
+        Record(path, row, (issuer, patient), name or None, site or None, stamp=stamp, seen=seen)
         for row, (issuer, patient, name, site) in enumerate(named)
         if patient
     )
@@ -75,13 +77,13 @@ def scan_arrays(path: Path, label: LabelSource) -> Scan:
     return Scan(records, {str(Reason.NO_PATIENT): lost} if lost else {})
 
 
-def load_stack(path: Path) -> npt.NDArray[Any]:
+def load_stack(handle: BinaryIO) -> npt.NDArray[Any]:
     """Read the array of all images.
 
     Raises:
         IntakeError: It is damaged, too large, or of no accepted form.
     """
-    with _opened(path) as archive:
+    with _opened(handle) as archive:
         name = _stack_name(archive)
         _count(_header(archive, name)[0])
         return _read(archive, name)
@@ -222,10 +224,10 @@ def _read(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
         return npy.read_array(member, allow_pickle=False)
 
 
-def _checked(path: Path) -> zipfile.ZipFile:
+def _checked(handle: BinaryIO) -> zipfile.ZipFile:
     """Open an NPZ whose directory is within the limits and whose members inflate no further than is asked for."""
     try:
-        archive = open_zip(path)
+        archive = open_zip(handle)
         if not all(inflates_in_bounds(member) for member in archive.infolist()):
             archive.close()
             raise Refused(Reason.COMPRESSION)
@@ -234,10 +236,17 @@ def _checked(path: Path) -> zipfile.ZipFile:
     return archive
 
 
-@contextmanager
-def _opened(path: Path) -> Generator[zipfile.ZipFile, None, None]:
+def _file(path: Path) -> BinaryIO:
     try:
-        with _checked(path) as archive:
+        return path.open("rb")
+    except OSError as error:
+        raise IntakeError(f"The NPZ cannot be read: {error.strerror}. Mend its permissions.") from None
+
+
+@contextmanager
+def _opened(handle: BinaryIO) -> Generator[zipfile.ZipFile, None, None]:
+    try:
+        with _checked(handle) as archive:
             yield archive
     except _DAMAGED:  # the cause quotes the file, so it is dropped
         raise IntakeError("The NPZ is damaged or not an NPZ. Export it again with numpy.savez_compressed.") from None

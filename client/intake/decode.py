@@ -28,6 +28,8 @@ def decode_records(
 
     Guarantees:
         - every_record_once: Each record comes once and in its place, whatever is wrong with the others.
+        - only_what_was_seen: Bytes that are not those of the scan, by the file's state and what its header says of
+          patient, instance and kind, are refused.
         - no_cross_patient_statistics: An image's pixels depend on that image alone, whoever else is there.
     """
     waiting: deque[Record] = deque()
@@ -35,10 +37,10 @@ def decode_records(
     form = Form(size, channels, rules or IntakeRules())
 
     def asked() -> Iterator[Asked[Square]]:
-        for (path, member, blank), group in groupby(records, key=attrgetter("path", "member", "blank")):
+        for (path, member, seen, blank), group in groupby(records, key=attrgetter("path", "member", "seen", "blank")):
             same = list(group)
             waiting.extend(same)
-            yield ask_pixels(Job(path, member, tuple(record.frame for record in same), blank), form)
+            yield ask_pixels(Job(path, member, tuple(record.frame for record in same), seen, blank), form)
 
     with DecoderPool(form.rules) as pool:
         for square in pool.answers(asked()):

@@ -14,6 +14,7 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Num
 from pydicom import Dataset
+from pydicom.encaps import get_frame
 from pydicom.pixels import apply_color_lut, get_decoder
 from pydicom.uid import (
     UID,
@@ -24,7 +25,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.intake.headers import DAMAGED_DICOM, parse, syntax_name
+from client.intake.codestream import shape_of
+from client.intake.headers import DAMAGED_DICOM, damaged, parse, syntax_name
+from client.intake.memory import header_bytes, within
 from client.intake.pixels import Levels
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -40,8 +43,12 @@ _FLOATS = ("FloatPixelData", "DoubleFloatPixelData")
 class DicomImage:
     """A DICOM file in memory, of which frames are decoded one by one.
 
+    Attributes:
+        digest: Of its header, as the scan takes it.
+
     Guarantees:
         - frame_groups_win: Rescale and window of a frame's functional groups win over shared ones and the top level.
+        - codestreams_have_the_headers_shape: A compressed frame of other rows, columns or samples is not decoded.
         - high_bits_are_cleared: What stands beside the stored bits changes nothing.
     """
 
@@ -53,12 +60,12 @@ class DicomImage:
         """
         self._rules = rules
         try:
-            self._dataset = parse(data, rules)
+            self._dataset, self.digest = parse(data, rules)
             if not any(name in self._dataset for name in ("PixelData", *_FLOATS)):
                 raise Refused(Reason.NO_IMAGE)
             self._plugin = _plugin(self._dataset)
         except DAMAGED_DICOM as error:
-            raise Refused(Reason.PIXELS) from error
+            raise damaged(error, Reason.PIXELS) from error
 
     def levels(self, frame: int) -> Levels:
         """Decode a frame, from 0.
@@ -68,6 +75,7 @@ class DicomImage:
         """
         dataset = self._dataset
         try:
+            _check_shape(dataset, frame)
             # Unused bits are cleared here: pydicom does not look at HighBit.
             # A view, where nothing is compressed: it is read once and never written to.
             options: Any = {"correct_unused_bits": not _as_it_is(dataset), "view_only": True}
@@ -75,13 +83,31 @@ class DicomImage:
             stored, _ = decoder.as_array(dataset, index=frame, decoding_plugin=self._plugin, **options)
             photometric = str(dataset.get("PhotometricInterpretation", ""))
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
-                return show(_stored_bits(stored, dataset), stages(dataset, frame, self._rules))
+                with within(header_bytes(self._rules)):
+                    said = stages(dataset, frame, self._rules)
+                return show(_stored_bits(stored, dataset), said)
             levels = _colours(stored, dataset, photometric)
         except DAMAGED_DICOM as error:
-            raise Refused(Reason.PIXELS) from error
+            raise damaged(error, Reason.PIXELS) from error
         if levels.shape[2:] != (3,):  # such as a palette for pixels that are colours already
             raise Refused(Reason.PIXELS)
         return levels
+
+
+def _check_shape(dataset: Dataset, frame: int) -> None:
+    """Refuse a codestream of another shape than the header's: decoders allocate it, and pydicom would shear it."""
+    syntax: UID = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or syntax == RLELossless:
+        return
+    offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
+    data = get_frame(
+        dataset.PixelData,
+        frame,
+        number_of_frames=int(dataset.get("NumberOfFrames") or 1),
+        extended_offsets=None if None in offsets else offsets,
+    )
+    if shape_of(data) != (dataset.Rows, dataset.Columns, dataset.get("SamplesPerPixel", 1)):
+        raise Refused(Reason.PIXELS)
 
 
 def stages(dataset: Dataset, frame: int, rules: IntakeRules) -> Stages:
@@ -133,11 +159,21 @@ def _group(dataset: Dataset, frame: int, name: str) -> Dataset:
 
 
 def _lut(item: Dataset, dataset: Dataset) -> Lut:
+    """Read a table of 16-bit words, or of bytes of which two are packed in a word, the lower one first.
+
+    Source: DICOM PS3.3 C.11.1.1.1, C.11.2.1.1.
+    """
     entries, first, bits = (int(number) for number in item.LUTDescriptor)
+    entries = entries % 2**16 or 2**16  # of a descriptor in signed words too
     order = "<" if dataset.original_encoding[1] else ">"
     data = item.LUTData
-    table = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
-    return Lut(first, table.astype(np.float64)[: entries or 2**16], bits)
+    words = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
+    table = words.astype("<u2")
+    if len(table) != entries and bits <= 8 and len(table) == (entries + 1) // 2:
+        table = table.view(np.uint8)[:entries]
+    if len(table) != entries or not 1 <= bits <= 16 or int(table.max()) >= 2**bits:
+        raise Refused(Reason.PIXELS)
+    return Lut(first, table.astype(np.float64), bits)
 
 
 def _padding(dataset: Dataset) -> tuple[float, float] | None:

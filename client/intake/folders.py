@@ -5,11 +5,10 @@ Labels come from tags, or from `labels.csv` beside the files: `file` is relative
 archive `ARCHIVE.zip/MEMBER`.
 """
 
-import io
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import final
 
@@ -17,9 +16,9 @@ from pydicom.datadict import tag_for_keyword
 
 from client.intake.archives import Archive
 from client.intake.directory import named_files
-from client.intake.headers import Header, read_header
+from client.intake.headers import Header
 from client.intake.isolation import DecoderPool
-from client.intake.labels import LabelRules, read_label_rules
+from client.intake.labels import Labelling, TagLabel, read_label_rules
 from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, Skip, Stamp, scan_of, stamp_of
 from client.intake.refusals import Reason, Refused
 from client.intake.requests import Asked, ask_header
@@ -41,8 +40,7 @@ class _Search:
 
     rules: IntakeRules
     label: LabelSource
-    by_rule: LabelRules | None
-    keywords: tuple[str, ...]
+    labels: Labelling
     table: Mapping[str, Row] = field(repr=False)
     column: str
     beside: Mapping[str, str] = field(repr=False)
@@ -85,12 +83,13 @@ def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, skip: Ski
 
 def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:
     table, column = _labels_file(folder, label)
-    by_rule = read_label_rules(Path(label.name)) if label.kind == "rules" else None
-    keywords = by_rule.tags() if by_rule else (label.name if label.kind == "tag" else AUTO_TAG,)
-    for keyword in keywords:
+    labels: Labelling = TagLabel(tag=label.name if label.kind == "tag" else AUTO_TAG)
+    if label.kind == "rules":
+        labels = read_label_rules(Path(label.name))
+    for keyword in labels.tags():
         if tag_for_keyword(keyword) is None:
             raise ConfigError(f"Expected DICOM keywords such as {AUTO_TAG} to read labels from, got {keyword!r}.")
-    return _Search(rules, label, by_rule, keywords, table, column, _beside(table, column), skip, [])
+    return _Search(rules, label, labels, table, column, _beside(table, column), skip, [])
 
 
 def _beside(table: Mapping[str, Row], column: str) -> Mapping[str, str]:
@@ -104,105 +103,81 @@ def _beside(table: Mapping[str, Row], column: str) -> Mapping[str, str]:
 
 def _scan(paths: Iterable[Path | Refusal], folder: Path, search: _Search, in_tree: bool = False) -> Scan:
     """List what files hold; their headers are read by the decoders' processes, a few at a time."""
-    files: deque[_File | Refusal] = deque()
+    items: deque[_File | Refusal] = deque()
     found: list[Found] = []
 
     def asked() -> Iterator[Asked[Header]]:
         for path in paths:
-            file = path if isinstance(path, Refusal) else _known(path, folder, search)
-            if file is not None:
-                files.append(file)
-            if isinstance(file, _File) and not file.is_archive():
-                yield ask_header(file.path, search.keywords, search.rules)
-
-    def take_others() -> None:
-        while files and (isinstance(files[0], Refusal) or files[0].is_archive()):
-            other = files.popleft()
-            found.extend([other] if isinstance(other, Refusal) else _in_archive(other, search))
+            for item in [path] if isinstance(path, Refusal) else _items(path, folder, search):
+                items.append(item)
+                if isinstance(item, _File):
+                    yield ask_header(item.path, item.member, search.labels, search.rules)
 
     with DecoderPool(search.rules) as pool:
         for header in pool.answers(asked()):
-            take_others()
-            file = files.popleft()
-            if isinstance(file, _File):
-                found.extend(_in_file(file, header, search))
-            if in_tree and header == Reason.INDEX:
-                found.extend(_missing(file.path, search.rules))
-    take_others()
+            while isinstance(item := items.popleft(), Refusal):
+                found.append(item)
+            found.extend([item.refusal(header)] if isinstance(header, str) else _records(item, header, search))
+            if in_tree and item.member is None and header == Reason.INDEX:
+                found.extend(_missing(item.path, search.rules))
     records = [item for item in found if isinstance(item, Record)]
-    return scan_of(records, (item for item in found if isinstance(item, Refusal)), search.skipped)
+    refusals = [item for item in (*found, *items) if isinstance(item, Refusal)]
+    return scan_of(records, refusals, search.skipped)
 
 
 @final
 @dataclass(frozen=True)
 class _File:
-    """A file that is opened; `place` is its path within the folder, `beside` what the table says of it."""
+    """A file or member that is opened; `place` is its path within the folder, `beside` what the table says of it."""
 
     path: Path = field(repr=False)
     place: str = field(repr=False)
     stamp: Stamp
     beside: str = field(repr=False)
+    member: str | None = field(default=None, repr=False)
 
-    def is_archive(self) -> bool:
-        return self.path.suffix.lower() == ".zip"
-
-    def refusal(self, reason: str, member: str | None = None) -> Refusal:
-        return Refusal(self.path, member, reason, self.stamp, self.beside)
+    def refusal(self, reason: str) -> Refusal:
+        return Refusal(self.path, self.member, reason, self.stamp, self.beside)
 
 
-def _known(path: Path, folder: Path, search: _Search) -> _File | None:
-    """Return a file that is to be opened; None for one that the caller knows."""
+def _items(path: Path, folder: Path, search: _Search) -> Iterator[_File | Refusal]:
+    """Yield what of a file is to be opened, itself or its members, and what of it is refused before."""
     place = path.relative_to(folder).as_posix()
     file = _File(path, place, stamp_of(path), search.beside.get(place, ""))
-    if search.skip is None or not search.skip(path, file.stamp, file.beside):
-        return file
-    search.skipped.append(path)
-    return None
-
-
-def _in_file(file: _File, header: Header | str, search: _Search) -> Iterator[Found]:
-    if isinstance(header, str):
-        yield file.refusal(header)
+    if search.skip is not None and search.skip(path, file.stamp, file.beside):
+        search.skipped.append(path)
+    elif path.suffix.lower() != ".zip":
+        yield file
     else:
-        yield from _records(file, None, header, search)
+        yield from _members(file)
 
 
-def _in_archive(file: _File, search: _Search) -> Iterator[Found]:
+def _members(file: _File) -> Iterator[_File | Refusal]:
     try:
-        archive = Archive(file.path)
+        with Archive(file.path) as archive:
+            members = archive.members()
     except Refused as refusal:
         yield file.refusal(refusal.reason)
         return
-    with archive:
-        for name, unique in archive.members():
-            try:
-                if not unique:  # another member has this name and would be read in its place
-                    raise Refused(Reason.ARCHIVE)
-                data = archive.read(name, search.rules)
-                header = read_header(io.BytesIO(data), len(data), search.keywords, search.rules)
-            except Refused as refusal:
-                yield file.refusal(refusal.reason, name)
-            else:
-                yield from _records(file, name, header, search)
+    for name, unique in members:
+        member = replace(file, place=f"{file.place}/{name}", member=name)
+        # If not unique, another member has this name and would be read in its place.
+        yield member if unique else member.refusal(Reason.ARCHIVE)
 
 
-def _records(file: _File, member: str | None, header: Header, search: _Search) -> Iterator[Record]:
-    place = file.place if member is None else f"{file.place}/{member}"
-    label, site = _label(header.values, place, search)
+def _records(file: _File, header: Header, search: _Search) -> Iterator[Record]:
+    label, site = _label(header, file.place, search)
     frames = (None,) if header.frames is None else search.rules.chosen(header.frames)
     for frame in frames:
-        yield Record(file.path, frame, header.patient, label, site, member, file.stamp, header.facts, file.beside)
+        record = Record(file.path, frame, header.patient, label, site, file.member, file.stamp, header.facts)
+        yield replace(record, beside=file.beside, seen=header.seen)
 
 
-def _label(values: Mapping[str, str], place: str, search: _Search) -> tuple[str | None, str | None]:
-    """Return the label and the site of a file, of whose header the values of the tags are given."""
+def _label(header: Header, place: str, search: _Search) -> tuple[str | None, str | None]:
+    """Return the label and the site of a file."""
     row = search.table.get(place, {})
-    if search.label.kind == "none":
-        text = ALL
-    elif search.by_rule is not None:
-        text = search.by_rule.class_of(values)
-    else:
-        text = row.get(search.column) if search.column else values[search.keywords[0]]
+    said = row.get(search.column) if search.column else header.label
+    text = ALL if search.label.kind == "none" else said
     return text or None, row.get("site") or None
 
 

@@ -7,6 +7,7 @@ Source: DICOM PS3.10 7.1 (preamble and file meta), PS3.3 C.7.6.6 (multi-frame). 
 (client/intake/dicom), which of the pictures may be used.
 """
 
+import hashlib
 import io
 import struct
 import zlib
@@ -32,7 +33,10 @@ from pydicom.uid import (
     UID_dictionary,
 )
 
+from client.intake.labels import Labelling
+from client.intake.memory import header_bytes, within
 from client.intake.pixels import check_size
+from client.intake.records import Seen
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 
@@ -72,6 +76,8 @@ DAMAGED_DICOM = (
     AssertionError,
 )
 
+_COPIES = 3
+"""Of the pixels, while pydicom joins what it read of them."""
 _PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
 """Pixels as whole numbers, as doubles and as floats."""
 _LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
@@ -85,15 +91,17 @@ class Header:
 
     Attributes:
         patient: (issuer, id).
-        values: Of the tags that labels are read from, by keyword.
+        label: Of the tag or by the rules that labels are read from; "" for none.
         frames: Number of frames; None where the file does not say, so that it is one.
         facts: See `FACTS`.
+        seen: What tells a later reader that the file is the same.
     """
 
     patient: tuple[str, str] = field(repr=False)
-    values: Mapping[str, str] = field(repr=False)
+    label: str = field(repr=False)
     frames: int | None = field(repr=False)
     facts: Mapping[str, str] = field(repr=False)
+    seen: Seen = field(repr=False)
 
 
 def is_dicom(path: Path) -> bool:
@@ -105,30 +113,49 @@ def is_dicom(path: Path) -> bool:
         return handle.read(132)[128:] == b"DICM"
 
 
-def read_header(source: BinaryIO, size: int, keywords: Sequence[str], rules: IntakeRules) -> Header:
+def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRules, state: str = "") -> Header:
     """Read a header for the scan.
 
     Args:
         source: The file, or a member of an archive in memory.
         size: Its bytes.
-        keywords: The tags that labels are read from.
+        labels: Where labels are read from.
         rules: The limits.
+        state: Of the file.
 
     Raises:
         Refused: There is no picture in it, it is damaged or too large, or names no patient.
     """
     try:
-        dataset = _contents(source, size, rules, _tags((*_FORM, *FACTS, *keywords)))
-        frames = check_header(dataset, rules)
-        said = {element.keyword: as_text(element.value) for element in dataset}
+        dataset = _contents(source, size, rules, _tags((*_FORM, *FACTS, *labels.tags())))
+        with within(header_bytes(rules)):
+            seen = (state, digest_of(dataset))
+            frames = check_header(dataset, rules)
+            said = {element.keyword: as_text(element.value) for element in dataset}
         facts = {name: text for name in FACTS if (text := said.get(name))}
         facts["TransferSyntaxUID"] = str(dataset.file_meta.TransferSyntaxUID)
     except DAMAGED_DICOM as error:
-        raise Refused(Reason.HEADER) from error
+        raise damaged(error, Reason.HEADER) from error
     patient = (said.get("IssuerOfPatientID", ""), said.get("PatientID", ""))
     if not patient[1]:
         raise Refused(Reason.NO_PATIENT)
-    return Header(patient, {keyword: said.get(keyword, "") for keyword in keywords}, frames, facts)
+    return Header(patient, labels.class_of(said) or "", frames, facts, seen)
+
+
+def damaged(error: BaseException, reason: Reason) -> Refused:
+    """Return the refusal for one of `DAMAGED_DICOM`: a header that takes more memory than it may is too large."""
+    return Refused(Reason.TOO_LARGE if isinstance(error, MemoryError) else reason)
+
+
+def digest_of(dataset: Dataset) -> str:
+    """Return a digest of what a header says about whose picture it is and whether it may be used.
+
+    Taken before anything else looks at the data set, of the values as they stand in the file: pydicom puts what it
+    makes of a value in its place.
+    """
+    values: list[Any] = [dataset.get_item(tag) for tag in _tags((*_FORM, *FACTS))]
+    said = [None if element is None else element.value for element in values]
+    return hashlib.sha256(repr([said, dataset.file_meta.get("MediaStorageSOPClassUID")]).encode()).hexdigest()
 
 
 @lru_cache(maxsize=8)
@@ -147,27 +174,31 @@ def _contents(source: BinaryIO, size: int, rules: IntakeRules, tags: Sequence[Ba
 
     Guarantees:
         - inflates_within_the_limit: A deflated data set is refused when it would take more than the rules allow.
+        - headers_are_bounded: What pydicom makes of a header takes `header_bytes` at most, in a decoder's process.
     """
     start = source.read(132)
     if start[128:] != b"DICM":
         raise Refused(Reason.NO_PREAMBLE if _is_bare_data_set(start) else Reason.NOT_DICOM)
     if size > rules.max_bytes:
         raise Refused(Reason.TOO_LARGE)
-    meta = file_meta(source)
+    meta = file_meta(source, rules)
     if meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         raise Refused(Reason.INDEX)
     syntax = meta.get("TransferSyntaxUID")
     if not syntax:
         raise Refused(Reason.NO_SYNTAX)
+    _skip_command_set(source, rules)
     if syntax == DeflatedExplicitVRLittleEndian:
-        source = io.BytesIO(_inflated(source.read(), rules.max_bytes))
-    dataset = read_dataset(
-        source,
-        is_implicit_VR=syntax == ImplicitVRLittleEndian,
-        is_little_endian=syntax != ExplicitVRBigEndian,
-        stop_when=_at_pixels if tags else None,
-        specific_tags=list(tags) or None,
-    )
+        inflated = _inflated(source.read(), rules.max_bytes)
+        source, size = io.BytesIO(inflated), len(inflated)
+    with within(header_bytes(rules) + (0 if tags else _COPIES * size)):
+        dataset = read_dataset(
+            source,
+            is_implicit_VR=syntax == ImplicitVRLittleEndian,
+            is_little_endian=syntax != ExplicitVRBigEndian,
+            stop_when=_at_pixels if tags else None,
+            specific_tags=list(tags) or None,
+        )
     dataset.file_meta = FileMetaDataset(meta)
     return dataset
 
@@ -186,7 +217,7 @@ def _at_pixels(tag: BaseTag, _vr: str | None, _length: int) -> bool:
     return tag in _PIXELS
 
 
-def file_meta(source: BinaryIO) -> Dataset:
+def file_meta(source: BinaryIO, rules: IntakeRules) -> Dataset:
     """Read the file meta of a file that has the preamble, and nothing behind it.
 
     Raises:
@@ -194,7 +225,17 @@ def file_meta(source: BinaryIO) -> Dataset:
     """
     source.seek(132)
     # Not pydicom's read_file_meta_info, which takes names of files alone.
-    return read_dataset(source, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+    with within(header_bytes(rules)):
+        return read_dataset(source, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+
+
+def _skip_command_set(source: BinaryIO, rules: IntakeRules) -> None:
+    """Read over the command of a C-STORE, which some archives keep; it is always in Implicit VR Little Endian."""
+    start = source.read(2)
+    source.seek(-len(start), io.SEEK_CUR)
+    if start == b"\0\0":
+        with within(header_bytes(rules)):
+            read_dataset(source, True, True, stop_when=lambda tag, _vr, _length: tag.group != 0)
 
 
 def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
@@ -222,7 +263,7 @@ def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
     return frames if frames > 1 else None
 
 
-def parse(data: bytes, rules: IntakeRules) -> Dataset:
+def parse(data: bytes, rules: IntakeRules) -> tuple[Dataset, str]:
     """Read a whole file from memory, where a length that the header makes up cannot allocate more than the file has.
 
     Raises:
@@ -230,8 +271,10 @@ def parse(data: bytes, rules: IntakeRules) -> Dataset:
         Exception: One of `DAMAGED_DICOM`.
     """
     dataset = _contents(io.BytesIO(data), len(data), rules)
+    with within(header_bytes(rules)):
+        digest = digest_of(dataset)
     check_header(dataset, rules)
-    return dataset
+    return dataset, digest
 
 
 def syntax_name(uid: str) -> str:

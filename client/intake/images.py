@@ -6,13 +6,17 @@ not count. Files are named relative to the folder. A file of the folder may be a
 """
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from client.intake.pixels import Levels, check_size, full_range
-from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of
+from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of, state_of
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 from client.intake.table import Table, read_table
@@ -20,6 +24,9 @@ from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
+
+_PHOTOMETRIC = 262
+"""Tag of a TIFF: 0 where the lowest value is white."""
 
 # What Pillow raises beside; UnidentifiedImageError is an OSError.
 _DAMAGED = (*DAMAGED, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError)
@@ -51,32 +58,33 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
             path = _inside(root, row[file])
             if not row[patient]:
                 raise Refused(Reason.NO_PATIENT)
-            frames = rules.chosen(Volume(path, rules).slices) if is_volume(path) else (None,)
+            frames, about = _look(path, rules)
         except Refused as refusal:
             refusals.append(Refusal(path, None, refusal.reason, stamp_of(path), beside[row[file]]))
             continue
         text, patients = row[name] if name else ALL, (row.get("issuer", ""), row[patient])
         for frame in frames:
             site = row.get("site") or None
-            stamp = stamp_of(path)
-            records.append(Record(path, frame, patients, text or None, site, stamp=stamp, beside=beside[row[file]]))
+            stamp, seen = (about.st_size, about.st_mtime_ns), (state_of(about), "")
+            said = beside[row[file]]
+            records.append(Record(path, frame, patients, text or None, site, stamp=stamp, beside=said, seen=seen))
     return scan_of(records, refusals)
 
 
-def decode(path: Path, rules: IntakeRules) -> Levels:
+def decode(source: BinaryIO) -> Levels:
     """Read one PNG, JPEG or TIFF file as grey or colour levels.
 
-    8-bit files as they are (alpha is dropped), deeper ones stretched between the image's own minimum and maximum.
+    8-bit files as they are (alpha is dropped), deeper ones stretched between the image's own minimum and maximum. Where
+    a TIFF says that the lowest value is white, it is.
 
     Raises:
         Refused: It is damaged, too large, of several frames, or none of these.
     """
     try:
-        if path.stat().st_size > rules.max_bytes:
-            raise Refused(Reason.TOO_LARGE)
-        with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+        with Image.open(source, formats=("PNG", "JPEG", "TIFF")) as image:
             check_size(image.height, image.width)
-            if getattr(image, "n_frames", 1) != 1:
+            # A directory that names another one and leads to none, such as itself, is of no one page either.
+            if getattr(image, "n_frames", 1) != 1 or (isinstance(image, TiffImageFile) and image.tag_v2.next):
                 raise Refused(Reason.MULTI_FRAME)
             return _levels(image)
     except Image.DecompressionBombError as error:
@@ -89,7 +97,10 @@ def _levels(image: Image.Image) -> Levels:
     if image.mode in ("L", "LA", "1"):
         return np.asarray(image.convert("L"), dtype=np.float32)
     if image.mode.startswith(("I", "F")):
-        return full_range(np.asarray(image))
+        values = np.asarray(image)
+        # Pillow turns the depths around that it reads as L, and where the tag is missing takes it as 0.
+        white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC, 0) == 0
+        return full_range(-values.astype(np.float64) if white_is_zero else values)
     return np.asarray(image.convert("RGB"), dtype=np.float32)
 
 
@@ -108,13 +119,23 @@ def _inside(root: Path, name: str) -> Path:
             raise Refused(Reason.MISSING)
         if not path.is_file():  # a pipe or device would hang the reader
             raise Refused(Reason.NOT_A_FILE)
-        with path.open("rb") as handle:
-            start = handle.read(8)
-    except (OSError, RuntimeError) as error:  # a name too long, no permission; RuntimeError: links in a circle
+    except (OSError, RuntimeError) as error:  # a name too long; RuntimeError: links in a circle
         raise Refused(Reason.MISSING) from error
-    if not (start.startswith(_MAGIC) or is_volume(path)):
-        raise Refused(Reason.NOT_PNG_JPEG)
     return path
+
+
+def _look(path: Path, rules: IntakeRules) -> tuple[Sequence[int | None], os.stat_result]:
+    """Return which frames of a file are used, and what the file system says of it."""
+    try:
+        with path.open("rb") as handle:
+            about = os.fstat(handle.fileno())
+            if is_volume(path):
+                return rules.chosen(Volume(handle, rules).slices), about
+            if not handle.read(8).startswith(_MAGIC):
+                raise Refused(Reason.NOT_PNG_JPEG)
+    except OSError as error:  # no permission, or just gone
+        raise Refused(Reason.MISSING) from error
+    return (None,), about
 
 
 def _patient_column(table: Table) -> str:

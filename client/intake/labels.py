@@ -15,10 +15,11 @@ read (client/intake/headers).
 import re
 import tomllib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, TypeVar, final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from common.errors import ConfigError
 from common.files import read_bounded
@@ -27,7 +28,8 @@ MAX_RULES_BYTES = 1024**2
 
 Rules = TypeVar("Rules", bound=BaseModel)
 _MAX_SEARCHED = 1024
-"""Characters of a value that an expression is tried on: its time is bounded by the length."""
+"""Characters of a value that an expression is tried on. That does not bound its time: one with nested repetitions takes
+twice as long for each character more, so that rules are applied in the decoders' processes, which have a time limit."""
 
 
 @final
@@ -75,6 +77,34 @@ class LabelRules(BaseModel):
     def class_of(self, values: Mapping[str, str]) -> str | None:
         """Return the class of a header with these values."""
         return next((rule.name for rule in self.label if rule.takes(values)), None)
+
+
+@final
+class TagLabel(BaseModel):
+    """Labels that are the values of one attribute, by its DICOM keyword."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    tag: str
+
+    def tags(self) -> tuple[str, ...]:
+        """Return the DICOM keywords that are looked at."""
+        return (self.tag,)
+
+    def class_of(self, values: Mapping[str, str]) -> str | None:
+        """Return the label of a header with these values."""
+        return values.get(self.tag) or None
+
+
+Labelling = LabelRules | TagLabel
+"""What gives a header its label."""
+_LABELLING: TypeAdapter[Labelling] = TypeAdapter(Labelling)
+
+
+@lru_cache(maxsize=2)
+def parse_labelling(text: str) -> Labelling:
+    """Read the JSON of a labelling, as `model_dump_json(by_alias=True)` writes it."""
+    return _LABELLING.validate_json(text)
 
 
 def read_label_rules(path: Path) -> LabelRules:

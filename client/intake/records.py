@@ -1,5 +1,6 @@
 """What a scan finds, before any pixel is decoded. Out of scope: how each kind of source is read."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ ALL = "all"
 
 Stamp = tuple[int, int]
 """Size in bytes and time of change in ns of a file, as the file system says: another one means that it changed."""
+
+Seen = tuple[str, str]
+"""What tells a later reader that it reads what the scan saw: `state_of` the file, and of DICOM a digest of what the
+header says about whose picture it is and whether it may be used."""
 
 Skip = Callable[[Path, Stamp, str], bool]
 """Whether a file of this stamp, of which a table beside says this, is known already and need not be opened."""
@@ -40,6 +45,7 @@ class Record:
         header: Of DICOM, the values of `client.intake.headers.FACTS` that are there, by keyword. Patients' data.
         beside: What a table beside the files (index.csv, labels.csv) says of the file; "" where there is none.
         blank: Parts that are made black before anything else is done with the image.
+        seen: What the scan saw; bytes that are not these are not decoded.
     """
 
     path: Path = field(repr=False)
@@ -52,6 +58,7 @@ class Record:
     header: Mapping[str, str] = field(default_factory=dict[str, str], repr=False, compare=False)
     beside: str = field(default="", repr=False)
     blank: tuple[Region, ...] = field(default=(), repr=False)
+    seen: Seen = field(default=("", ""), repr=False)
 
 
 @final
@@ -97,6 +104,15 @@ def stamp_of(path: Path) -> Stamp:
     except OSError:
         return (0, 0)
     return (about.st_size, about.st_mtime_ns)
+
+
+def state_of(about: os.stat_result) -> str:
+    """Return what changes when a file is written to or another takes its place.
+
+    Not its inode: shares that are mounted make these up as they need them. What is renamed has another time of change
+    of status, whatever its other times.
+    """
+    return f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
 
 
 @final

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     SECONDARY_CAPTURE = "secondary capture or screen save"
     ULTRASOUND = "ultrasound"
     DUPLICATE = "the same image as another"
+    CHANGED = "changed while it was read"
 
 
 DAMAGED = (OSError, EOFError, ValueError, LookupError, MemoryError, struct.error, zlib.error)
@@ -64,6 +65,7 @@ _AFTER_READING = (
     Reason.SECONDARY_CAPTURE,
     Reason.ULTRASOUND,
     Reason.DUPLICATE,
+    Reason.CHANGED,
 )
 _NOT_THE_FILES_OWN = (
     Reason.FOLDER,
@@ -73,6 +75,7 @@ _NOT_THE_FILES_OWN = (
     Reason.DIED,
     Reason.TOO_SLOW,
     Reason.DUPLICATE,
+    Reason.CHANGED,
 )
 
 
@@ -82,7 +85,7 @@ def was_read(reason: str) -> bool:
 
 
 def may_pass(reason: str) -> bool:
-    """Return whether an unchanged file may be used another time: with a decoder, more time, or without its twin."""
+    """Return whether an unchanged file may be used another time: with a decoder, more time or without its twin."""
     return reason.startswith(_NOT_THE_FILES_OWN)
 
 

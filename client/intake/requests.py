@@ -5,7 +5,7 @@ Out of scope: doing it (client/intake/worker).
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar, final
@@ -13,14 +13,20 @@ from typing import Generic, TypeVar, final
 import numpy as np
 
 from client.intake.headers import FACTS, Header
+from client.intake.labels import Labelling
 from client.intake.pixels import Square
-from client.intake.records import Region
+from client.intake.records import Region, Seen
 from client.intake.rules import IntakeRules
 
 MAX_REASON_BYTES = 200
 MAX_HEADER_BYTES = 2**20
 """Of the reply with a header: the few elements that a scan asks for."""
+MAX_DIRECTORY_BYTES = 64 * 2**20
+"""Of the reply with what a DICOMDIR names: some hundred thousand files."""
 _ROWS_A_REPLY = 256
+
+FileIds = list[list[str]]
+"""Of each file that a DICOMDIR names, the parts of its path."""
 
 Answer = TypeVar("Answer")
 
@@ -28,11 +34,12 @@ Answer = TypeVar("Answer")
 @final
 @dataclass(frozen=True)
 class Job:
-    """A file or member, and which of its frames are asked. Its repr shows nothing."""
+    """A file or member as the scan saw it, and which of its frames are asked. Its repr shows nothing."""
 
     path: Path = field(repr=False)
     member: str | None = field(repr=False)
     frames: tuple[int | None, ...] = field(repr=False)
+    seen: Seen = field(repr=False)
     blank: tuple[Region, ...] = field(default=(), repr=False)
 
     def frames_a_reply(self) -> int:
@@ -81,7 +88,7 @@ def is_npz(path: Path) -> bool:
 
 def ask_pixels(job: Job, form: Form) -> Asked[Square]:
     """Ask for the pixels of a job's frames, or the reasons why they are refused."""
-    what = {"path": str(job.path), "member": job.member, "frames": job.frames, "blank": job.blank}
+    what = {"path": str(job.path), "member": job.member, "frames": job.frames, "seen": job.seen, "blank": job.blank}
     request = json.dumps([what, form.size, form.channels, form.rules.model_dump_json()]).encode()
     longest = 2 + max(form.square_bytes(), MAX_REASON_BYTES)
 
@@ -91,10 +98,17 @@ def ask_pixels(job: Job, form: Form) -> Asked[Square]:
     return Asked(request, len(job.frames), job.frames_a_reply(), longest, unpack)
 
 
-def ask_header(path: Path, keywords: Sequence[str], rules: IntakeRules) -> Asked[Header]:
-    """Ask for what a scan needs of a DICOM file, or the reason why it is refused."""
-    request = json.dumps([{"path": str(path), "keywords": keywords}, 0, 0, rules.model_dump_json()]).encode()
+def ask_header(path: Path, member: str | None, labels: Labelling, rules: IntakeRules) -> Asked[Header]:
+    """Ask for what a scan needs of a DICOM file or member, or the reason why it is refused."""
+    what = {"path": str(path), "member": member, "labels": labels.model_dump_json(by_alias=True)}
+    request = json.dumps([what, 0, 0, rules.model_dump_json()]).encode()
     return Asked(request, 1, 1, MAX_HEADER_BYTES, _unpack_header)
+
+
+def ask_directory(path: Path, rules: IntakeRules) -> Asked[FileIds]:
+    """Ask for the names of files in a DICOMDIR, or the reason why it is refused."""
+    request = json.dumps([{"directory": str(path)}, 0, 0, rules.model_dump_json()]).encode()
+    return Asked(request, 1, 1, MAX_DIRECTORY_BYTES, _unpack_directory)
 
 
 def unpack_pixels(reply: bytes, frames: int, form: Form) -> list[Square | str]:
@@ -120,14 +134,27 @@ def _unpack_header(reply: bytes, _answers: int) -> list[Header | str]:
     if not reply.startswith(b"+"):
         return [_reason(reply, 0)]
     try:
-        (issuer, patient), values, frames, facts = json.loads(reply[1:])
-        texts = (issuer, patient, *values, *values.values(), *facts, *facts.values())
+        (issuer, patient), label, frames, facts, (state, digest) = json.loads(reply[1:])
+        texts = (issuer, patient, label, *facts, *facts.values(), state, digest)
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError("not a header") from error
     known = all(isinstance(text, str) for text in texts) and facts.keys() <= _FACTS
     if not known or not (frames is None or (type(frames) is int and frames > 1)):
         raise ValueError("not a header")
-    return [Header((issuer, patient), values, frames, facts)]
+    return [Header((issuer, patient), label, frames, facts, (state, digest))]
+
+
+def _unpack_directory(reply: bytes, _answers: int) -> list[FileIds | str]:
+    if not reply.startswith(b"+"):
+        return [_reason(reply, 0)]
+    try:
+        found = json.loads(reply[1:])
+        known = all(isinstance(part, str) for parts in found for part in parts)
+    except (TypeError, RecursionError) as error:
+        raise ValueError("no names of files") from error
+    if not known or not all(isinstance(parts, list) for parts in found):
+        raise ValueError("no names of files")
+    return [found]
 
 
 _FACTS = {*FACTS, "TransferSyntaxUID"}

@@ -21,7 +21,7 @@ from client.policy import Doubtful
 
 _SHOWN, _SHOWN_CHARS = 8, 48
 """Labels that are shown, and characters of each."""
-_PIXELS = 1
+_PIXELS = 2
 """Raised by a release that makes other pixels of the same file, so that imported images are read again."""
 
 

@@ -7,8 +7,11 @@ it would take the sizes of extensions from it. Out of scope: pairs of .hdr and .
 """
 
 import gzip
+import io
 import math
 import struct
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
@@ -44,18 +47,18 @@ class Volume:
         - slices_are_axial: Whatever the order of the axes in the file, slices come from the feet up, in the same pose.
     """
 
-    def __init__(self, path: Path, rules: IntakeRules) -> None:
-        """Read the header.
+    def __init__(self, source: BinaryIO, rules: IntakeRules) -> None:
+        """Read the header of a file that stays open while slices are asked for.
 
         Raises:
             Refused: It is damaged, too large, not of real numbers, or has more than three axes.
         """
-        self._path, self._rules = path, rules
+        self._source, self._rules = source, rules
         self._data: Any = None
         try:
-            if path.stat().st_size > rules.max_bytes:
+            if source.seek(0, io.SEEK_END) > rules.max_bytes:
                 raise Refused(Reason.TOO_LARGE)
-            with _opened(path) as handle:
+            with _unpacked(source) as handle:
                 self._read_header(handle.read(_HEADER_BYTES))
         except _DAMAGED as error:
             raise Refused(Reason.HEADER) from error
@@ -110,7 +113,7 @@ class Volume:
         import nibabel as nib
 
         count = math.prod(self._shape) * self._kind.itemsize
-        with _opened(self._path) as handle:
+        with _unpacked(self._source) as handle:
             handle.read(self._offset)
             data = handle.read(count)
         if len(data) < count:
@@ -119,5 +122,14 @@ class Volume:
         return nib.apply_orientation(stored, self._orientation)
 
 
-def _opened(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+@contextmanager
+def _unpacked(source: BinaryIO) -> Generator[BinaryIO | gzip.GzipFile, None, None]:
+    """Give a file from its start, unpacked; closed is what unpacks it."""
+    source.seek(0)
+    packed = source.read(2) == b"\x1f\x8b"  # no header begins so
+    source.seek(0)
+    if packed:
+        with gzip.GzipFile(fileobj=source) as unpacked:
+            yield unpacked
+    else:
+        yield source

@@ -102,7 +102,7 @@ def show(stored: Num[np.ndarray, "rows columns"], stages: Stages) -> Grey:
     """Turn stored values into grey levels in [0, 255].
 
     Raises:
-        Refused: A value is not finite after the modality stage.
+        Refused: A value is not finite after the modality stage or in the end.
 
     Guarantees:
         - inverted_last_and_once: The levels of an inverse image are 255 minus those of the same without inversion.
@@ -146,6 +146,8 @@ def _levels(stored: Values, counts: Int64[np.ndarray, "values"] | None, stages: 
         if ends is None:
             return np.zeros(len(stored))
         share = np.clip((values - ends[0]) / (ends[1] - ends[0]), 0, 1)
+    if not np.isfinite(share[image]).all():
+        raise Refused(Reason.NOT_FINITE)
     return np.where(image, 255 * (1 - share if stages.inverse else share), 0)
 
 

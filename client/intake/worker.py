@@ -5,6 +5,7 @@ Out of scope: what is asked (client/intake/requests), starting and watching thes
 
 import contextlib
 import gc
+import io
 import json
 import os
 import resource
@@ -13,18 +14,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from client.intake import arrays, images
 from client.intake.archives import Archive
 from client.intake.dicom import DicomImage
+from client.intake.directory import file_ids
 from client.intake.headers import read_header
+from client.intake.labels import Labelling, parse_labelling
 from client.intake.pixels import Levels, Square, fit
-from client.intake.records import Record, Region
+from client.intake.records import Record, Region, Seen, state_of
 from client.intake.refusals import Reason, Refused, quiet
-from client.intake.requests import MAX_HEADER_BYTES, MAX_REASON_BYTES, Form, Job, is_npz
+from client.intake.requests import MAX_DIRECTORY_BYTES, MAX_HEADER_BYTES, MAX_REASON_BYTES, Form, Job, is_npz
 from client.intake.rules import IntakeRules
 from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
@@ -36,27 +39,67 @@ MEMORY_BYTES = 6 * 1024**3
 class Source:
     """One opened file or member, of which frames are decoded one after the other."""
 
-    def __init__(self, path: Path, member: str | None, rules: IntakeRules) -> None:
-        """Read and parse it.
+    def __init__(self, path: Path, member: str | None, rules: IntakeRules, seen: Seen | None = None) -> None:
+        """Read it into memory, from one descriptor, and parse it.
+
+        Args:
+            path: The file.
+            member: The member, of an archive.
+            rules: How it is read.
+            seen: What the scan saw; None: whatever is there.
 
         Raises:
-            Refused: It cannot be used.
+            Refused: It cannot be used, or is not what the scan saw.
         """
-        self._path, self._rules = path, rules
-        self._opened: DicomImage | Volume | Any = None
+        self._rules, self._seen = rules, seen
+        self._opened: DicomImage | Volume | bytes | Any = None
         try:
-            if is_npz(path):
-                self._opened = arrays.load_stack(path)
-            elif member is not None:
-                self._opened = DicomImage(_archive(path, path.stat().st_mtime_ns).read(member, rules), rules)
-            elif is_volume(path):
-                self._opened = Volume(path, rules)
-            else:
-                self._opened = _dicom(path, rules)
+            if member is not None:
+                self._read_member(_archive(path, state_of(path.stat())), member)
+                return
+            with path.open("rb") as handle:
+                state = self._same_state(handle)
+                self._read(handle, path)
+                if self._same_state(handle) != state:
+                    raise Refused(Reason.CHANGED)
         except IntakeError as error:
             raise Refused(Reason.PIXELS) from error
         except OSError as error:  # the file went away since the scan
             raise Refused(Reason.MISSING) from error
+
+    def _same_state(self, handle: BinaryIO) -> str:
+        state = state_of(os.fstat(handle.fileno()))
+        if self._seen is not None and state != self._seen[0]:
+            raise Refused(Reason.CHANGED)
+        return state
+
+    def _read_member(self, archive: Archive, member: str) -> None:
+        if self._seen is not None and archive.state() != self._seen[0]:
+            raise Refused(Reason.CHANGED)
+        data = archive.read(member, self._rules)
+        if self._seen is not None and archive.state() != self._seen[0]:
+            raise Refused(Reason.CHANGED)
+        self._opened = self._dicom(data)
+
+    def _read(self, handle: BinaryIO, path: Path) -> None:
+        if is_npz(path):
+            self._opened = arrays.load_stack(handle)
+            return
+        size = os.fstat(handle.fileno()).st_size
+        if size > self._rules.max_bytes:
+            raise Refused(Reason.TOO_LARGE)
+        # No more than its size: what is asked for is allocated first, whatever comes.
+        data = handle.read(size)
+        if is_volume(path):
+            self._opened = Volume(io.BytesIO(data), self._rules)
+        else:
+            self._opened = self._dicom(data) if data[128:132] == b"DICM" else data
+
+    def _dicom(self, data: bytes) -> DicomImage:
+        image = DicomImage(data, self._rules)
+        if self._seen is not None and image.digest != self._seen[1]:
+            raise Refused(Reason.CHANGED)
+        return image
 
     def levels(self, frame: int | None) -> Levels:
         """Decode a frame.
@@ -64,8 +107,8 @@ class Source:
         Raises:
             Refused: It cannot be used.
         """
-        if self._opened is None:
-            return images.decode(self._path, self._rules)
+        if isinstance(self._opened, bytes):
+            return images.decode(io.BytesIO(self._opened))
         if isinstance(self._opened, np.ndarray):
             return arrays.levels_of(self._opened[frame])
         return self._opened.levels(frame or 0)
@@ -99,7 +142,7 @@ def decode(record: Record, rules: IntakeRules) -> Levels:
         Refused: It cannot be used.
     """
     with quiet():
-        return Source(record.path, record.member, rules).levels(record.frame)
+        return Source(record.path, record.member, rules, record.seen).levels(record.frame)
 
 
 def serve(connection: Connection) -> None:
@@ -119,32 +162,51 @@ def serve(connection: Connection) -> None:
             except EOFError:
                 return
             what, size, channels, rules = json.loads(request)
-            if "keywords" in what:
-                connection.send_bytes(_header(Path(what["path"]), what["keywords"], _rules(rules)))
+            if "labels" in what or "directory" in what:
+                connection.send_bytes(_listed(what, _rules(rules)))
                 continue
-            job = Job(Path(what["path"]), what["member"], tuple(what["frames"]), tuple(map(tuple, what["blank"])))
+            blank = tuple(map(tuple, what["blank"]))
+            job = Job(Path(what["path"]), what["member"], tuple(what["frames"]), tuple(what["seen"]), blank)
             for reply in _replies(job, Form(size, channels, _rules(rules))):
                 connection.send_bytes(reply)
 
 
-def _header(path: Path, keywords: list[str], rules: IntakeRules) -> bytes:
+def _listed(what: dict[str, Any], rules: IntakeRules) -> bytes:
+    """Answer what a scan asks: a header, or what a DICOMDIR names."""
     try:
-        with path.open("rb") as handle:
-            header = read_header(handle, os.fstat(handle.fileno()).st_size, keywords, rules)
-        answer = b"+" + json.dumps([header.patient, header.values, header.frames, header.facts]).encode()
-        if len(answer) > MAX_HEADER_BYTES:
-            raise Refused(Reason.HEADER)
+        if "directory" in what:
+            with Path(what["directory"]).open("rb") as handle:
+                said: Any = file_ids(handle, rules)
+        else:
+            said = _header(Path(what["path"]), what["member"], parse_labelling(what["labels"]), rules)
+        answer = b"+" + json.dumps(said).encode()
+        if len(answer) > (MAX_DIRECTORY_BYTES if "directory" in what else MAX_HEADER_BYTES):
+            raise Refused(Reason.TOO_LARGE)
     except Refused as refusal:
         return _refusal(refusal)
     except OSError:
         return _refusal(Refused(Reason.MISSING))
+    except MemoryError:
+        return _refusal(Refused(Reason.TOO_LARGE))
     return answer
+
+
+def _header(path: Path, member: str | None, labels: Labelling, rules: IntakeRules) -> list[Any]:
+    if member is None:
+        with path.open("rb") as handle:
+            about = os.fstat(handle.fileno())
+            header = read_header(handle, about.st_size, labels, rules, state_of(about))
+    else:
+        archive = _archive(path, state_of(path.stat()))
+        state, data = archive.state(), archive.read(member, rules)
+        header = read_header(io.BytesIO(data), len(data), labels, rules, state)
+    return [header.patient, header.label, header.frames, header.facts, header.seen]
 
 
 def _replies(job: Job, form: Form) -> Iterator[bytes]:
     step = job.frames_a_reply()
     try:
-        source = Source(job.path, job.member, form.rules)
+        source = Source(job.path, job.member, form.rules, job.seen)
     except Refused as refusal:
         for start in range(0, len(job.frames), step):
             yield _refusal(refusal) * len(job.frames[start : start + step])
@@ -169,20 +231,8 @@ def _refusal(refusal: Refused) -> bytes:
     return struct.pack(">cB", b"-", len(reason)) + reason
 
 
-def _dicom(path: Path, rules: IntakeRules) -> DicomImage | None:
-    with path.open("rb", buffering=0) as handle:
-        if handle.read(132)[128:] != b"DICM":
-            return None
-        size = os.fstat(handle.fileno()).st_size
-        if size > rules.max_bytes:
-            raise Refused(Reason.TOO_LARGE)
-        handle.seek(0)
-        # No more than its size: what is asked for is allocated first, whatever comes.
-        return DicomImage(handle.read(size), rules)
-
-
 @lru_cache(maxsize=2)
-def _archive(path: Path, _changed_ns: int) -> Archive:
+def _archive(path: Path, _state: str) -> Archive:
     """Keep the last archives open: the directory of one with many members takes long to read."""
     return Archive(path)
 

@@ -18,6 +18,7 @@ from pydicom.pixels import apply_voi_lut, convert_color_space
 from pydicom.uid import MPEG2MPML, JPEG2000Lossless, RLELossless
 
 from client.intake import Reason, scan
+from client.intake.dicom import stages
 from client.intake.refusals import Refused
 from client.intake.rules import IntakeRules
 from client.intake.worker import Source
@@ -104,6 +105,57 @@ def as_palette(name: str, table: Any) -> dict[str, Any]:
         f"{name}PaletteColorLookupTableDescriptor": [256, 0, 8],
         f"{name}PaletteColorLookupTableData": bytes(table),
     }
+
+
+WORDS = (np.arange(256) * 257).astype("<u2")
+BYTES = np.arange(256).astype(np.uint8)
+
+
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+@pytest.mark.parametrize(
+    ("entries", "bits", "data", "fits"),
+    [
+        (256, 16, WORDS.tobytes(), True),
+        (256, 8, BYTES.astype("<u2").tobytes(), True),
+        (256, 8, BYTES.tobytes(), True),  # packed, two in a word
+        (255, 8, BYTES.tobytes(), True),  # the last byte pads
+        (256, 8, BYTES.tobytes()[:-2], False),
+        (256, 16, WORDS.tobytes()[:32], False),
+        (256, 16, WORDS.tobytes() * 2, False),
+        (256, 16, BYTES.tobytes(), False),
+        (256, 16, b"", False),
+        (256, 8, WORDS.tobytes(), False),  # more than 8 bits
+        (256, 0, bytes(512), False),
+        (256, 17, WORDS.tobytes(), False),
+    ],
+)
+def test_lookup_tables_fit_their_descriptor(
+    tmp_path: Path, write_dicom: WriteDicom, sequence: str, entries: int, bits: int, data: bytes, fits: bool
+) -> None:
+    item = DicomDataset()
+    item.add_new("LUTDescriptor", "US", [entries, 0, bits])
+    item.add_new("LUTData", "OW", data)
+    ramp = np.tile(np.arange(64, dtype=np.uint16) * 4, (8, 1))
+    path = write_dicom(tmp_path / "a", ramp, **{sequence: [item]})
+    if fits:
+        expected = ramp * (255 / 255 if sequence == "VOILUTSequence" else 255 / 252)
+        assert np.allclose(decode(path), expected, atol=1e-3)
+    else:
+        with pytest.raises(Refused, match="pixels not decodable"):
+            decode(path)
+
+
+def test_a_packed_table_in_big_endian(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """PS3.5 7.3 and 8: the first of two bytes is the lower half of a word, wherever it stands in the file."""
+    item = DicomDataset()
+    item.add_new("LUTDescriptor", "US", [256, 0, 8])
+    item.add_new("LUTData", "OW", BYTES.tobytes())
+    path = write_dicom(tmp_path / "a", VOILUTSequence=[item])
+    dataset = dcmread(path)
+    table = dataset.VOILUTSequence[0]
+    table.LUTData = BYTES.reshape(-1, 2)[:, ::-1].tobytes()
+    dataset.set_original_encoding(False, False)
+    assert stages(dataset, 0, WHOLE).view.entries.tolist() == list(range(256))
 
 
 def test_colours_are_read(tmp_path: Path, write_dicom: WriteDicom) -> None:

@@ -1,4 +1,6 @@
+import io
 import os
+import struct
 import tempfile
 from pathlib import Path
 
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.intake import Reason, scan
+from client.intake import Reason, Refused, scan
+from client.intake.images import decode
 from common.errors import IntakeError
 from tests.client.intake.pictures import read
 
@@ -187,3 +190,33 @@ def test_real_png_agree_with_their_npz(tmp_path: Path) -> None:
     assert np.abs(dataset.images[:, 0].astype(int) - source["images"][order]).max() <= 1
     assert dataset.number_of_patients == 147
     assert not refused
+
+
+def tiff(pixels: np.ndarray, photometric: int, loop: bool = False) -> bytes:
+    """Return a TIFF of one strip, written here: Pillow writes no picture of 16 bits whose white is 0."""
+    data = pixels.tobytes()
+    sizes = {256: pixels.shape[1], 257: pixels.shape[0], 258: pixels.itemsize * 8, 259: 1, 262: photometric}
+    rest = {273: 8, 277: 1, 278: pixels.shape[0], 279: len(data), 339: 3 if pixels.dtype.kind == "f" else 1}
+    tags = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in (sizes | rest).items())
+    place = 8 + len(data)
+    count = struct.pack("<H", len(sizes | rest))
+    return b"II*\0" + struct.pack("<L", place) + data + count + tags + struct.pack("<L", place if loop else 0)
+
+
+@pytest.mark.parametrize("kind", ["u1", "<u2", "<f4"])
+def test_white_may_be_zero_in_a_tiff_of_any_depth(kind: str) -> None:
+    ramp = np.tile(np.arange(64) * (1 if kind == "u1" else 500), (8, 1)).astype(kind)
+    black, white = (decode(io.BytesIO(tiff(ramp, photometric))) for photometric in (1, 0))
+    assert black[0, 0] < black[0, -1]
+    assert np.allclose(white, 255 - black, atol=1e-3)
+
+
+def test_a_tiff_of_one_value_is_black_whatever_its_white() -> None:
+    assert decode(io.BytesIO(tiff(np.full((8, 8), 7, "<u2"), 0))).max() == 0
+
+
+def test_a_tiff_whose_directory_goes_round_is_refused() -> None:
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    assert decode(io.BytesIO(tiff(ramp, 1))).shape == (8, 8)
+    with pytest.raises(Refused, match="pages"):
+        decode(io.BytesIO(tiff(ramp, 1, loop=True)))

@@ -40,7 +40,7 @@ while True:
 
 
 def jobs(*names: str, frames: tuple[int | None, ...] = (0, 1, 2)) -> list[Asked[Square]]:
-    return [ask_pixels(Job(Path(name), None, frames), Form(28, 1, rules())) for name in names]
+    return [ask_pixels(Job(Path(name), None, frames, ("", "")), Form(28, 1, rules())) for name in names]
 
 
 def rules(workers: int = 2, seconds: float = 20) -> IntakeRules:

@@ -1,4 +1,5 @@
 import gzip
+import io
 from pathlib import Path
 
 import nibabel as nib
@@ -22,6 +23,10 @@ def nifti(path: Path, data: np.ndarray = BODY, affine: np.ndarray | None = None,
     return path
 
 
+def volume_of(path: Path, rules: IntakeRules = WHOLE) -> Volume:
+    return Volume(io.BytesIO(path.read_bytes()), rules)
+
+
 def expected(number: int) -> np.ndarray:
     """The patient's right at the left, the front above."""
     slice_ = BODY[::-1, ::-1, number].T.astype(float)
@@ -36,7 +41,7 @@ def test_slices_are_axial(tmp_path: Path, name: str, kind: type) -> None:
         turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(target))
         turned = image.as_reoriented(turn)
         path = nifti(tmp_path / name, np.asarray(turned.dataobj), turned.affine, kind)
-        volume = Volume(path, WHOLE)
+        volume = volume_of(path)
         assert volume.slices == 6
         for number in (0, 5):
             assert np.allclose(volume.levels(number), expected(number), atol=1e-3)
@@ -58,27 +63,27 @@ def test_index_of_volumes(tmp_path: Path) -> None:
 def test_scaling_and_floats(tmp_path: Path) -> None:
     image = nib.Nifti1Image(BODY.astype(np.float32) * 2.5 + 3, np.eye(4))
     image.to_filename(tmp_path / "a.nii")
-    assert np.allclose(Volume(tmp_path / "a.nii", WHOLE).levels(2), expected(2), atol=1e-2)
+    assert np.allclose(volume_of(tmp_path / "a.nii").levels(2), expected(2), atol=1e-2)
     scaled = nib.Nifti1Image(BODY, np.eye(4))
     scaled.header.set_slope_inter(2.0, -7.0)
     scaled.to_filename(tmp_path / "b.nii")
-    assert np.allclose(Volume(tmp_path / "b.nii", WHOLE).levels(2), expected(2), atol=1e-3)
+    assert np.allclose(volume_of(tmp_path / "b.nii").levels(2), expected(2), atol=1e-3)
 
 
 def test_volume_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = nifti(tmp_path / "a.nii")
     whole = path.read_bytes()
     with pytest.raises(Refused, match=Reason.TOO_MANY_FRAMES):
-        Volume(path, IntakeRules(max_frames=5))
+        volume_of(path, IntakeRules(max_frames=5))
     path.write_bytes(whole[:-9])
     with pytest.raises(Refused, match=Reason.PIXELS):
-        Volume(path, WHOLE).levels(0)
+        volume_of(path).levels(0)
     bomb = tmp_path / "b.nii.gz"
     bomb.write_bytes(gzip.compress(whole + bytes(2**24)))
-    assert Volume(bomb, WHOLE).slices == 6
+    assert volume_of(bomb).slices == 6
     monkeypatch.setattr(module, "MAX_VOLUME_BYTES", 1000)
     with pytest.raises(Refused, match=Reason.TOO_LARGE):
-        Volume(bomb, WHOLE)
+        volume_of(bomb)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_volume_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_what_is_no_volume_of_real_numbers_is_refused(tmp_path: Path, data: np.ndarray) -> None:
     with pytest.raises(Refused, match="header"):
-        Volume(nifti(tmp_path / "a.nii", data), WHOLE)
+        volume_of(nifti(tmp_path / "a.nii", data))
 
 
 def test_mutated_headers_are_refused_or_read(tmp_path: Path) -> None:
@@ -99,7 +104,7 @@ def test_mutated_headers_are_refused_or_read(tmp_path: Path) -> None:
             data[place] = rng.integers(0, 256)
         (tmp_path / "b.nii").write_bytes(data[: rng.integers(1, len(data))] if rng.random() < 0.2 else data)
         try:
-            outcomes.add(Volume(tmp_path / "b.nii", WHOLE).levels(0).dtype)
+            outcomes.add(volume_of(tmp_path / "b.nii").levels(0).dtype)
         except Refused as refusal:
             outcomes.add(refusal.reason)
     assert len(outcomes) > 2

@@ -76,3 +76,8 @@ def test_values_that_are_not_finite_are_refused() -> None:
             show(values, Stages())
     with pytest.raises(Refused, match="finite"):
         show(RAMP, Stages(slope=1e308))
+
+
+def test_levels_are_finite() -> None:
+    with pytest.raises(Refused, match="not finite"):
+        show(RAMP, Stages(view=Lut(0, np.array([0.0, np.nan, 1.0]), 8)))

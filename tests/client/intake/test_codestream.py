@@ -1,0 +1,75 @@
+import io
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import jpeg_ls
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless
+
+from client.intake.codestream import shape_of
+from client.intake.refusals import Refused
+from client.intake.rules import IntakeRules
+from client.intake.worker import Source
+
+WriteDicom = Callable[..., Path]
+RAMP = np.tile(np.arange(128, dtype=np.uint8) * 2, (32, 1))
+
+
+def packed(pixels: np.ndarray, kind: str) -> bytes:
+    if kind == "JPEG-LS":
+        return bytes(jpeg_ls.encode(pixels))
+    content = io.BytesIO()
+    options = {"JPEG2000": {"no_jp2": True}, "JP2": {"no_jp2": False}}.get(kind, {"quality": 95})
+    Image.fromarray(pixels).save(content, "JPEG2000" if kind == "JP2" else kind, **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000", "JP2", "JPEG-LS"])
+def test_the_shape_of_a_codestream(kind: str) -> None:
+    assert shape_of(packed(RAMP, kind)) == (32, 128, 1)
+    if kind != "JPEG-LS":
+        assert shape_of(packed(np.zeros((32, 20, 3), np.uint8), kind)) == (32, 20, 3)
+    whole = packed(RAMP, kind)
+    for end in range(11):
+        with pytest.raises((ValueError, struct.error)):
+            shape_of(whole[:end])
+
+
+def test_what_is_no_codestream_has_no_shape() -> None:
+    for data in (b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xe0\0\x04ab\xff\xda", b"\xff\xd8ab", bytes(100)):
+        with pytest.raises(ValueError, match="no "):
+            shape_of(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "syntax"), [("JPEG", JPEGBaseline8Bit), ("JPEG2000", JPEG2000Lossless), ("JPEG-LS", JPEGLSLossless)]
+)
+@pytest.mark.parametrize("shape", [(32, 128), (64, 64), (128, 32), (16, 128), (32, 64)])
+def test_codestreams_have_the_headers_shape(
+    tmp_path: Path, write_dicom: WriteDicom, kind: str, syntax: str, shape: tuple[int, int]
+) -> None:
+    """As many pixels in other rows would be a sheared picture."""
+    pixels = encapsulate([packed(RAMP, kind)])
+    path = write_dicom(tmp_path / "a", np.zeros(shape, np.uint8), syntax=syntax, PixelData=pixels)
+    source = Source(path, None, IntakeRules(percentiles=(0, 100)))
+    if shape == RAMP.shape:
+        assert np.allclose(source.levels(None), RAMP * (255 / 254), atol=4)
+    else:
+        with pytest.raises(Refused, match="pixels not decodable"):
+            source.levels(None)
+
+
+def test_a_codestream_of_another_shape_is_not_decoded(
+    tmp_path: Path, write_dicom: WriteDicom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1.4 KB of JPEG 2000 may state 12,000 x 12,000 pixels, which a decoder allocates."""
+    pixels = encapsulate([packed(np.zeros((600, 600), np.uint8), "JPEG2000")])
+    path = write_dicom(tmp_path / "a", np.zeros((64, 64), np.uint8), syntax=JPEG2000Lossless, PixelData=pixels)
+    source = Source(path, None, IntakeRules())
+    monkeypatch.setattr("client.intake.dicom.get_decoder", pytest.fail)
+    with pytest.raises(Refused, match="pixels not decodable"):
+        source.levels(None)

@@ -1,0 +1,100 @@
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from client.intake import IntakeRules, Reason, scan
+from client.intake.headers import file_meta
+from tests.client.intake.pictures import read
+from tests.client.intake.test_directory import dicomdir
+
+WriteDicom = Callable[..., Path]
+
+
+def data_set_starts(whole: bytes) -> int:
+    """Return where the file meta, of which the length is not stated, ends."""
+    source = io.BytesIO(whole)
+    file_meta(source, IntakeRules())
+    return source.tell()
+
+
+def crowded(path: Path, items: int) -> bytes:
+    """Return a deflated file with a private sequence of so many empty items before the patient."""
+    whole = path.read_bytes()
+    start = data_set_starts(whole)
+    body = zlib.decompress(whole[start:], -zlib.MAX_WBITS)
+    place = body.index(struct.pack("<HH", 0x10, 0x20))
+    ends = struct.pack("<HHL", 0xFFFE, 0xE000, 0) * items + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    sequence = struct.pack("<HH2sHL", 9, 0x1001, b"SQ", 0, 0xFFFFFFFF) + ends
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return whole[:start] + deflater.compress(body[:place] + sequence + body[place:]) + deflater.flush()
+
+
+def zipped(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_no_header_is_parsed_in_the_importing_process(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Files, members of archives and what a DICOMDIR names: pydicom sees them in the decoders' processes alone."""
+    folder = tmp_path / "source"
+    one = write_dicom(folder / "ONE", PatientID="P1")
+    zipped(folder / "a.zip", b=one.read_bytes())
+    dicomdir(folder / "DICOMDIR", ["ONE"], ["TWO"])
+    unread = AssertionError("parsed here")
+    with (
+        patch("client.intake.headers.read_dataset", side_effect=unread),
+        patch("pydicom.filereader.read_dataset", side_effect=unread),
+    ):
+        tree, medium = scan(folder, "none"), scan(folder / "DICOMDIR", "none")
+    assert [record.member for record in tree.records] == [None, "b"]
+    assert tree.refused == {Reason.INDEX: 1, Reason.MISSING: 1}
+    assert [record.path for record in medium.records] == [one]
+    assert medium.refused == {Reason.MISSING: 1}
+
+
+@pytest.mark.slow
+def test_headers_are_bounded(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """A few kilobytes that pydicom would make half a gigabyte of are refused, and what stands beside is read."""
+    folder = tmp_path / "source"
+    good = write_dicom(folder / "good", syntax=DeflatedExplicitVRLittleEndian)
+    bad = crowded(good, 600_000)
+    assert len(bad) < 2**15
+    (folder / "bad").write_bytes(bad)
+    zipped(folder / "a.zip", bad=bad, good=crowded(good, 10))
+    found = scan(folder, "none", IntakeRules(decode_seconds=600))
+    assert [record.member for record in found.records] == ["good", None]
+    assert found.refused == {Reason.TOO_LARGE: 2}
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
+def test_a_command_set_before_the_data_set_is_read(tmp_path: Path, write_dicom: WriteDicom, syntax: str) -> None:
+    """Some archives keep what a C-STORE said; pydicom's dcmread reads over it."""
+    path = write_dicom(tmp_path / "a", syntax=syntax, PatientID="P1")
+    whole = path.read_bytes()
+    start = data_set_starts(whole)
+    command = struct.pack("<HHLL", 0, 0, 4, 10) + struct.pack("<HHLH", 0, 0x100, 2, 1)
+    path.write_bytes(whole[:start] + command + whole[start:])
+    found = scan(tmp_path, "none")
+    assert [record.patient for record in found.records] == [("", "P1")]
+    assert not read(found, ["all"], 28)[1]
+
+
+def test_an_expression_that_never_ends_costs_its_file(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Rules of labels are applied where the header is read, within the time for an answer."""
+    folder = tmp_path / "source"
+    write_dicom(folder / "a", StudyDescription="a" * 60 + "!")
+    write_dicom(folder / "b", StudyDescription="chest")
+    rules = tmp_path / "rules.toml"
+    rules.write_text("[[label]]\nclass = 'some'\ntag = 'StudyDescription'\nmatches = '(\\w+\\s?)+$'\n")
+    found = scan(folder, f"rules:{rules}", IntakeRules(workers=1, decode_seconds=8))
+    assert [record.label for record in found.records] == ["some"]
+    assert found.refused == {Reason.TOO_SLOW: 1}
