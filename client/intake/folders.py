@@ -57,7 +57,7 @@ def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip
         IntakeError: `labels.csv` is needed and missing, or cannot be read.
         ConfigError: The label's tag is not a DICOM keyword.
     """
-    return _scan(_walk(folder), folder, _search(folder, label, rules, skip), in_tree=True)
+    return _scan(walk(folder), folder, _search(folder, label, rules, skip), in_tree=True)
 
 
 def scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
@@ -81,6 +81,32 @@ def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, skip: Ski
         return _scan(named, path.parent, search)
     except Refused as refusal:
         raise IntakeError(f"The DICOMDIR cannot be read: {refusal}. Give the folder instead.") from refusal
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether a file is called like a zip archive."""
+    return path.suffix.lower() == ".zip"
+
+
+def walk(folder: Path) -> Iterator[Path | Refusal]:
+    """Yield every regular file in a fixed order, and a refusal for what is no file and what cannot be entered.
+
+    What a pull has not kept yet is none of the source's: it may be half, or not what was asked for.
+    """
+    unreadable: list[OSError] = []
+    for root, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders[:] = sorted(name for name in folders if name != INCOMING or Path(root) != folder)
+        places = [Path(root) / name for name in (*folders, *sorted(names))]
+        for number, path in enumerate(places):
+            if number < len(folders):
+                if path.is_symlink():
+                    yield Refusal(path, None, Reason.NOT_A_FILE)
+            elif not path.is_file():
+                yield Refusal(path, None, Reason.NOT_A_FILE)
+            elif path != folder / LABELS_FILE:
+                yield path
+    for error in unreadable:
+        yield Refusal(Path(error.filename or folder), None, Reason.FOLDER)
 
 
 def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:
@@ -112,11 +138,11 @@ def _scan(paths: Iterable[Path | Refusal], folder: Path, search: _Search, in_tre
             file = path if isinstance(path, Refusal) else _known(path, folder, search)
             if file is not None:
                 files.append(file)
-            if isinstance(file, _File) and not file.is_archive():
+            if isinstance(file, _File) and not is_archive(file.path):
                 yield ask_header(file.path, search.keywords, search.rules)
 
     def take_others() -> None:
-        while files and (isinstance(files[0], Refusal) or files[0].is_archive()):
+        while files and (isinstance(files[0], Refusal) or is_archive(files[0].path)):
             other = files.popleft()
             found.extend([other] if isinstance(other, Refusal) else _in_archive(other, search))
 
@@ -142,9 +168,6 @@ class _File:
     place: str = field(repr=False)
     stamp: Stamp
     beside: str = field(repr=False)
-
-    def is_archive(self) -> bool:
-        return self.path.suffix.lower() == ".zip"
 
     def refusal(self, reason: str, member: str | None = None) -> Refusal:
         return Refusal(self.path, member, reason, self.stamp, self.beside)
@@ -204,27 +227,6 @@ def _label(values: Mapping[str, str], place: str, search: _Search) -> tuple[str 
     else:
         text = row.get(search.column) if search.column else values[search.keywords[0]]
     return text or None, row.get("site") or None
-
-
-def _walk(folder: Path) -> Iterator[Path | Refusal]:
-    """Yield every regular file in a fixed order, and a refusal for what is no file and what cannot be entered.
-
-    What a pull has not kept yet is none of the source's: it may be half, or not what was asked for.
-    """
-    unreadable: list[OSError] = []
-    for root, folders, names in os.walk(folder, onerror=unreadable.append):
-        folders[:] = sorted(name for name in folders if name != INCOMING or Path(root) != folder)
-        places = [Path(root) / name for name in (*folders, *sorted(names))]
-        for number, path in enumerate(places):
-            if number < len(folders):
-                if path.is_symlink():
-                    yield Refusal(path, None, Reason.NOT_A_FILE)
-            elif not path.is_file():
-                yield Refusal(path, None, Reason.NOT_A_FILE)
-            elif path != folder / LABELS_FILE:
-                yield path
-    for error in unreadable:
-        yield Refusal(Path(error.filename or folder), None, Reason.FOLDER)
 
 
 def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:

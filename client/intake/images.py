@@ -43,23 +43,23 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
     lines: dict[str, list[str]] = {}
     for row in table.rows:
         said = json.dumps([row.get("issuer", ""), row[patient], row[name] if name else ALL])
-        lines.setdefault(row[file], []).append(said)
+        lines.setdefault(_normal(row[file]), []).append(said)
     beside = {name: "\n".join(said) for name, said in lines.items()}
     for row in table.rows:
-        path = root
+        path, said = root, beside[_normal(row[file])]
         try:
             path = _inside(root, row[file])
+            _look_at(path)
             if not row[patient]:
                 raise Refused(Reason.NO_PATIENT)
             frames = rules.chosen(Volume(path, rules).slices) if is_volume(path) else (None,)
         except Refused as refusal:
-            refusals.append(Refusal(path, None, refusal.reason, stamp_of(path), beside[row[file]]))
+            refusals.append(Refusal(path, None, refusal.reason, stamp_of(path), said))
             continue
         text, patients = row[name] if name else ALL, (row.get("issuer", ""), row[patient])
         for frame in frames:
             site = row.get("site") or None
-            stamp = stamp_of(path)
-            records.append(Record(path, frame, patients, text or None, site, stamp=stamp, beside=beside[row[file]]))
+            records.append(Record(path, frame, patients, text or None, site, stamp=stamp_of(path), beside=said))
     return scan_of(records, refusals)
 
 
@@ -93,28 +93,43 @@ def _levels(image: Image.Image) -> Levels:
     return np.asarray(image.convert("RGB"), dtype=np.float32)
 
 
+def _normal(name: str) -> str:
+    """Return one spelling of a file's name, whatever dots and slashes it has."""
+    return PurePosixPath(name).as_posix()
+
+
 def _inside(root: Path, name: str) -> Path:
-    """Return the file that the index means, refusing every way out of the folder."""
-    relative = PurePosixPath(name)
+    """Return the path that the index means, refusing every way out of the folder."""
     if not name:
         raise Refused(Reason.MISSING)
+    relative = PurePosixPath(name)
     if "\0" in name or relative.is_absolute() or ".." in relative.parts:
         raise Refused(Reason.OUTSIDE)
     path = root / relative
     try:
-        if not path.parent.resolve().is_relative_to(root):
-            raise Refused(Reason.OUTSIDE)
+        outside = not path.parent.resolve().is_relative_to(root)
+    except (OSError, RuntimeError) as error:  # a name too long; RuntimeError: links in a circle
+        raise Refused(Reason.MISSING) from error
+    if outside:
+        raise Refused(Reason.OUTSIDE)
+    return path
+
+
+def _look_at(path: Path) -> None:
+    """Refuse what is no picture by its first bytes."""
+    try:
         if not path.exists():
             raise Refused(Reason.MISSING)
         if not path.is_file():  # a pipe or device would hang the reader
             raise Refused(Reason.NOT_A_FILE)
         with path.open("rb") as handle:
             start = handle.read(8)
-    except (OSError, RuntimeError) as error:  # a name too long, no permission; RuntimeError: links in a circle
+    except PermissionError as error:
+        raise Refused(Reason.NOT_READABLE) from error
+    except OSError as error:  # a name too long
         raise Refused(Reason.MISSING) from error
     if not (start.startswith(_MAGIC) or is_volume(path)):
         raise Refused(Reason.NOT_PNG_JPEG)
-    return path
 
 
 def _patient_column(table: Table) -> str:

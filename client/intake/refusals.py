@@ -15,9 +15,11 @@ class Reason(StrEnum):
     """The closed list of reasons; `NO_DECODER` is followed by the name of the transfer syntax."""
 
     FOLDER = "folder not readable"
+    NOT_READABLE = "file not readable"
     NOT_A_FILE = "not a regular file"
     MISSING = "file missing"
     OUTSIDE = "path leads out of the folder"
+    NOT_OF_SOURCE = "not part of this source"
     NOT_DICOM = "not DICOM"
     NO_PREAMBLE = "DICOM data set without the preamble and file meta of PS3.10"
     NO_SYNTAX = "transfer syntax not stated"
@@ -67,6 +69,7 @@ _AFTER_READING = (
 )
 _NOT_THE_FILES_OWN = (
     Reason.FOLDER,
+    Reason.NOT_READABLE,
     Reason.MISSING,
     Reason.INDEX,
     Reason.NO_DECODER,

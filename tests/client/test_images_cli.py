@@ -72,7 +72,13 @@ def test_adds_up(run: Run, source: Path, tmp_path: Path) -> None:
     assert found["images_per_patient"] == [1, 1.0, 2]
     assert found["kinds"]["modalities"] == {"CR": 23, "US": 1}
     assert found["kinds"]["syntaxes"] == {"Explicit VR Little Endian": 27}
-    for line in ("expected: 29; read: 27; usable: 24", "1 ultrasound (as no. 29)", "epsilon", "Grouping is a privacy"):
+    for line in (
+        "source: DICOM folder",
+        "expected: 29; read: 27; usable: 24",
+        "1 ultrasound (as no. 29)",
+        "epsilon",
+        "Grouping is a privacy",
+    ):
         assert line in out
     assert "1 pairs of nearly the same pictures under two patients" in out
 
