@@ -50,6 +50,8 @@ class Archive:
         try:
             self._zip = open_zip(path)
             size = path.stat().st_size
+        except PermissionError as error:
+            raise Refused(Reason.NOT_READABLE) from error
         except _DAMAGED as error:
             raise Refused(Reason.ARCHIVE) from error
         total = sum(member.file_size for member in self._zip.infolist())

@@ -45,6 +45,9 @@ def named_files(path: Path, rules: IntakeRules) -> Iterator[Path | Reason]:
         try:
             found = next((one for one in tries if one.is_file()), None)
             outside = found is not None and not found.resolve().is_relative_to(root)
+        except PermissionError:
+            yield Reason.NOT_READABLE
+            continue
         except OSError:  # a name that is too long
             found, outside = None, False
         if outside:

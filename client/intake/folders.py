@@ -5,8 +5,10 @@ Labels come from tags, or from `labels.csv` beside the files: `file` is relative
 archive `ARCHIVE.zip/MEMBER`.
 """
 
+import errno
 import io
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -93,20 +95,43 @@ def walk(folder: Path) -> Iterator[Path | Refusal]:
 
     What a pull has not kept yet is none of the source's: it may be half, or not what was asked for.
     """
-    unreadable: list[OSError] = []
-    for root, folders, names in os.walk(folder, onerror=unreadable.append):
+    unreadable: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=lambda error: unreadable.append(Path(error.filename))):
+        try:
+            enter(root)
+        except OSError:
+            unreadable.append(Path(root))
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if name != INCOMING or Path(root) != folder)
         places = [Path(root) / name for name in (*folders, *sorted(names))]
         for number, path in enumerate(places):
             if number < len(folders):
                 if path.is_symlink():
                     yield Refusal(path, None, Reason.NOT_A_FILE)
-            elif not path.is_file():
-                yield Refusal(path, None, Reason.NOT_A_FILE)
+            elif (reason := _no_file(path)) is not None:
+                yield Refusal(path, None, reason)
             elif path != folder / LABELS_FILE:
                 yield path
-    for error in unreadable:
-        yield Refusal(Path(error.filename or folder), None, Reason.FOLDER)
+    for path in unreadable:
+        yield Refusal(path, None, Reason.FOLDER)
+
+
+def enter(folder: str | Path) -> None:
+    """Find out whether the files of a folder can be reached, not only listed.
+
+    Raises:
+        OSError: They cannot.
+    """
+    os.stat(f"{folder}/.")  # noqa: PTH116 - a Path drops the dot
+
+
+def _no_file(path: Path) -> Reason | None:
+    try:
+        return None if stat.S_ISREG(path.stat().st_mode) else Reason.NOT_A_FILE
+    except OSError as error:
+        broken = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link to nowhere
+        return Reason.NOT_A_FILE if error.errno in broken else Reason.NOT_READABLE
 
 
 def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:

@@ -5,6 +5,7 @@ index has the columns `file`, `patient` (or `patient_id`), `label` and, if wante
 not count. Files are named relative to the folder. A file of the folder may be a symbolic link, a folder in it not.
 """
 
+import errno
 import json
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from client.intake.pixels import Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of
-from client.intake.refusals import DAMAGED, Reason, Refused
+from client.intake.refusals import DAMAGED, Reason, Refused, unopened
 from client.intake.rules import IntakeRules
 from client.intake.table import Table, read_table
 from client.intake.volumes import Volume, is_volume
@@ -124,10 +125,8 @@ def _look_at(path: Path) -> None:
             raise Refused(Reason.NOT_A_FILE)
         with path.open("rb") as handle:
             start = handle.read(8)
-    except PermissionError as error:
-        raise Refused(Reason.NOT_READABLE) from error
-    except OSError as error:  # a name too long
-        raise Refused(Reason.MISSING) from error
+    except OSError as error:
+        raise (Refused(Reason.MISSING) if error.errno == errno.ENAMETOOLONG else unopened(error)) from error
     if not (start.startswith(_MAGIC) or is_volume(path)):
         raise Refused(Reason.NOT_PNG_JPEG)
 

@@ -99,6 +99,12 @@ class Refused(Exception):
         super().__init__(self.reason)
 
 
+def unopened(error: OSError) -> Refused:
+    """Return the refusal of a file that does not open: it is gone, or this user may not read it, or the disk fails."""
+    gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return Refused(Reason.MISSING if gone else Reason.NOT_READABLE)
+
+
 def describe(refused: Mapping[str, int]) -> str:
     """Return the counts by reason as one phrase, the most frequent first.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from client.intake.arrays import scan_arrays
 from client.intake.directory import is_directory
-from client.intake.folders import LABELS_FILE, is_archive, scan_directory, scan_file, scan_folder, walk
+from client.intake.folders import LABELS_FILE, enter, is_archive, scan_directory, scan_file, scan_folder, walk
 from client.intake.headers import is_dicom
 from client.intake.images import scan_index
 from client.intake.records import LabelSource, Refusal, Scan, Skip, parse_label, scan_of, stamp_of
@@ -63,7 +63,11 @@ def find(path: Path, label: str, rules: IntakeRules | None = None, skip: Skip | 
         UnreadableSource, IntakeError, ConfigError: The source cannot be listed at all.
     """
     source, rules = parse_label(label), rules or IntakeRules()
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise UnreadableSource(f"The images cannot be reached: {error.strerror}. Mend the permissions.") from error
+    if not there:
         raise UnreadableSource(f"{path} does not exist. Check the path of the images, and that its disk is mounted.")
     with quiet():
         return (_scan_file if path.is_file() else _scan_folder)(path, source, rules, skip)
@@ -94,6 +98,7 @@ def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | 
 def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.name != INCOMING)
+        enter(folder)
     except OSError as error:
         raise UnreadableSource(
             f"The folder of the images cannot be read: {error.strerror}. Mend its permissions."
@@ -137,9 +142,11 @@ def _with_strays(found: Scan, folder: Path, used: Iterable[Path]) -> Scan:
 
 def _strays(folder: Path, used: frozenset[Path]) -> Iterator[Refusal]:
     for item in walk(folder):
+        if (item.path if isinstance(item, Refusal) else item) in used:
+            continue
         if isinstance(item, Refusal):
             yield item
-        elif item not in used:
+        else:
             yield Refusal(item, None, Reason.NOT_OF_SOURCE, stamp_of(item))
 
 

@@ -23,7 +23,7 @@ from client.intake.dicom import DicomImage
 from client.intake.headers import read_header
 from client.intake.pixels import Levels, Square, fit
 from client.intake.records import Record, Region
-from client.intake.refusals import Reason, Refused, quiet
+from client.intake.refusals import Reason, Refused, quiet, unopened
 from client.intake.requests import MAX_HEADER_BYTES, MAX_REASON_BYTES, Form, Job, is_npz
 from client.intake.rules import IntakeRules
 from client.intake.volumes import Volume, is_volume
@@ -56,7 +56,7 @@ class Source:
         except IntakeError as error:
             raise Refused(Reason.PIXELS) from error
         except OSError as error:  # the file went away since the scan
-            raise Refused(Reason.MISSING) from error
+            raise unopened(error) from error
 
     def levels(self, frame: int | None) -> Levels:
         """Decode a frame.
@@ -136,8 +136,8 @@ def _header(path: Path, keywords: list[str], rules: IntakeRules) -> bytes:
             raise Refused(Reason.HEADER)
     except Refused as refusal:
         return _refusal(refusal)
-    except OSError:
-        return _refusal(Refused(Reason.MISSING))
+    except OSError as error:
+        return _refusal(unopened(error))
     return answer
 
 
@@ -158,8 +158,8 @@ def _answer(source: Source, frame: int | None, form: Form, blank: tuple[Region, 
         return b"+" + source.square(frame, form, blank).tobytes()
     except Refused as refusal:
         return _refusal(refusal)
-    except OSError:
-        return _refusal(Refused(Reason.MISSING))
+    except OSError as error:
+        return _refusal(unopened(error))
     except MemoryError:
         return _refusal(Refused(Reason.TOO_LARGE))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.intake import Reason, folders, scan
+from client.intake import IntakeRules, Reason, folders, scan, worker
 from client.intake.requests import ask_header as real
 from common.errors import ConfigError, IntakeError, UnreadableSource
 from tests.client.intake.pictures import read
@@ -188,3 +188,36 @@ def test_what_stands_beside_an_npz_is_counted(tmp_path: Path) -> None:
     (tmp_path / "notes.csv").write_text("said\nnothing\n")
     found = scan(tmp_path, "none")
     assert (len(found.records), found.refused) == (1, {Reason.NO_PATIENT: 1, Reason.NOT_OF_SOURCE: 2})
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o000])
+def test_a_folder_that_cannot_be_entered(permissions: Path, write_dicom: WriteDicom, mode: int) -> None:
+    """Whatever its mode lets be seen of it: one refusal, and the rest is read."""
+    for name in ("a", "closed/b", "closed/deep/c", "open/d"):
+        write_dicom(permissions / name)
+    (permissions / "closed").chmod(mode)
+    found = scan(permissions, "none")
+    assert [record.path.name for record in found.records] == ["a", "d"]
+    assert (found.refused, found.refusals[0].path) == ({Reason.FOLDER: 1}, permissions / "closed")
+    permissions.chmod(mode)
+    with pytest.raises(UnreadableSource, match="Permission denied") as caught:
+        scan(permissions, "none")
+    assert str(permissions) not in str(caught.value)
+    permissions.chmod(0o700)
+
+
+def test_a_file_that_cannot_be_read_is_not_missing(permissions: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(permissions / "a")
+    write_dicom(permissions / "zips" / "a")
+    with zipfile.ZipFile(permissions / "zips" / "c.zip", "w") as archive:
+        archive.write(permissions / "a", "a")
+    (permissions / "a").chmod(0)
+    (permissions / "zips" / "c.zip").chmod(0)
+    assert scan(permissions / "zips", "none").refused == {Reason.NOT_READABLE: 1}
+    reply = worker._header(permissions / "a", [], IntakeRules())
+    assert reply[2:].decode() == Reason.NOT_READABLE
+    pictures(permissions, "a.png", "b.png")
+    (permissions / "index.csv").write_text("file,patient\na.png,1\nb.png,1\nc.png,1\n")
+    (permissions / "b.png").chmod(0)
+    refused = scan(permissions, "none").refused
+    assert (refused[Reason.NOT_READABLE], refused[Reason.MISSING]) == (1, 1)
