@@ -24,6 +24,7 @@ from client import journal
 from client import policy as policies
 from client.intake import Dataset, Form
 from client.intake.deidentify import BlankRules, read_blank_rules
+from client.intake.forgetting import Forgotten, forget
 from client.intake.importing import Imported, Progress, import_source
 from client.intake.patients import PatientTable, read_patient_table
 from client.intake.sealed import open_dataset
@@ -217,6 +218,24 @@ def import_images(
     vault, form = home.vault(classes, size, channels), Form(tuple(classes), size, channels)
     key = vault_key(home)
     return import_source(vault, key, form, practice_of(home), min_patients, progress, one_at_a_time(home))
+
+
+def forget_elsewhere(home: Home, done: Imported, imported: Path, min_patients: int) -> list[Forgotten]:
+    """Delete what an import no longer found from the other training sets of the home.
+
+    Args:
+        home: The site.
+        done: What the import did.
+        imported: Its vault.
+        min_patients: A set with fewer gives no images until it is imported again.
+
+    Raises:
+        StorageError: A vault cannot be written, or is damaged.
+    """
+    others = [path.parent for path in sorted(home.folder.glob("vault-*/manifest")) if path.parent != imported]
+    key = vault_key(home)
+    forgotten = [forget(vault, key, done.states, min_patients, one_at_a_time(home)) for vault in others]
+    return [one for one in forgotten if one is not None]
 
 
 def load_images(home: Home, classes: Sequence[str], size: int, channels: int = 1) -> Dataset:

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from client import policy
-from client.home import Home, import_images, load_images, practice_of
+from client.home import Home, forget_elsewhere, import_images, load_images, practice_of
 from client.intake import Dataset
 from client.intake.cautions import GROUPING, Caution, cautions
+from client.intake.forgetting import Forgotten
 from client.intake.importing import Imported, Progress, too_few
 from client.intake.page import save_page
 from client.intake.records import parse_label
@@ -91,7 +92,8 @@ def import_(
     counts = dict(zip(names, done.labels, strict=True))
     by_class = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"imported {done.images} images of {len(done.patients)} patients; by class: {by_class}")
-    print(f"new or changed: {done.added} images; unchanged: {done.unchanged} files that were not opened")
+    forgotten = forget_elsewhere(opened, done, opened.vault(names, size, channels), minimum)
+    print("\n".join(_what_changed(done, forgotten)))
     twins = twins_in(load_images(opened, names, size, channels)) if done.added else 0
     said = _report(done, practice_of(opened), twins, show_files)
     print("\n".join(said.lines()))
@@ -99,6 +101,20 @@ def import_(
     _warn_of_labels(_others(done, names))
     if absent := [name for name, count in counts.items() if not count]:
         print(f"warning: no image here has the class {', '.join(absent)}; check the spelling", file=sys.stderr)
+
+
+def _what_changed(done: Imported, forgotten: Sequence[Forgotten]) -> list[str]:
+    taken_up = f", and {done.taken_up} that an earlier import had decoded" if done.taken_up else ""
+    said = [f"new or changed: {done.added} images{taken_up}; unchanged: {done.unchanged} files that were not opened"]
+    if done.gone[0]:
+        said.append(f"gone: {done.gone[0]} images of {done.gone[1]} files that are no longer there or no longer used")
+    if done.held:
+        said.append(f"kept: {done.held} files that could not be reached; mend the permissions and import again")
+    for other in forgotten:
+        state = "" if other.usable else "; too few patients are left for its use, import it again"
+        named = f"{other.form.size} px x {other.form.channels} ({', '.join(other.form.classes)})"
+        said.append(f"also gone: {other.images} images of the set of {named}, whose files are gone or changed{state}")
+    return said
 
 
 def _others(done: Imported, names: Sequence[str]) -> str:

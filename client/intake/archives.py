@@ -51,6 +51,8 @@ class Archive:
         """
         try:
             self._file = path.open("rb")
+        except PermissionError as error:
+            raise Refused(Reason.NOT_READABLE) from error
         except OSError as error:
             raise Refused(Reason.ARCHIVE) from error
         try:

@@ -120,8 +120,16 @@ def recover(vault: Path, key: SealingKey, manifest: Manifest) -> Manifest:
     return replace(manifest, next=after, segments=tuple(segments), rows=np.concatenate(rows))
 
 
-def compact(vault: Path, key: SealingKey, manifest: Manifest) -> Manifest:
+def compact(
+    vault: Path, key: SealingKey, manifest: Manifest, kept_rows: npt.NDArray[np.bool_] | None = None
+) -> Manifest:
     """Write files of chunks without the rows that do not count, in place of those that hold such rows.
+
+    Args:
+        vault: The folder.
+        key: The site's.
+        manifest: What it holds.
+        kept_rows: The rows that count; None: those that do by the manifest.
 
     Returns:
         The manifest that names them; once it is written, `delete_unnamed` deletes the others.
@@ -133,7 +141,7 @@ def compact(vault: Path, key: SealingKey, manifest: Manifest) -> Manifest:
         - gone: What does not count stands in no file that the manifest names.
         - order_stays: Rows that count stay in their order.
     """
-    counts, place = manifest.current(), 0
+    counts, place = manifest.current() if kept_rows is None else kept_rows, 0
     result = replace(manifest, segments=(), rows=manifest.rows[:0])
     for segment in manifest.segments:
         end = place + sum(segment.counts)

@@ -60,6 +60,9 @@ def _looked_for(path: Path, named: FileIds) -> Iterator[Path | Reason]:
         try:
             found = next((one for one in tries if one.is_file()), None)
             outside = found is not None and not found.resolve().is_relative_to(root)
+        except PermissionError:
+            yield Reason.NOT_READABLE
+            continue
         except OSError:  # a name that is too long
             found, outside = None, False
         if outside:

@@ -5,7 +5,9 @@ Labels come from tags, or from `labels.csv` beside the files: `file` is relative
 archive `ARCHIVE.zip/MEMBER`.
 """
 
+import errno
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -55,7 +57,7 @@ def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip
         IntakeError: `labels.csv` is needed and missing, or cannot be read.
         ConfigError: The label's tag is not a DICOM keyword.
     """
-    return _scan(_walk(folder), folder, _search(folder, label, rules, skip), in_tree=True)
+    return _scan(walk(folder), folder, _search(folder, label, rules, skip), in_tree=True)
 
 
 def scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
@@ -79,6 +81,55 @@ def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, skip: Ski
         return _scan(named, path.parent, search)
     except Refused as refusal:
         raise IntakeError(f"The DICOMDIR cannot be read: {refusal}. Give the folder instead.") from refusal
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether a file is called like a zip archive."""
+    return path.suffix.lower() == ".zip"
+
+
+def walk(folder: Path) -> Iterator[Path | Refusal]:
+    """Yield every regular file in a fixed order, and a refusal for what is no file and what cannot be entered.
+
+    What a pull has not kept yet is none of the source's: it may be half, or not what was asked for.
+    """
+    unreadable: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=lambda error: unreadable.append(Path(error.filename))):
+        try:
+            enter(root)
+        except OSError:
+            unreadable.append(Path(root))
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if name != INCOMING or Path(root) != folder)
+        places = [Path(root) / name for name in (*folders, *sorted(names))]
+        for number, path in enumerate(places):
+            if number < len(folders):
+                if path.is_symlink():
+                    yield Refusal(path, None, Reason.NOT_A_FILE)
+            elif (reason := _no_file(path)) is not None:
+                yield Refusal(path, None, reason)
+            elif path != folder / LABELS_FILE:
+                yield path
+    for path in unreadable:
+        yield Refusal(path, None, Reason.FOLDER)
+
+
+def enter(folder: str | Path) -> None:
+    """Find out whether the files of a folder can be reached, not only listed.
+
+    Raises:
+        OSError: They cannot.
+    """
+    os.stat(f"{folder}/.")  # noqa: PTH116 - a Path drops the dot
+
+
+def _no_file(path: Path) -> Reason | None:
+    try:
+        return None if stat.S_ISREG(path.stat().st_mode) else Reason.NOT_A_FILE
+    except OSError as error:
+        broken = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link to nowhere
+        return Reason.NOT_A_FILE if error.errno in broken else Reason.NOT_READABLE
 
 
 def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:
@@ -146,7 +197,7 @@ def _items(path: Path, folder: Path, search: _Search) -> Iterator[_File | Refusa
     file = _File(path, place, stamp_of(path), search.beside.get(place, ""))
     if search.skip is not None and search.skip(path, file.stamp, file.beside):
         search.skipped.append(path)
-    elif path.suffix.lower() != ".zip":
+    elif not is_archive(path):
         yield file
     else:
         yield from _members(file)
@@ -179,27 +230,6 @@ def _label(header: Header, place: str, search: _Search) -> tuple[str | None, str
     said = row.get(search.column) if search.column else header.label
     text = ALL if search.label.kind == "none" else said
     return text or None, row.get("site") or None
-
-
-def _walk(folder: Path) -> Iterator[Path | Refusal]:
-    """Yield every regular file in a fixed order, and a refusal for what is no file and what cannot be entered.
-
-    What a pull has not kept yet is none of the source's: it may be half, or not what was asked for.
-    """
-    unreadable: list[OSError] = []
-    for root, folders, names in os.walk(folder, onerror=unreadable.append):
-        folders[:] = sorted(name for name in folders if name != INCOMING or Path(root) != folder)
-        places = [Path(root) / name for name in (*folders, *sorted(names))]
-        for number, path in enumerate(places):
-            if number < len(folders):
-                if path.is_symlink():
-                    yield Refusal(path, None, Reason.NOT_A_FILE)
-            elif not path.is_file():
-                yield Refusal(path, None, Reason.NOT_A_FILE)
-            elif path != folder / LABELS_FILE:
-                yield path
-    for error in unreadable:
-        yield Refusal(Path(error.filename or folder), None, Reason.FOLDER)
 
 
 def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:

@@ -5,6 +5,7 @@ index has the columns `file`, `patient` (or `patient_id`), `label` and, if wante
 not count. Files are named relative to the folder. A file of the folder may be a symbolic link, a folder in it not.
 """
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from client.intake.pixels import Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of, state_of
-from client.intake.refusals import DAMAGED, Reason, Refused
+from client.intake.refusals import DAMAGED, Reason, Refused, unopened
 from client.intake.rules import IntakeRules
 from client.intake.table import Table, read_table
 from client.intake.volumes import Volume, is_volume
@@ -50,23 +51,23 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
     lines: dict[str, list[str]] = {}
     for row in table.rows:
         said = json.dumps([row.get("issuer", ""), row[patient], row[name] if name else ALL])
-        lines.setdefault(row[file], []).append(said)
+        lines.setdefault(_normal(row[file]), []).append(said)
     beside = {name: "\n".join(said) for name, said in lines.items()}
     for row in table.rows:
-        path = root
+        path, said = root, beside[_normal(row[file])]
         try:
             path = _inside(root, row[file])
+            _look_at(path)
             if not row[patient]:
                 raise Refused(Reason.NO_PATIENT)
             frames, about = _look(path, rules)
         except Refused as refusal:
-            refusals.append(Refusal(path, None, refusal.reason, stamp_of(path), beside[row[file]]))
+            refusals.append(Refusal(path, None, refusal.reason, stamp_of(path), said))
             continue
         text, patients = row[name] if name else ALL, (row.get("issuer", ""), row[patient])
         for frame in frames:
             site = row.get("site") or None
             stamp, seen = (about.st_size, about.st_mtime_ns), (state_of(about), "")
-            said = beside[row[file]]
             records.append(Record(path, frame, patients, text or None, site, stamp=stamp, beside=said, seen=seen))
     return scan_of(records, refusals)
 
@@ -104,24 +105,37 @@ def _levels(image: Image.Image) -> Levels:
     return np.asarray(image.convert("RGB"), dtype=np.float32)
 
 
+def _normal(name: str) -> str:
+    """Return one spelling of a file's name, whatever dots and slashes it has."""
+    return PurePosixPath(name).as_posix()
+
+
 def _inside(root: Path, name: str) -> Path:
-    """Return the file that the index means, refusing every way out of the folder."""
-    relative = PurePosixPath(name)
+    """Return the path that the index means, refusing every way out of the folder."""
     if not name:
         raise Refused(Reason.MISSING)
+    relative = PurePosixPath(name)
     if "\0" in name or relative.is_absolute() or ".." in relative.parts:
         raise Refused(Reason.OUTSIDE)
     path = root / relative
     try:
-        if not path.parent.resolve().is_relative_to(root):
-            raise Refused(Reason.OUTSIDE)
-        if not path.exists():
-            raise Refused(Reason.MISSING)
-        if not path.is_file():  # a pipe or device would hang the reader
-            raise Refused(Reason.NOT_A_FILE)
+        outside = not path.parent.resolve().is_relative_to(root)
     except (OSError, RuntimeError) as error:  # a name too long; RuntimeError: links in a circle
         raise Refused(Reason.MISSING) from error
+    if outside:
+        raise Refused(Reason.OUTSIDE)
     return path
+
+
+def _look_at(path: Path) -> None:
+    """Refuse what is no file: a pipe or device would hang the reader."""
+    try:
+        if not path.exists():
+            raise Refused(Reason.MISSING)
+        if not path.is_file():
+            raise Refused(Reason.NOT_A_FILE)
+    except OSError as error:
+        raise (Refused(Reason.MISSING) if error.errno == errno.ENAMETOOLONG else unopened(error)) from error
 
 
 def _look(path: Path, rules: IntakeRules) -> tuple[Sequence[int | None], os.stat_result]:
@@ -133,8 +147,8 @@ def _look(path: Path, rules: IntakeRules) -> tuple[Sequence[int | None], os.stat
                 return rules.chosen(Volume(handle, rules).slices), about
             if not handle.read(8).startswith(_MAGIC):
                 raise Refused(Reason.NOT_PNG_JPEG)
-    except OSError as error:  # no permission, or just gone
-        raise Refused(Reason.MISSING) from error
+    except OSError as error:
+        raise unopened(error) from error
     return (None,), about
 
 

@@ -6,8 +6,6 @@ the same. An import that is interrupted has written whole chunks; the next one g
 Out of scope: which images are used (client/intake/selection), the form of a vault (client/intake/vault).
 """
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,17 +19,23 @@ from client.intake.chunks import Appender, compact, delete_unnamed, recover
 from client.intake.dataset import Form
 from client.intake.decode import decode_records
 from client.intake.pixels import Square
-from client.intake.records import Record, Refusal, Scan, Stamp
-from client.intake.refusals import Reason, describe, may_pass
-from client.intake.selection import Choice, Practice, choose, instance_of, other_labels
+from client.intake.pseudonyms import Instances, Names
+from client.intake.records import Refusal, Scan
+from client.intake.refusals import Reason, describe
+from client.intake.selection import Choice, Practice, choose, other_labels
 from client.intake.sources import scan
-from client.intake.vault import ROW, SEGMENT_BYTES, Manifest, Seen, create_vault, read_manifest, write_manifest
+from client.intake.vault import ROW, SEGMENT_BYTES, Manifest, Rows, create_vault, read_manifest, write_manifest
 from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatients
 from common.lock import alone as alone_on
-from common.sealing import PSEUDONYM_BYTES, SealingKey
+from common.sealing import SealingKey
 
 Progress = Callable[[int, int], None]
 """Told how many images are decoded, and of how many."""
+
+STAYS = (
+    "The images imported before stay in use as they were, those of patients who are gone too: if they were taken out "
+    "on purpose, delete the folder of the vault (vault-* in the home)."
+)
 
 DECODERS = 'pip install "fedmedgan[decoders]"'
 
@@ -50,6 +54,10 @@ class Imported:
         found: What was opened: its records and refusals.
         choice: What of it was to be used.
         lost: Refused while decoding.
+        taken_up: Images that an import which was interrupted or refused had decoded.
+        gone: How many images are no longer in the vault, and of how many files.
+        held: Files that could not be reached and stay in the vault as they were.
+        states: The files that hold images of somebody, as they are now, by pseudonyms: what other vaults may hold.
     """
 
     patients: tuple[int, ...] = field(repr=False)
@@ -60,6 +68,10 @@ class Imported:
     found: Scan = field(repr=False)
     choice: Choice = field(repr=False)
     lost: tuple[Refusal, ...] = field(repr=False)
+    taken_up: int
+    gone: tuple[int, int]
+    held: int
+    states: Mapping[bytes, bytes] = field(repr=False)
 
     @property
     def images(self) -> int:
@@ -83,7 +95,7 @@ def import_source(
         key: The site's.
         form: What the images shall be.
         practice: How they are read.
-        min_patients: With fewer the vault gives no images, and what was decoded is kept for the next import.
+        min_patients: With fewer the vault stays as it was, and what was decoded is kept for the next import.
         progress: Told after each image.
         alone: Held while the vault changes from one state to the next.
 
@@ -96,93 +108,89 @@ def import_source(
     Guarantees:
         - only_what_changed: Files that are known are neither opened nor decoded.
         - goes_on: After a crash at any line the old images are whole, and what was decoded is not decoded again.
-        - gone_is_gone: Pixels of a file that changed or vanished stand in no file of the vault afterwards.
+        - gone_is_gone: Pixels of a file that changed or vanished stand in no file of the vault after an import that
+          succeeds.
+        - refused_before_deleted: An import that fails takes nothing from the vault.
+        - not_reached_is_not_gone: Images of files that could not be reached stay, while the site's rules are the same
+          and no table says otherwise.
         - order_of_patients: A first import numbers patients by (issuer, id), whatever the key.
         - pseudonyms_only: Nothing of a header or a name is written but keyed pseudonyms and class numbers.
     """
-    with _alone(vault):
-        manifest = recover(vault, key, _opened(vault, key, form))
-        names = _Names(key, practice.source, practice.digest())
-        found = scan(practice.source, practice.label, practice.rules, names.skip(manifest))
-        kept = {names.file(path) for path in found.skipped}
-        choice = choose(found, practice, form.classes, _Instances(key, manifest, kept))
-        manifest, lost, added = _decode(vault, names, manifest, choice, practice, progress)
-        seen = {file: manifest.seen[file] for file in kept} | names.seen(found, choice, lost)
-        with alone or nullcontext():
-            manifest = compact(vault, key, replace(manifest, seen=seen))
-            rows = manifest.rows[manifest.current()]
-            patients = tuple(Counter(rows["patient"].tolist()).values())
-            few = len(patients) < max(1, min_patients)
-            write_manifest(vault, key, replace(manifest, seen={}) if few else manifest)
-            delete_unnamed(vault, manifest)
-    refused = sum((Counter(one.refused) for one in seen.values()), Counter[str]())
-    if few:
-        raise too_few(len(patients), min_patients, refused, other_labels(found, form.classes))
-    labels = tuple(np.bincount(rows["label"], minlength=len(form.classes)).tolist())
-    return Imported(patients, labels, dict(sorted(refused.items())), len(kept), added, found, choice, lost)
-
-
-@final
-class _Names:
-    """Pseudonyms of what one import meets."""
-
-    def __init__(self, key: SealingKey, source: Path, digest: str) -> None:
-        self.key, self._digest = key, digest
-        self._root = os.path.realpath(source if source.is_dir() else source.parent)
-        self._folders: dict[Path, str] = {}
-
-    def file(self, path: Path) -> bytes:
-        folder = self._folders.get(path.parent)
-        if folder is None:  # the source may be reached by another way than before
-            folder = self._folders[path.parent] = os.path.relpath(os.path.realpath(path.parent), self._root)
-        return self.key.pseudonym(os.fsencode(f"{folder}/{path.name}"), "file")
-
-    def stamp(self, stamp: Stamp, beside: str) -> bytes:
-        return self.key.pseudonym(json.dumps([*stamp, beside, self._digest]).encode(), "stamp")
-
-    def row(self, record: Record, label: int) -> tuple[bytes, bytes, bytes, bytes, bytes, int]:
-        part = self.key.pseudonym(json.dumps([record.member, record.frame]).encode(), "part")
-        patient = self.key.pseudonym(json.dumps(record.patient).encode(), "patient")
-        name = instance_of(record)
-        instance = self.key.pseudonym(name.encode(), "instance") if name else bytes(PSEUDONYM_BYTES)
-        return self.file(record.path), self.stamp(record.stamp, record.beside), part, patient, instance, label
-
-    def skip(self, manifest: Manifest) -> Callable[[Path, Stamp, str], bool]:
-        def known(path: Path, stamp: Stamp, beside: str) -> bool:
-            seen = manifest.seen.get(self.file(path))
-            return seen is not None and seen.stamp == self.stamp(stamp, beside) and not any(map(may_pass, seen.refused))
-
-        return known
-
-    def seen(self, found: Scan, choice: Choice, lost: tuple[Refusal, ...]) -> dict[bytes, Seen]:
-        stamps: dict[bytes, bytes] = {}
-        counts: dict[bytes, Counter[str]] = {}
-        for item in (*found.records, *choice.refusals, *lost):
-            file = self.file(item.path)
-            stamps[file] = self.stamp(item.stamp, item.beside)
-            counts.setdefault(file, Counter())
-            if isinstance(item, Refusal):
-                counts[file][item.reason] += 1
-        for reason, count in choice.uncounted:  # of an NPZ, the one file that there is
-            counts[next(iter(counts))][reason] += count
-        return {file: Seen(stamps[file], dict(counts[file])) for file in stamps}
-
-
-@final
-class _Instances:
-    """DICOM instances of files that are not opened again, by pseudonym."""
-
-    def __init__(self, key: SealingKey, manifest: Manifest, kept: set[bytes]) -> None:
+    with alone_in(vault):
+        before = _opened(vault, key, form)
+        manifest = recover(vault, key, before)
+        names = Names(key, practice.source, practice.digest())
+        looked = _look(names, before, manifest, practice)
+        manifest, lost, added = _decode(vault, names, manifest, looked.choice, practice, progress)
+        seen = names.seen(looked.found, looked.choice, lost) | {file: manifest.seen[file] for file in looked.known()}
+        manifest = replace(manifest, seen=seen, folders=names.folders(manifest, seen), practice=names.practice)
         rows = manifest.rows[manifest.current()]
-        pairs = zip(rows["file"].tolist(), rows["instance"].tolist(), strict=True)
-        self._key, self._there = key, {instance for file, instance in pairs if file in kept}
+        taken_up = int(manifest.current()[len(before.rows) :].sum()) - added
+        refused = dict(sorted(sum((Counter(one.refused) for one in seen.values()), Counter[str]()).items()))
+        patients = tuple(Counter(rows["patient"].tolist()).values())
+        if len(patients) < max(1, min_patients):
+            others, there = other_labels(looked.found, form.classes), bool(before.current().any())
+            raise too_few(len(patients), min_patients, refused, others, there)
+        with alone or nullcontext():
+            manifest = compact(vault, key, manifest)
+            write_manifest(vault, key, manifest)
+            delete_unnamed(vault, manifest)
+    states = looked.known() | {names.file(record.path) for record in looked.found.records}
+    return Imported(
+        patients,
+        tuple(np.bincount(rows["label"], minlength=len(form.classes)).tolist()),
+        refused,
+        len(looked.kept),
+        added,
+        looked.found,
+        looked.choice,
+        lost,
+        taken_up,
+        _gone(before, rows),
+        len(looked.held),
+        {file: names.state_of(seen[file].stamp) for file in states},
+    )
 
-    def __contains__(self, name: object) -> bool:
-        return bool(name) and self._key.pseudonym(str(name).encode(), "instance") in self._there
+
+@final
+@dataclass(frozen=True)
+class _Looked:
+    """What a look at the source gave; files that are kept unopened, and those that could not be reached."""
+
+    found: Scan
+    choice: Choice
+    kept: frozenset[bytes]
+    held: frozenset[bytes]
+
+    def known(self) -> frozenset[bytes]:
+        return self.kept | self.held
+
+
+def _look(names: Names, before: Manifest, manifest: Manifest, practice: Practice) -> _Looked:
+    try:
+        found = scan(practice.source, practice.label, practice.rules, names.skip(manifest))
+    except IntakeError as error:
+        if not before.current().any():
+            raise
+        raise type(error)(f"{error} {STAYS}") from error
+    kept = frozenset(names.file(path) for path in found.skipped)
+    held = frozenset(names.held(manifest, found)) - kept
+    choice = choose(found, practice, manifest.form.classes, Instances(names.key, manifest, kept | held))
+    return _Looked(found, choice, kept, held)
+
+
+def _gone(before: Manifest, rows: Rows) -> tuple[int, int]:
+    """Return how many images that counted before no longer do, and of how many files."""
+    there = set(zip(rows["file"].tolist(), rows["part"].tolist(), strict=True))
+    old = before.rows[before.current()]
+    gone = [
+        file for file, part in zip(old["file"].tolist(), old["part"].tolist(), strict=True) if (file, part) not in there
+    ]
+    return len(gone), len(set(gone))
 
 
 def _decode(
-    vault: Path, names: _Names, manifest: Manifest, choice: Choice, practice: Practice, progress: Progress | None
+    vault: Path, names: Names, manifest: Manifest, choice: Choice, practice: Practice, progress: Progress | None
 ) -> tuple[Manifest, tuple[Refusal, ...], int]:
     """Decode what is not in the vault yet and append it; return the manifest with it, the refusals and the count."""
     form, key = manifest.form, names.key
@@ -218,12 +226,17 @@ def _opened(vault: Path, key: SealingKey, form: Form) -> Manifest:
     return manifest
 
 
-def _alone(vault: Path) -> AbstractContextManager[int]:
+def alone_in(vault: Path) -> AbstractContextManager[int]:
+    """Hold a vault alone: one import at a time.
+
+    Raises:
+        StorageError: Another import holds it.
+    """
     return alone_on(vault / "lock", "import")
 
 
 def too_few(
-    patients: int, least: int, refused: Mapping[str, int], others: str = ""
+    patients: int, least: int, refused: Mapping[str, int], others: str = "", there: bool = False
 ) -> IntakeError | TooFewPatients | MissingExtra:
     """Return the error for a source with fewer usable patients than there have to be, perhaps none.
 
@@ -232,8 +245,10 @@ def too_few(
         least: How many there have to be.
         refused: Images that are not used, by reason.
         others: What `other_labels` says.
+        there: Whether the vault holds images of an import before.
     """
     said = describe(refused) or "nothing found"
+    others = " ".join(part for part in (others, STAYS if there else "") if part)
     if patients:
         return TooFewPatients(
             f"Expected at least min_patients={least} usable patients at this site, found {patients} ({said}). Add "

@@ -83,12 +83,14 @@ class Scan:
         refused: Counts by reason.
         refusals: The same one by one, where the source is a folder or an archive; not kept by parts of a scan.
         skipped: Files that the caller knew and that were not opened.
+        kind: What the source was taken for, in words.
     """
 
     records: tuple[Record, ...] = field(repr=False)
     refused: Mapping[str, int] = field(repr=False)
     refusals: tuple[Refusal, ...] = field(default=(), repr=False)
     skipped: tuple[Path, ...] = field(default=(), repr=False)
+    kind: str = field(default="", repr=False)
 
 
 def scan_of(records: Iterable[Record], refusals: Iterable[Refusal], skipped: Iterable[Path] = ()) -> Scan:

@@ -15,9 +15,11 @@ class Reason(StrEnum):
     """The closed list of reasons; `NO_DECODER` is followed by the name of the transfer syntax."""
 
     FOLDER = "folder not readable"
+    NOT_READABLE = "file not readable"
     NOT_A_FILE = "not a regular file"
     MISSING = "file missing"
     OUTSIDE = "path leads out of the folder"
+    NOT_OF_SOURCE = "not part of this source"
     NOT_DICOM = "not DICOM"
     NO_PREAMBLE = "DICOM data set without the preamble and file meta of PS3.10"
     NO_SYNTAX = "transfer syntax not stated"
@@ -69,6 +71,7 @@ _AFTER_READING = (
 )
 _NOT_THE_FILES_OWN = (
     Reason.FOLDER,
+    Reason.NOT_READABLE,
     Reason.MISSING,
     Reason.INDEX,
     Reason.NO_DECODER,
@@ -97,6 +100,12 @@ class Refused(Exception):
         """Refuse with a reason, and for `NO_DECODER` the transfer syntax's registered name."""
         self.reason = f"{reason} {detail}".strip()
         super().__init__(self.reason)
+
+
+def unopened(error: OSError) -> Refused:
+    """Return the refusal of a file that does not open: it is gone, or this user may not read it, or the disk fails."""
+    gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return Refused(Reason.MISSING if gone else Reason.NOT_READABLE)
 
 
 def describe(refused: Mapping[str, int]) -> str:

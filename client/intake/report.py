@@ -51,6 +51,7 @@ class Report:
         refused: Reasons with counts and examples.
         warnings: About patients and pictures.
         cost: What a typical run costs.
+        source: What the source was taken for.
     """
 
     expected: int
@@ -64,6 +65,7 @@ class Report:
     refused: tuple[Group, ...]
     warnings: tuple[Group, ...]
     cost: tuple[str, ...] = field(default=())
+    source: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Return it for a JSON file."""
@@ -73,6 +75,7 @@ class Report:
         """Return it as text."""
         least, middle, most = self.images_per_patient
         said = [
+            f"source: {self.source}",
             f"expected: {self.expected}; read: {self.read}; usable: {self.usable}",
             f"patients: {self.patients}; images per patient: {least} to {most}, median {middle:g}",
         ]
@@ -166,6 +169,7 @@ def make_report(
         tuple(groups),
         tuple(Group(one.said, len(one.files), listing.examples(one.files)) for one in warnings),
         tuple(cost),
+        found.kind,
     )
 
 

@@ -1,19 +1,29 @@
 """Find the images of a source: which kind it is, and whether it can be used. Out of scope: pixels (decode.py).
 
-A file: an NPZ, a zip archive of DICOM, a DICOMDIR or one DICOM file. A folder: with an index CSV, PNG, JPEG, TIFF and
-NIfTI; with one NPZ, that; else a tree of DICOM files and zip archives.
+A file: an NPZ, an index CSV, a zip archive of DICOM, a DICOMDIR or one DICOM file. A folder, by the first of these:
+
+1. With `index.csv`: the PNG, JPEG, TIFF and NIfTI files that it names.
+2. With `labels.csv`, or with a DICOM file or a zip archive anywhere below: a tree of DICOM files and zip archives.
+3. With exactly one CSV file that has a column `file`: the files that it names.
+4. With no such CSV file and exactly one NPZ: that.
+5. Else a tree of DICOM files.
+
+Files that are no part of what was chosen are counted as refused.
 """
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from client.intake.arrays import scan_arrays
 from client.intake.directory import is_directory
-from client.intake.folders import LABELS_FILE, scan_directory, scan_file, scan_folder
+from client.intake.folders import LABELS_FILE, enter, is_archive, scan_directory, scan_file, scan_folder, walk
 from client.intake.headers import is_dicom
 from client.intake.images import scan_index
-from client.intake.records import LabelSource, Scan, Skip, parse_label
+from client.intake.records import LabelSource, Refusal, Scan, Skip, parse_label, scan_of, stamp_of
 from client.intake.refusals import Reason, describe, quiet
 from client.intake.rules import IntakeRules
+from client.intake.table import columns_of
 from client.paths import INCOMING
 from common.errors import IntakeError, UnreadableSource
 
@@ -53,7 +63,11 @@ def find(path: Path, label: str, rules: IntakeRules | None = None, skip: Skip | 
         UnreadableSource, IntakeError, ConfigError: The source cannot be listed at all.
     """
     source, rules = parse_label(label), rules or IntakeRules()
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise UnreadableSource(f"The images cannot be reached: {error.strerror}. Mend the permissions.") from error
+    if not there:
         raise UnreadableSource(f"{path} does not exist. Check the path of the images, and that its disk is mounted.")
     with quiet():
         return (_scan_file if path.is_file() else _scan_folder)(path, source, rules, skip)
@@ -62,7 +76,9 @@ def find(path: Path, label: str, rules: IntakeRules | None = None, skip: Skip | 
 def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        return scan_arrays(path, label)
+        return replace(scan_arrays(path, label), kind="NPZ")
+    if suffix == ".csv":
+        return _indexed(path, label, rules)
     try:
         dicom = is_dicom(path)
     except OSError as error:
@@ -70,33 +86,80 @@ def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | 
             f"The file of the images cannot be read: {error.strerror}. Mend its permissions."
         ) from error
     if dicom and is_directory(path):
-        return scan_directory(path, label, rules, skip)
+        return replace(scan_directory(path, label, rules, skip), kind="files that a DICOMDIR names")
     if dicom or suffix == ".zip":
-        return scan_file(path, label, rules, skip)
+        return replace(scan_file(path, label, rules, skip), kind="DICOM file" if dicom else "zip archive of DICOM")
     raise IntakeError(
-        f"Expected an NPZ file or a folder, a zip archive, a DICOMDIR or a DICOM file, got a file of type {suffix!r}. "
-        "Give its folder."
+        f"Expected an NPZ file or a folder, an index CSV, a zip archive, a DICOMDIR or a DICOM file, got a file of "
+        f"type {suffix!r}. Give its folder."
     )
 
 
 def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.name != INCOMING)
+        enter(folder)
     except OSError as error:
         raise UnreadableSource(
             f"The folder of the images cannot be read: {error.strerror}. Mend its permissions."
         ) from error
     if not names:
         raise IntakeError("The folder of the images is empty. Put DICOM files, or images with index.csv, into it.")
-    tables = [name for name in names if name.lower().endswith(".csv") and name != LABELS_FILE]
-    if "index.csv" in tables or (len(tables) == 1 and LABELS_FILE not in names):
-        return scan_index(folder, folder / ("index.csv" if "index.csv" in tables else tables[0]), label, rules)
-    if len(tables) > 1 and LABELS_FILE not in names:
-        raise IntakeError("The folder has several CSV files. Name one index.csv (PNG/JPEG) or labels.csv (DICOM).")
+    if "index.csv" in names:
+        return _indexed(folder / "index.csv", label, rules)
+    tables = [name for name in names if name.lower().endswith(".csv")]
     arrays = [name for name in names if name.lower().endswith(".npz")]
-    if len(arrays) == 1:
-        return scan_arrays(folder / arrays[0], label)
-    return scan_folder(folder, label, rules, skip)
+    if (tables or arrays) and LABELS_FILE not in names and not _holds_dicom(folder):
+        indexes = [name for name in tables if "file" in columns_of(folder / name)]
+        if len(indexes) > 1:
+            raise IntakeError(
+                "The folder has several CSV files with a column file. Name the one that counts index.csv (PNG, JPEG, "
+                "TIFF, NIfTI) or labels.csv (DICOM), or give its path in place of the folder's."
+            )
+        if indexes:
+            return _indexed(folder / indexes[0], label, rules)
+        if len(arrays) == 1:
+            found = scan_arrays(folder / arrays[0], label)
+            return replace(_with_strays(found, folder, {folder / arrays[0]}), kind="NPZ in a folder")
+    return replace(scan_folder(folder, label, rules, skip), kind="DICOM folder")
+
+
+def _indexed(index: Path, label: LabelSource, rules: IntakeRules) -> Scan:
+    found = scan_index(index.parent, index, label, rules)
+    folder = index.parent.resolve()
+    named = {item.path for item in (*found.records, *found.refusals)} | {folder / index.name}
+    return replace(_with_strays(found, folder, named), kind="files that an index CSV names")
+
+
+def _with_strays(found: Scan, folder: Path, used: Iterable[Path]) -> Scan:
+    """Count what stands in the folder and is no part of the source."""
+    strays = scan_of((), _strays(folder, frozenset(used)))
+    refused = {**found.refused}
+    for reason, count in strays.refused.items():
+        refused[reason] = refused.get(reason, 0) + count
+    return replace(found, refused=refused, refusals=(*found.refusals, *strays.refusals))
+
+
+def _strays(folder: Path, used: frozenset[Path]) -> Iterator[Refusal]:
+    for item in walk(folder):
+        if (item.path if isinstance(item, Refusal) else item) in used:
+            continue
+        if isinstance(item, Refusal):
+            yield item
+        else:
+            yield Refusal(item, None, Reason.NOT_OF_SOURCE, stamp_of(item))
+
+
+def _holds_dicom(folder: Path) -> bool:
+    """Return whether a DICOM file or a zip archive stands anywhere below a folder."""
+    return any(is_archive(path) or _is_dicom(path) for path in walk(folder) if isinstance(path, Path))
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        return is_dicom(path)
+    except OSError:
+        return False
 
 
 def require_usable(found: Scan) -> None:

@@ -10,6 +10,8 @@ from typing import final
 from common.errors import IntakeError
 
 MAX_TABLE_BYTES = 256 * 1024**2
+MAX_HEADER_BYTES = 64 * 1024
+"""Of the line with the names of the columns, where only these are asked."""
 
 Row = Mapping[str, str]
 
@@ -53,6 +55,16 @@ def read_table(path: Path) -> Table:
     if len(set(columns)) != len(columns):
         raise IntakeError("The CSV file has two columns of one name (capitals do not count). Rename one.")
     return Table(columns, tuple(_row(columns, line) for line in lines[1:] if line))
+
+
+def columns_of(path: Path) -> tuple[str, ...]:
+    """Return the column names of a CSV file, and none of what is no CSV file."""
+    try:
+        with path.open("rb") as handle:
+            line = handle.readline(MAX_HEADER_BYTES).decode("utf-8-sig")
+        return tuple(name.strip().lower() for name in next(csv.reader([line]), []))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return ()
 
 
 def write_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> bytes:

@@ -17,7 +17,7 @@ counts as changed (client/intake/importing).
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -31,7 +31,7 @@ from common.errors import StorageError, WireError
 from common.files import make_folder, read_bounded, write_atomic
 from common.sealing import PSEUDONYM_BYTES, SealingKey
 
-VERSION = 1
+VERSION = 2
 CHUNK_BYTES = 64 * 1024
 """About the pixels of a chunk: what is decrypted for one image that is asked for."""
 SEGMENT_BYTES = 256 * 1024**2
@@ -55,10 +55,12 @@ class Seen:
     Attributes:
         stamp: What the file looked like; another stamp is another file.
         refused: How many of its images were refused, by reason.
+        folder: Where it stands, by pseudonym.
     """
 
     stamp: bytes
     refused: Mapping[str, int]
+    folder: bytes = b""
 
 
 @final
@@ -83,6 +85,8 @@ class Manifest:
         segments: The files of chunks, in the order of `rows`.
         rows: A row for each image of the segments.
         seen: Every file that was looked at, by its pseudonym.
+        folders: The folder in which each folder stands, by pseudonyms.
+        practice: The site's rules by which the images were read, by pseudonym.
     """
 
     id: bytes
@@ -91,6 +95,18 @@ class Manifest:
     segments: tuple[Segment, ...] = ()
     rows: Rows = field(default_factory=lambda: np.empty(0, ROW), repr=False)
     seen: Mapping[bytes, Seen] = field(default_factory=dict[bytes, Seen], repr=False)
+    folders: Mapping[bytes, bytes] = field(default_factory=dict[bytes, bytes], repr=False)
+    practice: bytes = b""
+
+    def is_below(self, folder: bytes, others: Set[bytes]) -> bool:
+        """Return whether a folder is one of others or stands in one, at any depth."""
+        met: set[bytes] = set()
+        while folder and folder not in met:
+            if folder in others:
+                return True
+            met.add(folder)
+            folder = self.folders.get(folder, b"")
+        return False
 
     def current(self) -> npt.NDArray[np.bool_]:
         """Return which rows count: those whose file is known with the stamp that it had, each image once."""
@@ -134,9 +150,12 @@ def read_manifest(vault: Path, key: SealingKey) -> Manifest:
         form = Form(tuple(tree["classes"]), tree["size"], tree["channels"])
         segments = tuple(Segment(number, tuple(counts), size) for number, counts, size in tree["segments"])
         seen = {
-            bytes.fromhex(file): Seen(bytes.fromhex(stamp), refused) for file, (stamp, refused) in tree["seen"].items()
+            bytes.fromhex(file): Seen(bytes.fromhex(stamp), refused, bytes.fromhex(folder))
+            for file, (stamp, refused, folder) in tree["seen"].items()
         }
-        manifest = Manifest(bytes.fromhex(tree["id"]), form, tree["next"], segments, rows, seen)
+        folders = {bytes.fromhex(folder): bytes.fromhex(above) for folder, above in tree["folders"].items()}
+        practice = bytes.fromhex(tree["practice"])
+        manifest = Manifest(bytes.fromhex(tree["id"]), form, tree["next"], segments, rows, seen, folders, practice)
     except (WireError, ValueError, KeyError, TypeError, struct.error) as error:
         raise damaged() from error
     if tree["version"] != VERSION or len(rows) != sum(sum(segment.counts) for segment in segments):
@@ -158,7 +177,11 @@ def write_manifest(vault: Path, key: SealingKey, manifest: Manifest) -> None:
     }
     tree |= {"channels": manifest.form.channels, "next": manifest.next}
     tree["segments"] = [[part.number, part.counts, part.size_bytes] for part in manifest.segments]
-    tree["seen"] = {file.hex(): [seen.stamp.hex(), dict(seen.refused)] for file, seen in manifest.seen.items()}
+    tree["seen"] = {
+        file.hex(): [seen.stamp.hex(), dict(seen.refused), seen.folder.hex()] for file, seen in manifest.seen.items()
+    }
+    tree["folders"] = {folder.hex(): above.hex() for folder, above in manifest.folders.items()}
+    tree["practice"] = manifest.practice.hex()
     head = json.dumps(tree, separators=(",", ":")).encode()
     content = struct.pack("<I", len(head)) + head + manifest.rows.tobytes()
     write_atomic(vault / "manifest", key.seal(content, b"manifest"), 0o600)

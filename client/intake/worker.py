@@ -26,7 +26,7 @@ from client.intake.headers import read_header
 from client.intake.labels import Labelling, parse_labelling
 from client.intake.pixels import Levels, Square, fit
 from client.intake.records import Record, Region, Seen, state_of
-from client.intake.refusals import Reason, Refused, quiet
+from client.intake.refusals import Reason, Refused, quiet, unopened
 from client.intake.requests import MAX_DIRECTORY_BYTES, MAX_HEADER_BYTES, MAX_REASON_BYTES, Form, Job, is_npz
 from client.intake.rules import IntakeRules
 from client.intake.volumes import Volume, is_volume
@@ -65,7 +65,7 @@ class Source:
         except IntakeError as error:
             raise Refused(Reason.PIXELS) from error
         except OSError as error:  # the file went away since the scan
-            raise Refused(Reason.MISSING) from error
+            raise unopened(error) from error
 
     def _same_state(self, handle: BinaryIO) -> str:
         state = state_of(os.fstat(handle.fileno()))
@@ -184,8 +184,8 @@ def _listed(what: dict[str, Any], rules: IntakeRules) -> bytes:
             raise Refused(Reason.TOO_LARGE)
     except Refused as refusal:
         return _refusal(refusal)
-    except OSError:
-        return _refusal(Refused(Reason.MISSING))
+    except OSError as error:
+        return _refusal(unopened(error))
     except MemoryError:
         return _refusal(Refused(Reason.TOO_LARGE))
     return answer
@@ -220,8 +220,8 @@ def _answer(source: Source, frame: int | None, form: Form, blank: tuple[Region, 
         return b"+" + source.square(frame, form, blank).tobytes()
     except Refused as refusal:
         return _refusal(refusal)
-    except OSError:
-        return _refusal(Refused(Reason.MISSING))
+    except OSError as error:
+        return _refusal(unopened(error))
     except MemoryError:
         return _refusal(Refused(Reason.TOO_LARGE))
 

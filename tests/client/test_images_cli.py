@@ -72,7 +72,13 @@ def test_adds_up(run: Run, source: Path, tmp_path: Path) -> None:
     assert found["images_per_patient"] == [1, 1.0, 2]
     assert found["kinds"]["modalities"] == {"CR": 23, "US": 1}
     assert found["kinds"]["syntaxes"] == {"Explicit VR Little Endian": 27}
-    for line in ("expected: 29; read: 27; usable: 24", "1 ultrasound (as no. 29)", "epsilon", "Grouping is a privacy"):
+    for line in (
+        "source: DICOM folder",
+        "expected: 29; read: 27; usable: 24",
+        "1 ultrasound (as no. 29)",
+        "epsilon",
+        "Grouping is a privacy",
+    ):
         assert line in out
     assert "1 pairs of nearly the same pictures under two patients" in out
 
@@ -124,6 +130,23 @@ def test_import_says_the_same(run: Run, source: Path, tmp_path: Path) -> None:
     again = run(*arguments)[1]
     assert "new or changed: 0 images; unchanged: 29 files" in again
     assert "expected: 29; read: 27; usable: 24" in again
+
+
+def test_what_is_gone_leaves_every_set_of_the_home(run: Run, source: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path, source)
+    run("import", home.folder, "--classes", "all", "--size", 32)
+    arguments = ("import", home.folder, "--classes", "all", "--size", 28)
+    assert "gone" not in run(*arguments)[1]
+    for number in range(3):
+        (source / f"{number:02d}").unlink()
+    out = run(*arguments)[1]
+    assert "gone: 3 images of 3 files" in out
+    assert "also gone: 3 images of the set of 32 px x 1 (all), whose files are gone or changed\n" in out
+    assert "gone" not in run(*arguments)[1]
+    for number in range(3, 15):
+        (source / f"{number:02d}").unlink()
+    policy.save(home.policy, policy.load(home.policy).model_copy(update={"min_patients": 1}))
+    assert "too few" not in run(*arguments)[1]
 
 
 def test_exit_codes(run: Run, source: Path, tmp_path: Path, write_dicom: WriteDicom) -> None:

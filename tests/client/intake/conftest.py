@@ -1,6 +1,8 @@
-"""Small DICOM files made on the spot."""
+"""Small DICOM files made on the spot, and a folder where permissions count even for root's tests."""
 
-from collections.abc import Callable
+import ctypes
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,34 @@ def write_dicom() -> WriteDicom:
         return path
 
     return write
+
+
+_DAC = 0b110
+"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: by these alone root reads what its mode forbids."""
+
+
+def _effective(change: Callable[[int], int]) -> None:
+    """Change the capabilities that this thread uses, of those that it has.
+
+    Source: capabilities(7), capget(2).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    sets[0] = change(sets[0])
+    assert libc.capset(header, sets) == 0
+
+
+@pytest.fixture
+def permissions(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose modes count in this process, also where the tests are root's; not in a decoder's process."""
+    if os.geteuid() == 0:
+        _effective(lambda now: now & ~_DAC)
+    try:
+        yield tmp_path
+    finally:
+        if os.geteuid() == 0:
+            _effective(lambda now: now | _DAC)
+        for root, folders, _ in os.walk(tmp_path):
+            for name in folders:
+                (Path(root) / name).chmod(0o700)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pydicom.uid import MPEG2MPML
 
 from client.intake import Form, Reason, importing
 from client.intake import vault as vaults
+from client.intake.forgetting import forget
 from client.intake.importing import Imported, import_source
 from client.intake.patients import PatientTable
 from client.intake.sealed import open_dataset
@@ -140,24 +142,110 @@ def test_dicom_files_that_are_known_are_not_opened(tmp_path: Path, write_dicom: 
 
 def test_too_few_patients_give_no_images_and_are_kept(tmp_path: Path, source: Path) -> None:
     vault = tmp_path / "vault"
-    with pytest.raises(TooFewPatients, match="min_patients=7 usable patients at this site, found 6"):
+    with pytest.raises(TooFewPatients, match="min_patients=7 usable patients at this site, found 6") as caught:
         run(vault, source, least=7)
+    assert "imported before" not in str(caught.value)
     with pytest.raises(IntakeError, match="fewer patients"):
         open_dataset(vault, KEY)
     write(source, 12)
     index(source, {number: "p9" if number == 12 else f"p{5 - number % 6}" for number in range(13)})
     found = run(vault, source, least=7)
-    assert (found.added, found.images) == (1, 13)
+    assert (found.added, found.taken_up, found.images) == (1, 12, 13)
 
 
-def test_withdrawn_below_the_minimum(tmp_path: Path, source: Path) -> None:
-    """Even when too few stay, the pixels of those who left go."""
+def test_refused_before_deleted(tmp_path: Path, source: Path) -> None:
+    """A wrong setting or a disk that is not there takes nothing from the vault, and the message says so."""
     vault = tmp_path / "vault"
     run(vault, source, least=6)
+    before = values(vault)
     index(source, {number: f"p{5 - number % 6}" for number in range(12) if number % 6 != 2})
-    with pytest.raises(TooFewPatients):
+    with pytest.raises(TooFewPatients, match=r"stay in use as they were.*delete the folder of the vault"):
         run(vault, source, least=6)
-    assert len(read_manifest(vault, KEY).rows) == 10
+    assert values(vault) == before
+    (source / "index.csv").write_text("file,patient,label\n0000.png,p1,other\n")
+    with pytest.raises(IntakeError, match=r"1 label not among the classes.*stay in use as they were"):
+        run(vault, source)
+    for number in range(12):
+        (source / f"{number:04d}.png").unlink()
+    index(source, {number: f"p{5 - number % 6}" for number in range(12)})
+    with pytest.raises(IntakeError, match=r"12 file missing.*stay in use as they were"):
+        run(vault, source)
+    assert values(vault) == before
+
+
+def test_gone_images_are_counted(tmp_path: Path, source: Path) -> None:
+    run(tmp_path / "vault", source)
+    index(source, {number: f"p{5 - number % 6}" for number in range(12) if number not in (2, 3, 8)})
+    write(source, 4, value=40)
+    found = run(tmp_path / "vault", source)
+    assert (found.images, found.added, found.gone) == (9, 1, (3, 3))
+    assert run(tmp_path / "vault", source).gone == (0, 0)
+
+
+def tree(folder: Path, write_dicom: WriteDicom) -> Practice:
+    for number in range(6):
+        write_dicom(folder / f"p{number}" / "deep" / "a", PatientID=f"p{number}", SOPInstanceUID=f"1.2.{number}")
+    return Practice(folder, "none")
+
+
+def test_not_reached_is_not_gone(permissions: Path, write_dicom: WriteDicom) -> None:
+    """What stands below a folder that cannot be read stays and is counted; what vanished elsewhere goes."""
+    practice, vault = tree(permissions / "source", write_dicom), permissions / "vault"
+    import_source(vault, KEY, FORM, practice)
+    (practice.source / "p2").chmod(0)
+    (practice.source / "p4" / "deep").chmod(0o444)
+    (practice.source / "p5" / "deep" / "a").unlink()
+    for _ in range(2):
+        found = import_source(vault, KEY, FORM, practice)
+        assert (found.images, found.held, found.unchanged, found.added) == (5, 2, 3, 0)
+        assert found.refused == {Reason.FOLDER: 2}
+    (practice.source / "p2").chmod(0o700)
+    found = import_source(vault, KEY, FORM, practice)
+    assert (found.images, found.held, found.unchanged, found.added) == (5, 1, 4, 0)
+    other = Practice(practice.source, "none", patients=PatientTable({("", "p4"): ("", "p0")}))
+    found = import_source(vault, KEY, FORM, other)  # whose image it is can no longer be said
+    assert (found.images, found.held, found.gone) == (4, 0, (1, 1))
+
+
+def test_a_picture_that_cannot_be_read_stays_while_its_row_does(permissions: Path) -> None:
+    source, vault = permissions / "source", permissions / "vault"
+    (source / "closed").mkdir(parents=True)
+    write(source, 1)
+    write(source / "closed", 2)
+    (source / "index.csv").write_text("file,patient,label\n0001.png,a,all\nclosed/0002.png,b,all\n")
+    run(vault, source)
+    (source / "closed").chmod(0)
+    found = run(vault, source)
+    assert (found.images, found.held, found.refused) == (2, 1, {Reason.FOLDER: 1})
+    (source / "index.csv").write_text("file,patient,label\n0001.png,a,all\nclosed/0002.png,c,all\n")
+    found = run(vault, source)
+    assert (found.images, found.held) == (1, 0)
+
+
+def test_gone_from_all(tmp_path: Path, source: Path) -> None:
+    """A patient who was taken out leaves the other sets of the home too."""
+    other, form = tmp_path / "other", Form(("all", "more"), 28, 1)
+    run(tmp_path / "vault", source)
+    run(other, source, form=form)
+    before = {path.name for path in other.glob("pixels-*")}
+    index(source, {number: f"p{5 - number % 6}" for number in range(12) if number % 6 != 2})
+    write(source, 3, value=30)
+    done = run(tmp_path / "vault", source)
+    gone = forget(other, KEY, done.states, 1, nullcontext())
+    assert gone is not None
+    assert (gone.form, gone.images, gone.usable) == (form, 3, True)
+    assert sorted(values(other)) == sorted([[5, 11], [4, 10], [9], [1, 7], [0, 6]])
+    assert not before & {path.name for path in other.glob("pixels-*")}
+    assert KEY.pseudonym(b'["", "p3"]', "patient") not in read_manifest(other, KEY).rows["patient"].tolist()
+    assert forget(other, KEY, done.states, 1, nullcontext()) is None
+    assert run(other, source, form=form).added == 1
+    index(source, {0: "p0", 1: "p1"})
+    gone = forget(other, KEY, run(tmp_path / "vault", source).states, 3, nullcontext())
+    assert gone is not None
+    assert (gone.images, gone.usable) == (8, False)
+    with pytest.raises(IntakeError, match="fewer patients"):
+        open_dataset(other, KEY)
+    assert run(other, source, form=form).taken_up == 0
 
 
 def test_nothing_usable(tmp_path: Path, source: Path) -> None:
@@ -175,7 +263,7 @@ def test_a_missing_decoder_is_named_with_its_pip_line(tmp_path: Path, write_dico
 
 
 def test_two_imports_at_once(tmp_path: Path, source: Path) -> None:
-    with importing._alone(tmp_path / "vault"), pytest.raises(StorageError, match="Another import"):
+    with importing.alone_in(tmp_path / "vault"), pytest.raises(StorageError, match="Another import"):
         run(tmp_path / "vault", source)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.intake import Reason, folders, scan
+from client.intake import IntakeRules, Reason, folders, scan, worker
+from client.intake.labels import TagLabel
 from client.intake.requests import ask_header as real
 from common.errors import ConfigError, IntakeError, UnreadableSource
 from tests.client.intake.pictures import read
@@ -121,3 +122,104 @@ def test_a_file_that_goes_away_is_counted(tmp_path: Path) -> None:
     found = scan(tmp_path, "none")
     (tmp_path / "a.png").unlink()
     assert read(found, ["all"], 28)[1] == {Reason.MISSING: 1}
+
+
+STRAYS = {
+    "images.npz": None,
+    "patients.csv": "patient,to\nA,B\n",
+    "worklist.csv": "file,patient\nelsewhere.png,A\n",
+    "pull.csv": "accession\n1\n",
+}
+
+
+@pytest.mark.parametrize("strays", [[name] for name in STRAYS] + [list(STRAYS)])
+def test_files_beside_do_not_replace_a_dicom_tree(tmp_path: Path, write_dicom: WriteDicom, strays: list[str]) -> None:
+    for number in range(3):
+        write_dicom(tmp_path / "deep" / f"{number}", PatientID=f"P{number}")
+    for name in strays:
+        if (text := STRAYS[name]) is None:
+            np.savez(tmp_path / name, images=np.zeros((2, 8, 8), np.uint8), patient_id=np.arange(2))
+        else:
+            (tmp_path / name).write_text(text)
+    found = scan(tmp_path, "none")
+    assert (len(found.records), found.refused, found.kind) == (3, {Reason.NOT_DICOM: len(strays)}, "DICOM folder")
+
+
+def test_a_zip_is_not_replaced_either(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(write_dicom(tmp_path / "other" / "a"), "a")
+    (tmp_path / "other" / "a").unlink()
+    (tmp_path / "export.csv").write_text("file,patient\na,A\n")
+    found = scan(tmp_path, "none")
+    assert (len(found.records), found.refused) == (1, {Reason.NOT_DICOM: 1})
+
+
+def pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / name)
+
+
+def test_what_an_index_does_not_name_is_counted(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png", "deep/c.png")
+    (tmp_path / "index.csv").write_text("file,patient\na.png,1\ndeep/c.png,1\n")
+    (tmp_path / "worklist.csv").write_text("file,patient\nb.png,9\n")
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8), np.uint8), patient_id=np.arange(2))
+    found = scan(tmp_path, "none")
+    assert (len(found.records), found.refused) == (2, {Reason.NOT_OF_SOURCE: 3})
+    assert found.kind == "files that an index CSV names"
+    assert {refusal.path.name for refusal in found.refusals} == {"b.png", "worklist.csv", "images.npz"}
+
+
+def test_one_csv_file_of_any_name_is_the_index(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "mine.csv").write_text("file,patient\na.png,1\n")
+    (tmp_path / "patients.csv").write_text("patient,to\n1,2\n")
+    found = scan(tmp_path, "none")
+    assert (len(found.records), found.refused) == (1, {Reason.NOT_OF_SOURCE: 1})
+    (tmp_path / "other.csv").write_text("file,patient\na.png,2\n")
+    with pytest.raises(IntakeError, match="several CSV files with a column file"):
+        scan(tmp_path, "none")
+    assert [record.patient[1] for record in scan(tmp_path / "other.csv", "none").records] == ["2"]
+
+
+def test_what_stands_beside_an_npz_is_counted(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8), np.uint8), patient_id=np.array(["", "b"]))
+    pictures(tmp_path, "png/a.png")
+    (tmp_path / "notes.csv").write_text("said\nnothing\n")
+    found = scan(tmp_path, "none")
+    assert (len(found.records), found.refused) == (1, {Reason.NO_PATIENT: 1, Reason.NOT_OF_SOURCE: 2})
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o000])
+def test_a_folder_that_cannot_be_entered(permissions: Path, write_dicom: WriteDicom, mode: int) -> None:
+    """Whatever its mode lets be seen of it: one refusal, and the rest is read."""
+    for name in ("a", "closed/b", "closed/deep/c", "open/d"):
+        write_dicom(permissions / name)
+    (permissions / "closed").chmod(mode)
+    found = scan(permissions, "none")
+    assert [record.path.name for record in found.records] == ["a", "d"]
+    assert (found.refused, found.refusals[0].path) == ({Reason.FOLDER: 1}, permissions / "closed")
+    permissions.chmod(mode)
+    with pytest.raises(UnreadableSource, match="Permission denied") as caught:
+        scan(permissions, "none")
+    assert str(permissions) not in str(caught.value)
+    permissions.chmod(0o700)
+
+
+def test_a_file_that_cannot_be_read_is_not_missing(permissions: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(permissions / "a")
+    write_dicom(permissions / "zips" / "a")
+    with zipfile.ZipFile(permissions / "zips" / "c.zip", "w") as archive:
+        archive.write(permissions / "a", "a")
+    (permissions / "a").chmod(0)
+    (permissions / "zips" / "c.zip").chmod(0)
+    assert scan(permissions / "zips", "none").refused == {Reason.NOT_READABLE: 1}
+    labels = TagLabel(tag="Modality").model_dump_json(by_alias=True)
+    reply = worker._listed({"path": str(permissions / "a"), "member": None, "labels": labels}, IntakeRules())
+    assert reply[2:].decode() == Reason.NOT_READABLE
+    pictures(permissions, "a.png", "b.png")
+    (permissions / "index.csv").write_text("file,patient\na.png,1\nb.png,1\nc.png,1\n")
+    (permissions / "b.png").chmod(0)
+    refused = scan(permissions, "none").refused
+    assert (refused[Reason.NOT_READABLE], refused[Reason.MISSING]) == (1, 1)
