@@ -133,7 +133,8 @@ def show_ledger(home: HomeArgument) -> None:
         table.add_row(entry.time, asked.run_id, str(asked.round), asked.kind.value, *cost)
     _print(table)
     spent = ledger.spent(rules.delta)
-    print(f"verified; epsilon {spent:.3f} of {rules.max_epsilon:g} spent at delta {rules.delta:g}")
+    over = "; MORE than allowed: every request is refused" if spent > rules.max_epsilon else ""
+    print(f"verified; epsilon {spent:.3f} of {rules.max_epsilon:g} spent at delta {rules.delta:g}{over}")
 
 
 @app.command("budget")

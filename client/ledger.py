@@ -88,6 +88,23 @@ class Ledger:
         """Return epsilon at `delta` of everything ever charged."""
         return epsilon(self.charges, delta)
 
+    def require_within(self, max_epsilon: float, delta: float) -> None:
+        """Refuse whatever is asked, paid for or not, once more is spent than the policy now allows.
+
+        Raises:
+            PolicyRefusal: More is spent.
+            StorageError: The ledger was changed.
+        """
+        with self._chain.locked():
+            self._catch_up()
+        spent = self.spent(delta)
+        if not spent <= max_epsilon:
+            raise PolicyRefusal(
+                RefusalCode.OVER_BUDGET,
+                f"Expected epsilon <= {max_epsilon:g} at delta = {delta:g}, {spent:.4f} is spent already: max_epsilon "
+                "of policy.toml was lowered below it. Nothing is released any more.",
+            )
+
     def charge(self, request: ChargeRequest, charge: Charge, max_epsilon: float, delta: float) -> float:
         """Charge one request durably, or refuse it before anything is written.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from client import journal
+from client import policy as policies
 from client.agent import answer, open_site
 from client.channel import pack_reply
 from client.home import import_images, load_images
@@ -475,7 +476,8 @@ def test_over_budget_is_refused_before_data_is_loaded(site, warmup, train, tiny_
 
 
 def with_policy(site, **bounds):
-    return dataclasses.replace(site, policy=site.policy.model_copy(update=bounds))
+    policies.save(site.home.policy, site.policy.model_copy(update=bounds))
+    return site
 
 
 @pytest.mark.parametrize("may_declare", [(), ("name",), ("patients",)])
@@ -511,6 +513,57 @@ def test_the_policy_is_asked_before_anything_is_computed_or_read(site, warmup, t
             narrow = with_policy(site, allowed_models=("mlp",))
             assert_refused(answer(narrow, refused), RefusalCode.POLICY)
     assert (charged(site), released(site)) == (0, ())
+
+
+def test_policy_of_the_moment_when_tightened(site, warmup, train, tiny_proposal, caplog):
+    """The file of the moment binds a running agent: the bound, and what was charged before it."""
+    caplog.set_level("INFO", "fedmedgan.agent")
+    assert answer(site, warmup).refusal is None
+    with_policy(site, max_epsilon=1.0)
+    cheap = changed(train, "privacy", epsilon=0.5)
+    assert_refused(answer(site, train), RefusalCode.POLICY)
+    assert_refused(answer(site, cheap), RefusalCode.OVER_BUDGET)
+    assert (charged(site), len(released(site))) == (1, 1)
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("max_epsilon: 8.0 -> 1.0" in line for line in lines) == 1
+    with_policy(site, max_epsilon=8.0)
+    assert answer(site, train).refusal is None
+
+
+def test_policy_of_the_moment_for_a_charge_that_has_no_outcome_yet(tiny_home, train):
+    """A charge that a kill left over is over the budget too once the budget is lowered."""
+    cheap = changed(train, "privacy", epsilon=0.5)
+    site = open_site(tiny_home, secrets=fail_to_draw)
+    with pytest.raises(InterruptedError):
+        answer(site, cheap)
+    assert charged(site) == 1
+    spend(site, 3.0)
+    with_policy(site, max_epsilon=1.0)
+    assert_refused(answer(open_site(tiny_home), cheap), RefusalCode.OVER_BUDGET)
+    assert released(site) == ()
+
+
+def fail_to_draw(_digest):
+    raise InterruptedError
+
+
+def spend(site, target):
+    charge = Charge(noise_for(target, 1e-5, 1.0, 1), 1.0, 1)
+    site.ledger.charge(ChargeRequest("earlier", 0, Kind.WARMUP, "digest"), charge, 8.0, 1e-5)
+
+
+@pytest.mark.parametrize("content", [None, b"max_epsilon = [", b"nonsense = 1"])
+def test_policy_of_the_moment_when_it_does_not_read(site, warmup, content):
+    """A policy that is gone or half written allows nothing; mended, it counts again without a restart."""
+    good = site.home.policy.read_bytes()
+    site.home.policy.unlink()
+    if content is not None:
+        site.home.policy.write_bytes(content)
+    for request in (Request(Kind.HELLO, "run-1", 0, warmup.proposal, hello_settings()), warmup):
+        assert_refused(answer(site, request), RefusalCode.INTERNAL)
+    assert (charged(site), released(site)) == (0, ())
+    site.home.policy.write_bytes(good)
+    assert answer(site, warmup).refusal is None
 
 
 @pytest.mark.parametrize("left", [[], ["ledger.lock"], ["ledger.jsonl"], ["ledger.lock", "ledger.jsonl"]])
