@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, final
 
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from client.intake import Dataset
 from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.logs import printable
 from client.policy import Policy, PolicyFile
-from client.replies import forget_old_replies, secret_of_charge, store_reply, stored_reply
+from client.replies import forget_old_replies, prepare_secret, secret_of_charge, store_reply, stored_reply
 from client.train import train_round
 from client.warmup import embedding_sum
 from common.config import GradientEngine, Proposal
@@ -119,7 +120,8 @@ def answer(site: Site, request: Request) -> Reply:
           the site is, by its policy, what is installed, and how far the budget carries the run (client/hello).
         - repeat_is_free: The same request again gives the same bytes and charges nothing.
         - one_outcome_per_charge: Whatever fails after the charge, by an error or by kill -9, the same request draws the
-          same secrets again; no second sample of patients or noise can be had for one charge.
+          same secrets again; no second sample of patients or noise can be had for one charge, not even by putting
+          older journals and replies back.
         - policy_of_the_moment: policy.toml is read anew for each request, and one that does not read allows nothing.
         - codes_only: A refusal holds no text, no field, no array.
         - pinned_coordinator_only: With a coordinator's key, what that key did not sign, or too long ago, is refused
@@ -172,8 +174,9 @@ def _private(site: Site, request: Request) -> Reply:
         cost = agreed.charge_of_warmup() if warmup else agreed.charge_of_round(proposal.train.steps_per_round)
         _require_one_price(site, request, cost)
         charge = ChargeRequest(request.run_id, request.round, request.kind, digest)
-        spent = site.ledger.charge(charge, cost, site.policy.max_epsilon, site.policy.delta)
-        secret = secret_of_charge(replies, request, lambda: site.secrets(digest))
+        prepare = partial(prepare_secret, replies, request, lambda: site.secrets(digest))
+        spent = site.ledger.charge(charge, cost, site.policy.max_epsilon, site.policy.delta, prepare)
+        secret = secret_of_charge(replies, request)
         try:
             reply = _release(site, request, proposal, agreed, asked, rng, secret, spent)
             journal.check_egress(reply, allowed, site.policy.max_reply_bytes)

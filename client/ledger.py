@@ -4,6 +4,7 @@ One ledger per data set, forever: across runs, configurations, restarts and vers
 fits the policy (client/policy), what left the site (client/journal).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -105,7 +106,14 @@ class Ledger:
                 "of policy.toml was lowered below it. Nothing is released any more.",
             )
 
-    def charge(self, request: ChargeRequest, charge: Charge, max_epsilon: float, delta: float) -> float:
+    def charge(
+        self,
+        request: ChargeRequest,
+        charge: Charge,
+        max_epsilon: float,
+        delta: float,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> float:
         """Charge one request durably, or refuse it before anything is written.
 
         Args:
@@ -113,6 +121,7 @@ class Ledger:
             charge: How much.
             max_epsilon: The policy's bound on everything ever charged.
             delta: The policy's delta.
+            prepare: Done right before a new charge is written, never for one that stands already.
 
         Returns:
             Epsilon of everything charged, this one with it.
@@ -129,6 +138,7 @@ class Ledger:
                 return self.spent(delta)
             after = _affordable([*self.charges, charge], max_epsilon, delta)
             entry = Entry(datetime.now(UTC).isoformat(timespec="seconds"), request, charge)
+            prepare()
             self._chain.append(_body(entry))
             self._entries.append(entry)
             return after

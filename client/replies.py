@@ -1,6 +1,7 @@
 """The stored outcomes of charges: a repeated request gets the same bytes, a charge has one outcome, even after a kill.
 
-A charge's secret stands on disk until its outcome is stored. Out of scope: what is released (client/agent) and the
+A charge's secret stands on disk from before the charge until its outcome is stored. A charge that has neither secret nor
+outcome here had one before: older files were put back, or it was forgotten, and a second is never drawn. Out of scope: what is released (client/agent) and the
 record of it (client/journal).
 """
 
@@ -20,15 +21,33 @@ Released = Collection[tuple[str, Kind, int]]
 """Run, kind and round of everything that stands in the journal."""
 
 
-def secret_of_charge(folder: Path, request: Request, draw: Callable[[], KeyStream]) -> KeyStream:
-    """Return the stream of a charge: the one that stands on disk, or a new one, which stands there from then on.
+def prepare_secret(folder: Path, request: Request, draw: Callable[[], KeyStream]) -> None:
+    """Put the secret of a charge on disk, right before the charge is written.
+
+    One that stands already, since a kill or a full disk came in between, was never used and is kept.
 
     Raises:
         StorageError: The disk does not take it.
     """
-    path = _path(folder, request.run_id, request.kind, request.round).with_suffix(".secret")
+    path = _secret(folder, request)
     if not path.exists():
         write_atomic(path, draw().read(SECRET_BYTES), 0o600)
+
+
+def secret_of_charge(folder: Path, request: Request) -> KeyStream:
+    """Return the stream of a charge that stands and has no outcome here.
+
+    Raises:
+        PolicyRefusal: It is gone, and with it perhaps an outcome that has left.
+    """
+    path = _secret(folder, request)
+    if not path.exists():
+        raise PolicyRefusal(
+            RefusalCode.REPLAYED,
+            f"Round {request.round} ({request.kind}) is charged, and neither its secret nor its outcome is in replies/: "
+            "older files were put back, and it may have been released. It is not computed again; the run goes on "
+            "without it.",
+        )
     return KeyStream(path.read_bytes())
 
 
@@ -69,6 +88,10 @@ def forget_old_replies(folder: Path, request: Request, released: Released) -> No
     for path in folder.iterdir():  # few files, however many rounds there were
         if path.name in names:
             path.unlink(missing_ok=True)
+
+
+def _secret(folder: Path, request: Request) -> Path:
+    return _path(folder, request.run_id, request.kind, request.round).with_suffix(".secret")
 
 
 def _path(folder: Path, run_id: str, kind: Kind, round_: int) -> Path:

@@ -244,24 +244,38 @@ def test_charged_first_even_if_the_data_do_not_read(site, warmup, train, tiny_pr
     assert [entry.size_bytes for entry in released(site)] == [0, 0]  # outcomes, and nothing in them
 
 
-def test_charged_first_before_secrets_are_drawn(tiny_home, train):
-    seen = []
+class Killed(BaseException):
+    """What no handler catches, as a kill."""
 
-    def secrets(purpose):
-        seen.append((purpose, charged(open_site(tiny_home))))
-        return KeyStream.from_os()
 
-    answer(open_site(tiny_home, secrets), train)
-    assert [count for _, count in seen] == [1]
+class KilledWhenUsed:
+    """Dies when it is looked at, in the middle of training."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        raise Killed
+
+
+def test_one_outcome_per_charge_from_a_secret_that_stands_before_it(tiny_home, train):
+    """A secret is drawn for the very first charge alone, and stands on the disk before it."""
+
+    def killed(_):
+        raise Killed
+
+    with pytest.raises(Killed):
+        answer(open_site(tiny_home, killed), train)
+    assert (charged(open_site(tiny_home)), list(tiny_home.replies.iterdir())) == (0, [])
+    assert answer(open_site(tiny_home), train).refusal is None
 
 
 def test_repeat_is_free_after_a_crash_in_training(tiny_home, train):
     def crash(purpose):
         raise ZeroDivisionError(purpose)
 
-    with pytest.raises(ZeroDivisionError):
-        answer(open_site(tiny_home, crash), train)
-    site = open_site(tiny_home)
+    with pytest.raises(Killed):
+        answer(dataclasses.replace(open_site(tiny_home), gradients=KilledWhenUsed()), train)
+    site = open_site(tiny_home, crash)  # a second secret is never drawn
     assert (charged(site), released(site)) == (1, ())
     assert answer(site, train).refusal is None
     assert (charged(site), len(released(site))) == (1, 1)
@@ -330,6 +344,34 @@ def test_one_outcome_per_charge_when_the_journal_was_missed_and_rounds_went_on(t
         assert answer(open_site(tiny_home), dataclasses.replace(train, round=number)).refusal is None
     assert content_digest(answer(open_site(tiny_home), train)) == first
     assert sorted(entry.round for entry in released(site)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kept", ["replies", "journal", "neither"])
+def test_one_outcome_per_charge_after_a_partial_restore(tiny_home, train, warmup, tmp_path, kept):
+    """An older journal, older replies or both are put back, the newer ledger stays: no second output."""
+    site = open_site(tiny_home)
+    answer(site, warmup)
+    for part in ("journal", "replies"):
+        shutil.copytree(tiny_home.folder / part, tmp_path / "old" / part)
+    first = answer(site, train)
+    assert first.refusal is None
+    for part in {"journal", "replies"} - {kept}:
+        shutil.rmtree(tiny_home.folder / part)
+        shutil.copytree(tmp_path / "old" / part, tiny_home.folder / part)
+    for _ in range(2):
+        again = answer(open_site(tiny_home), train)
+        if kept == "replies":
+            assert pack_reply(again) == pack_reply(first)
+        else:
+            assert_refused(again, RefusalCode.REPLAYED)
+    assert charged(site) == 2
+
+
+def test_a_refused_charge_leaves_no_secret(site, warmup, train):
+    spend(site, 7.9)
+    for request in (warmup, train):
+        assert_refused(answer(site, request), RefusalCode.OVER_BUDGET)
+    assert list(site.home.replies.iterdir()) == []
 
 
 def test_one_outcome_per_charge_whatever_goes_wrong(tiny_home, train):
@@ -533,18 +575,14 @@ def test_policy_of_the_moment_when_tightened(site, warmup, train, tiny_proposal,
 def test_policy_of_the_moment_for_a_charge_that_has_no_outcome_yet(tiny_home, train):
     """A charge that a kill left over is over the budget too once the budget is lowered."""
     cheap = changed(train, "privacy", epsilon=0.5)
-    site = open_site(tiny_home, secrets=fail_to_draw)
-    with pytest.raises(InterruptedError):
+    site = dataclasses.replace(open_site(tiny_home), gradients=KilledWhenUsed())
+    with pytest.raises(Killed):
         answer(site, cheap)
     assert charged(site) == 1
     spend(site, 3.0)
     with_policy(site, max_epsilon=1.0)
     assert_refused(answer(open_site(tiny_home), cheap), RefusalCode.OVER_BUDGET)
     assert released(site) == ()
-
-
-def fail_to_draw(_digest):
-    raise InterruptedError
 
 
 def spend(site, target):
