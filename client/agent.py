@@ -131,7 +131,7 @@ def answer(site: Site, request: Request) -> Reply:
     try:
         if site.coordinator is not None:
             _require_joined(site)
-            check_request(site.coordinator, request, site.clock())
+            check_request(site.coordinator, request, site.clock(), site.key.verify_key)
         if request.kind is Kind.HELLO:
             reply = _hello(site, request)
         else:

@@ -1,8 +1,8 @@
 """The stored outcomes of charges: a repeated request gets the same bytes, a charge has one outcome, even after a kill.
 
-A charge's secret stands on disk from before the charge until its outcome is stored. A charge that has neither secret nor
-outcome here had one before: older files were put back, or it was forgotten, and a second is never drawn. Out of scope: what is released (client/agent) and the
-record of it (client/journal).
+A charge's secret stands on disk from before the charge until its outcome is stored. A charge with neither secret nor
+outcome here had one: older files were put back, or it was forgotten, and a second is never drawn. Out of scope: what is
+released (client/agent) and the record of it (client/journal).
 """
 
 from collections.abc import Callable, Collection
@@ -44,7 +44,7 @@ def secret_of_charge(folder: Path, request: Request) -> KeyStream:
     if not path.exists():
         raise PolicyRefusal(
             RefusalCode.REPLAYED,
-            f"Round {request.round} ({request.kind}) is charged, and neither its secret nor its outcome is in replies/: "
+            f"Round {request.round} ({request.kind}) is charged, and neither its secret nor its outcome is stored: "
             "older files were put back, and it may have been released. It is not computed again; the run goes on "
             "without it.",
         )

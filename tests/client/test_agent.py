@@ -627,15 +627,24 @@ def joined(tiny_home):
 NOW = 1_799_539_200.0
 
 
-def sealed(request, key=COORDINATOR, deadline=NOW + 60):
-    return seal_request(key, request, deadline)
+def sealed(site, request, key=COORDINATOR, deadline=NOW + 60):
+    return seal_request(key, request, deadline, site.key.verify_key)
+
+
+def test_a_request_that_was_sealed_for_another_site_costs_nothing(joined, warmup):
+    """One seal, two sites: the other one's is refused here."""
+    for key in (SigningKey.generate().verify_key, None):
+        for request in (warmup, train_request()):
+            elsewhere = seal_request(COORDINATOR, request, NOW + 60, key)
+            assert_refused(answer(joined, elsewhere), RefusalCode.BAD_REQUEST)
+    assert charged(joined) == 0
 
 
 def test_pinned_coordinator_only(joined, warmup):
     hello = Request(Kind.HELLO, "run-1", 0, warmup.proposal, hello_settings())
     for request in (hello, warmup):
-        honest = sealed(request)
-        wrong = [request, sealed(request, SigningKey.generate())]
+        honest = sealed(joined, request)
+        wrong = [request, sealed(joined, request, SigningKey.generate())]
         wrong += [dataclasses.replace(honest, **change) for change in ({"run_id": "run-2"}, {"round": 1})]
         wrong += [dataclasses.replace(honest, seal=dataclasses.replace(honest.seal, deadline=int(NOW) + 10**6))]
         for forged in wrong:
@@ -647,21 +656,21 @@ def test_nothing_is_answered_once_the_site_has_left(joined, warmup):
     """Whatever still runs: `leave` is heard by the agent at its next request."""
     joined.home.federation.unlink()
     hello = Request(Kind.HELLO, "run-1", 0, warmup.proposal, hello_settings())
-    assert [answer(joined, sealed(one)).refusal for one in (hello, warmup)] == [RefusalCode.POLICY] * 2
+    assert [answer(joined, sealed(joined, one)).refusal for one in (hello, warmup)] == [RefusalCode.POLICY] * 2
     assert not joined.ledger.charges
 
 
 def test_stale_requests_cost_nothing(joined, warmup):
-    late = sealed(warmup, deadline=NOW - 1)
+    late = sealed(joined, warmup, deadline=NOW - 1)
     reply = answer(joined, late)
     assert reply.refusal is RefusalCode.EXPIRED
     check_reply(joined.key.verify_key, late, reply)
     assert not joined.ledger.charges
-    assert answer(joined, sealed(warmup)).refusal is None
+    assert answer(joined, sealed(joined, warmup)).refusal is None
 
 
 def test_a_sealed_request_gets_a_signed_answer_and_another_nonce_the_same_one_for_nothing(joined, warmup):
-    first, again = sealed(warmup), sealed(warmup)
+    first, again = sealed(joined, warmup), sealed(joined, warmup)
     replies = [answer(joined, request) for request in (first, again)]
     assert content_digest(replies[0]) == content_digest(replies[1])
     assert len(joined.ledger.charges) == 1
