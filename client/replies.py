@@ -15,6 +15,10 @@ from common.files import write_atomic
 from common.messages import Kind, Reply, Request
 
 KEPT_REPLIES = 2
+KEPT_RUNS = 4
+"""Runs whose last replies are kept, the latest ones."""
+KEPT_BYTES = 1 << 27
+"""Of replies that are in the journal, together; the one that is asked for now comes on top."""
 SECRET_BYTES = 32
 
 Released = Collection[tuple[str, Kind, int]]
@@ -81,12 +85,31 @@ def store_reply(folder: Path, reply: Reply, digest: str) -> None:
 
 
 def forget_old_replies(folder: Path, request: Request, released: Released) -> None:
-    """Keep the last replies of a run, and every one that does not stand in the journal: it has not left yet."""
+    """Keep the last replies of a run and of the last few runs, and every one that is not in the journal yet.
+
+    A reply that was forgotten is not computed again: its line in the journal makes the same request a replay.
+
+    Guarantees:
+        - bounded: However many runs there are, a few runs' replies stay, of so many bytes at most.
+    """
     of_run = (number for run_id, kind, number in released if (run_id, kind) == (request.run_id, request.kind))
     old = sorted(number for number in of_run if number < request.round)[: 1 - KEPT_REPLIES]
     names = {_name(request.run_id, request.kind, number) for number in old}
     for path in folder.iterdir():  # few files, however many rounds there were
         if path.name in names:
+            path.unlink(missing_ok=True)
+    _forget_old_runs(folder, request.run_id, released)
+
+
+def _forget_old_runs(folder: Path, run_id: str, released: Released) -> None:
+    run_of = {_name(*key): key[0] for key in released}
+    left = [(path.stat(), path) for path in folder.glob("*.reply") if path.name in run_of]
+    kept, held_bytes = {run_id}, 0
+    for status, path in sorted(left, key=lambda one: one[0].st_mtime_ns, reverse=True):
+        run, held_bytes = run_of[path.name], held_bytes + status.st_size
+        if len(kept) < KEPT_RUNS:
+            kept.add(run)
+        if run not in kept or held_bytes > KEPT_BYTES:
             path.unlink(missing_ok=True)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from client import journal
+from client import journal, replies
 from client import policy as policies
 from client.agent import answer, open_site
 from client.channel import pack_reply
@@ -506,6 +506,21 @@ def test_replies_of_a_run_whose_name_begins_like_another_are_kept_apart(site, tr
     first = answer(site, train)
     assert first.refusal is None
     assert pack_reply(answer(site, train)) == pack_reply(first)
+
+
+def test_bounded(site, train, monkeypatch):
+    """Many cheap runs: the latest ones' replies stay; one that was forgotten is refused, and never made anew."""
+    cheap = changed(changed(train, "privacy", epsilon=0.05), "train", steps_per_round=1)
+    asked = [dataclasses.replace(cheap, run_id=f"run-{number}") for number in range(7)]
+    first = [answer(site, request) for request in asked]
+    assert {reply.refusal for reply in first} == {None}
+    assert len(list(site.home.replies.iterdir())) == replies.KEPT_RUNS
+    assert_refused(answer(site, asked[0]), RefusalCode.REPLAYED)
+    assert pack_reply(answer(site, asked[-1])) == pack_reply(first[-1])
+    monkeypatch.setattr(replies, "KEPT_BYTES", 1)
+    assert answer(site, dataclasses.replace(cheap, run_id="last")).refusal is None
+    assert len(list(site.home.replies.iterdir())) == 1
+    assert charged(site) == len(released(site)) == 8
 
 
 def test_over_budget_is_refused_before_data_is_loaded(site, warmup, train, tiny_proposal):
