@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, final
 
 import numpy.typing as npt
@@ -23,8 +24,8 @@ from client.home import Home, head_copy, load_images, one_at_a_time, read_site_c
 from client.intake import Dataset
 from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.logs import printable
-from client.policy import Policy
-from client.replies import forget_old_replies, secret_of_charge, store_reply, stored_reply
+from client.policy import Policy, PolicyFile
+from client.replies import forget_old_replies, prepare_secret, secret_of_charge, store_reply, stored_reply
 from client.train import train_round
 from client.warmup import embedding_sum
 from common.config import GradientEngine, Proposal
@@ -62,7 +63,7 @@ class Site:
     """A site that can answer: its home, policy, key, ledger and source of secrets."""
 
     home: Home
-    policy: Policy
+    rules: PolicyFile
     key: SigningKey
     ledger: Ledger
     secrets: Secrets = os_secrets
@@ -70,6 +71,11 @@ class Site:
     coordinator: VerifyKey | None = None
     """Whose requests are answered; None: those of whoever reaches the agent, on one machine."""
     clock: Callable[[], float] = time.time
+
+    @property
+    def policy(self) -> Policy:
+        """The policy as it was read for the request under way."""
+        return self.rules.seen
 
 
 def open_site(
@@ -95,7 +101,7 @@ def open_site(
     require_books(home)
     ledger = open_ledger(home.ledger, key, head_copy(home))
     gradients = read_site_config(home).gradients
-    return Site(home, policy.load(home.policy), key, ledger, secrets, gradients, coordinator)
+    return Site(home, PolicyFile(home.policy), key, ledger, secrets, gradients, coordinator)
 
 
 def answer(site: Site, request: Request) -> Reply:
@@ -114,7 +120,9 @@ def answer(site: Site, request: Request) -> Reply:
           the site is, by its policy, what is installed, and how far the budget carries the run (client/hello).
         - repeat_is_free: The same request again gives the same bytes and charges nothing.
         - one_outcome_per_charge: Whatever fails after the charge, by an error or by kill -9, the same request draws the
-          same secrets again; no second sample of patients or noise can be had for one charge.
+          same secrets again; no second sample of patients or noise can be had for one charge, not even by putting
+          older journals and replies back.
+        - policy_of_the_moment: policy.toml is read anew for each request, and one that does not read allows nothing.
         - codes_only: A refusal holds no text, no field, no array.
         - pinned_coordinator_only: With a coordinator's key, what that key did not sign, or too long ago, is refused
           before anything is read for it; nor is anything answered once the site has left; and every answer is signed
@@ -123,7 +131,7 @@ def answer(site: Site, request: Request) -> Reply:
     try:
         if site.coordinator is not None:
             _require_joined(site)
-            check_request(site.coordinator, request, site.clock())
+            check_request(site.coordinator, request, site.clock(), site.key.verify_key)
         if request.kind is Kind.HELLO:
             reply = _hello(site, request)
         else:
@@ -140,6 +148,7 @@ def _require_joined(site: Site) -> None:
 
 
 def _hello(site: Site, request: Request) -> Reply:
+    site.rules.refresh()
     greeting = say_hello(site.home, site.policy, site.ledger.entries, request)
     reply = Reply(request.kind, request.run_id, request.round, None, greeting.as_fields())
     journal.check_egress(reply, journal.release_schema(request.kind, {}))
@@ -147,10 +156,12 @@ def _hello(site: Site, request: Request) -> Reply:
 
 
 def _private(site: Site, request: Request) -> Reply:
+    site.rules.refresh()
     proposal, digest = _check_request(request), request_digest(request)
     policy.check_proposal(site.policy, proposal)
     agreed = plan(proposal, site.policy.declared_patients, _cohort(site, request, proposal))
     policy.check_plan(site.policy, agreed)
+    site.ledger.require_within(site.policy.max_epsilon, site.policy.delta)
     released, replies = _released(site), site.home.replies
     reply = stored_reply(replies, request, digest, released)
     if reply is None:
@@ -163,8 +174,9 @@ def _private(site: Site, request: Request) -> Reply:
         cost = agreed.charge_of_warmup() if warmup else agreed.charge_of_round(proposal.train.steps_per_round)
         _require_one_price(site, request, cost)
         charge = ChargeRequest(request.run_id, request.round, request.kind, digest)
-        spent = site.ledger.charge(charge, cost, site.policy.max_epsilon, site.policy.delta)
-        secret = secret_of_charge(replies, request, lambda: site.secrets(digest))
+        prepare = partial(prepare_secret, replies, request, lambda: site.secrets(digest))
+        spent = site.ledger.charge(charge, cost, site.policy.max_epsilon, site.policy.delta, prepare)
+        secret = secret_of_charge(replies, request)
         try:
             reply = _release(site, request, proposal, agreed, asked, rng, secret, spent)
             journal.check_egress(reply, allowed, site.policy.max_reply_bytes)

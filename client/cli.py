@@ -24,7 +24,7 @@ from client.ledger import Ledger, read_ledger
 from client.logs import log_to
 from client.membership import HomeArgument, add_commands
 from client.passphrase import ask_new, obtain
-from client.paths import require_home
+from client.paths import require_closed_home, require_home
 from client.policy import Policy
 from client.serve import LONGEST_REQUEST_S, serve
 from client.verify import export_journal, read_export, verify_home
@@ -105,6 +105,7 @@ def serve_(
     """
     opened = Home(home)
     load_verify_key(opened.key)  # a folder that is no home is told first
+    require_closed_home(opened)
     coordinator = load_pinned(home).coordinator
     with beside(opened.serve_lock):
         site = open_site(opened, coordinator=coordinator, ask=partial(obtain, passphrase_fd))
@@ -133,7 +134,8 @@ def show_ledger(home: HomeArgument) -> None:
         table.add_row(entry.time, asked.run_id, str(asked.round), asked.kind.value, *cost)
     _print(table)
     spent = ledger.spent(rules.delta)
-    print(f"verified; epsilon {spent:.3f} of {rules.max_epsilon:g} spent at delta {rules.delta:g}")
+    over = "; MORE than allowed: every request is refused" if spent > rules.max_epsilon else ""
+    print(f"verified; epsilon {spent:.3f} of {rules.max_epsilon:g} spent at delta {rules.delta:g}{over}")
 
 
 @app.command("budget")

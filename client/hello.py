@@ -56,6 +56,8 @@ def say_hello(home: Home, rules: Policy, charged: Sequence[Entry], request: Requ
         digest, planned = proposal.digest(), planned_rounds(proposal)
         allowed = _rounds_allowed(home, rules, charged, proposal, request.run_id)
         verdict = Verdict.OK if allowed == planned else Verdict.OVER_BUDGET
+        if allowed < planned:
+            why = f"max_epsilon = {rules.max_epsilon:g} of policy.toml and what is spent leave no room for more rounds"
     except PolicyRefusal as error:
         verdict, why = Verdict.POLICY, str(error)
     except IntakeError as error:

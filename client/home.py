@@ -41,7 +41,7 @@ from client.site_config import require_outside, require_place
 from common.config import IMAGE_CHANNELS, IMAGE_SIZES
 from common.crypto import SigningKey, is_sealed, load_key, save_key
 from common.errors import ConfigError, IntakeError, StorageError
-from common.files import make_folder, write_atomic
+from common.files import make_folder, make_own_folder, write_atomic
 from common.passphrase import Passphrase
 from common.sealing import SealingKey, load_sealing_key, save_sealing_key
 
@@ -65,7 +65,7 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy, passphrase: Pass
         raise StorageError(f"A home stands in {folder} already. Choose another folder; its policy is mended by hand.")
     require_outside(folder, site)
     require_place(Home(folder), site)
-    home = Home(make_folder(folder, 0o700))
+    home = Home(make_own_folder(folder))
     for part in (home.key.parent, home.ledger, home.journal, home.replies, home.log.parent):
         make_folder(part, 0o700)
     values = site.model_dump(exclude_none=True, exclude={"intake"})

@@ -4,6 +4,7 @@ One ledger per data set, forever: across runs, configurations, restarts and vers
 fits the policy (client/policy), what left the site (client/journal).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,7 +89,31 @@ class Ledger:
         """Return epsilon at `delta` of everything ever charged."""
         return epsilon(self.charges, delta)
 
-    def charge(self, request: ChargeRequest, charge: Charge, max_epsilon: float, delta: float) -> float:
+    def require_within(self, max_epsilon: float, delta: float) -> None:
+        """Refuse whatever is asked, paid for or not, once more is spent than the policy now allows.
+
+        Raises:
+            PolicyRefusal: More is spent.
+            StorageError: The ledger was changed.
+        """
+        with self._chain.locked():
+            self._catch_up()
+        spent = self.spent(delta)
+        if not spent <= max_epsilon:
+            raise PolicyRefusal(
+                RefusalCode.OVER_BUDGET,
+                f"Expected epsilon <= {max_epsilon:g} at delta = {delta:g}, {spent:.4f} is spent already: max_epsilon "
+                "of policy.toml was lowered below it. Nothing is released any more.",
+            )
+
+    def charge(
+        self,
+        request: ChargeRequest,
+        charge: Charge,
+        max_epsilon: float,
+        delta: float,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> float:
         """Charge one request durably, or refuse it before anything is written.
 
         Args:
@@ -96,6 +121,7 @@ class Ledger:
             charge: How much.
             max_epsilon: The policy's bound on everything ever charged.
             delta: The policy's delta.
+            prepare: Done right before a new charge is written, never for one that stands already.
 
         Returns:
             Epsilon of everything charged, this one with it.
@@ -112,6 +138,7 @@ class Ledger:
                 return self.spent(delta)
             after = _affordable([*self.charges, charge], max_epsilon, delta)
             entry = Entry(datetime.now(UTC).isoformat(timespec="seconds"), request, charge)
+            prepare()
             self._chain.append(_body(entry))
             self._entries.append(entry)
             return after

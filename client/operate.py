@@ -14,7 +14,7 @@ import typer
 from client import passphrase
 from client.joining import load_pinned
 from client.logs import log_to
-from client.paths import Home
+from client.paths import Home, require_closed_home
 from client.relay_state import STOPPED
 from client.supervise import Child, agent_command, relay_command, supervise
 from common.command import run_command
@@ -49,6 +49,7 @@ def start(home: HomeArgument, socket: SocketOption = None) -> None:
     opened = Home(home.absolute())
     if not opened.policy.exists():
         raise StorageError(f"Expected a site's home in {home}. Make one: fedmedgan-site init {home} ...")
+    require_closed_home(opened)
     load_pinned(opened.folder)
     os.environ.update(flower_environment(opened.folder, local=False))  # for the relay
     path, given = _socket(opened, socket), _passphrase(opened)
@@ -78,6 +79,7 @@ def relay(home: HomeArgument, socket: SocketOption = None) -> None:
     from client.relay import run  # imports flwr, which reads the environment as it is imported
 
     opened = Home(home.absolute())
+    require_closed_home(opened)
     log_to(opened.relay_log)
     logging.getLogger("flwr").handlers.clear()  # what it says stands in the relay's log, once
     try:

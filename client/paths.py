@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import final
 
 from common.errors import StorageError
+from common.files import require_closed
 
 INCOMING = ".incoming"
 """Folder of an inbox in which a pull (client/pull) puts what it has not kept yet."""
@@ -22,6 +23,16 @@ def require_home(folder: Path) -> None:
     home = Home(folder)
     if not (home.key.exists() or home.policy.exists()):
         raise StorageError(f"Expected a site's home in {folder}. Name the folder that `fedmedgan-site init` made.")
+
+
+def require_closed_home(home: "Home") -> None:
+    """Refuse a home in which others than its owner can write: they could put their own policy, or coordinator, there.
+
+    Raises:
+        StorageError: It is open.
+    """
+    folders = (home.folder, home.key.parent, home.ledger, home.journal, home.replies)
+    require_closed(*folders, home.policy, home.folder / "site.toml", home.federation)
 
 
 @final

@@ -5,6 +5,7 @@ Out of scope: what is spent already (client/ledger).
 
 import difflib
 import json
+import logging
 import textwrap
 import tomllib
 from collections.abc import Collection
@@ -19,6 +20,7 @@ from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.files import write_atomic
 from common.plan import Plan
 
+LOG = logging.getLogger("fedmedgan.agent")
 MAX_POLICY_BYTES = 65_536
 MAX_REPLY_BYTES = 33_554_432
 _WIDTH = 118
@@ -139,6 +141,46 @@ def save(path: Path, policy: Policy) -> None:
     for name, value in policy.model_dump(mode="json").items():
         lines += ["", *_comment(Policy.model_fields[name].description or ""), f"{name} = {json.dumps(value)}"]
     write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+
+@final
+class PolicyFile:
+    """A site's policy as its file says it, read anew for each request: a change counts at once.
+
+    Guarantees:
+        - as_it_stands: What was read before counts no longer, and a file that does not read allows nothing.
+        - changes_are_told: The log says once what changed, from what to what.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the policy for the first time.
+
+        Raises:
+            ConfigError: As `load`.
+        """
+        self._path, self._seen = path, load(path)
+
+    @property
+    def seen(self) -> Policy:
+        """The policy as it was read last."""
+        return self._seen
+
+    def refresh(self) -> None:
+        """Read the policy anew.
+
+        Raises:
+            PolicyRefusal: It does not read.
+        """
+        try:
+            now = load(self._path)
+        except ConfigError as error:
+            reason = f"Nothing is allowed until policy.toml reads: {error}"
+            raise PolicyRefusal(RefusalCode.INTERNAL, reason) from error
+        before, after = self._seen.model_dump(mode="json"), now.model_dump(mode="json")
+        changes = [f"{name}: {old} -> {after[name]}" for name, old in before.items() if after[name] != old]
+        if changes:
+            LOG.warning("policy.toml changed, and counts from this request on: %s", "; ".join(changes))
+        self._seen = now
 
 
 def check_hello(policy: Policy) -> None:

@@ -1,7 +1,8 @@
 """The stored outcomes of charges: a repeated request gets the same bytes, a charge has one outcome, even after a kill.
 
-A charge's secret stands on disk until its outcome is stored. Out of scope: what is released (client/agent) and the
-record of it (client/journal).
+A charge's secret stands on disk from before the charge until its outcome is stored. A charge with neither secret nor
+outcome here had one: older files were put back, or it was forgotten, and a second is never drawn. Out of scope: what is
+released (client/agent) and the record of it (client/journal).
 """
 
 from collections.abc import Callable, Collection
@@ -14,21 +15,43 @@ from common.files import write_atomic
 from common.messages import Kind, Reply, Request
 
 KEPT_REPLIES = 2
+KEPT_RUNS = 4
+"""Runs whose last replies are kept, the latest ones."""
+KEPT_BYTES = 1 << 27
+"""Of replies that are in the journal, together; the one that is asked for now comes on top."""
 SECRET_BYTES = 32
 
 Released = Collection[tuple[str, Kind, int]]
 """Run, kind and round of everything that stands in the journal."""
 
 
-def secret_of_charge(folder: Path, request: Request, draw: Callable[[], KeyStream]) -> KeyStream:
-    """Return the stream of a charge: the one that stands on disk, or a new one, which stands there from then on.
+def prepare_secret(folder: Path, request: Request, draw: Callable[[], KeyStream]) -> None:
+    """Put the secret of a charge on disk, right before the charge is written.
+
+    One that stands already, since a kill or a full disk came in between, was never used and is kept.
 
     Raises:
         StorageError: The disk does not take it.
     """
-    path = _path(folder, request.run_id, request.kind, request.round).with_suffix(".secret")
+    path = _secret(folder, request)
     if not path.exists():
         write_atomic(path, draw().read(SECRET_BYTES), 0o600)
+
+
+def secret_of_charge(folder: Path, request: Request) -> KeyStream:
+    """Return the stream of a charge that stands and has no outcome here.
+
+    Raises:
+        PolicyRefusal: It is gone, and with it perhaps an outcome that has left.
+    """
+    path = _secret(folder, request)
+    if not path.exists():
+        raise PolicyRefusal(
+            RefusalCode.REPLAYED,
+            f"Round {request.round} ({request.kind}) is charged, and neither its secret nor its outcome is stored: "
+            "older files were put back, and it may have been released. It is not computed again; the run goes on "
+            "without it.",
+        )
     return KeyStream(path.read_bytes())
 
 
@@ -62,13 +85,36 @@ def store_reply(folder: Path, reply: Reply, digest: str) -> None:
 
 
 def forget_old_replies(folder: Path, request: Request, released: Released) -> None:
-    """Keep the last replies of a run, and every one that does not stand in the journal: it has not left yet."""
+    """Keep the last replies of a run and of the last few runs, and every one that is not in the journal yet.
+
+    A reply that was forgotten is not computed again: its line in the journal makes the same request a replay.
+
+    Guarantees:
+        - bounded: However many runs there are, a few runs' replies stay, of so many bytes at most.
+    """
     of_run = (number for run_id, kind, number in released if (run_id, kind) == (request.run_id, request.kind))
     old = sorted(number for number in of_run if number < request.round)[: 1 - KEPT_REPLIES]
     names = {_name(request.run_id, request.kind, number) for number in old}
     for path in folder.iterdir():  # few files, however many rounds there were
         if path.name in names:
             path.unlink(missing_ok=True)
+    _forget_old_runs(folder, request.run_id, released)
+
+
+def _forget_old_runs(folder: Path, run_id: str, released: Released) -> None:
+    run_of = {_name(*key): key[0] for key in released}
+    left = [(path.stat(), path) for path in folder.glob("*.reply") if path.name in run_of]
+    kept, held_bytes = {run_id}, 0
+    for status, path in sorted(left, key=lambda one: one[0].st_mtime_ns, reverse=True):
+        run, held_bytes = run_of[path.name], held_bytes + status.st_size
+        if len(kept) < KEPT_RUNS:
+            kept.add(run)
+        if run not in kept or held_bytes > KEPT_BYTES:
+            path.unlink(missing_ok=True)
+
+
+def _secret(folder: Path, request: Request) -> Path:
+    return _path(folder, request.run_id, request.kind, request.round).with_suffix(".secret")
 
 
 def _path(folder: Path, run_id: str, kind: Kind, round_: int) -> Path:

@@ -179,6 +179,39 @@ def make_folder(path: Path, mode: int = 0o755) -> Path:
     return path
 
 
+def make_own_folder(path: Path) -> Path:
+    """Make a folder for its owner alone, and return it; one that stands open already is closed.
+
+    Raises:
+        StorageError: It cannot be made, or is open and another user's.
+    """
+    make_folder(path, 0o700)
+    status = path.stat()
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        if status.st_uid != os.geteuid():
+            raise StorageError(f"Others can enter {path}, which is another user's. Name a folder of your own.")
+        path.chmod(0o700)
+    return path
+
+
+def require_closed(*paths: Path) -> None:
+    """Refuse files and folders that others than their owner can write; to be read by a group is fine.
+
+    Raises:
+        StorageError: One of them is open; those that are not there are not looked at.
+    """
+    for path in paths:
+        try:
+            mode = stat.S_IMODE(path.stat().st_mode)
+        except OSError:  # not there, or not to be seen: told where it is read
+            continue
+        if mode & 0o022:
+            raise StorageError(
+                f"Expected {path} to be written by its owner alone, its mode is {mode:03o}: others can change what it "
+                f"says. Look whether somebody has, then run: chmod go-w {path}"
+            )
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's own entries, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

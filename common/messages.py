@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from common.errors import RefusalCode
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever two releases could no longer do a run together: see common/greeting."""
 
 PACKAGE_VERSION = version("fedmedgan")

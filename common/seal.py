@@ -18,7 +18,7 @@ import numpy as np
 
 from common.crypto import SigningKey, VerifyKey
 from common.errors import PolicyRefusal, RefusalCode, WireError
-from common.messages import Arrays, Reply, Request, Seal
+from common.messages import Arrays, Kind, Reply, Request, Seal
 
 NONCE_BYTES = 16
 _REQUEST, _REPLY = "request", "reply"
@@ -38,33 +38,43 @@ class Trust:
     sites: Mapping[str, VerifyKey]
 
 
-def seal_request(key: SigningKey, request: Request, deadline_s: float) -> Request:
-    """Sign a request for one site, with a nonce of its own, valid until `deadline_s` (seconds since 1970)."""
+def seal_request(key: SigningKey, request: Request, deadline_s: float, site: VerifyKey | None = None) -> Request:
+    """Sign a request for one site, with a nonce of its own, valid until `deadline_s` (seconds since 1970).
+
+    Args:
+        key: The coordinator's.
+        request: What is asked.
+        deadline_s: Seconds since 1970.
+        site: Identity of the site that shall act on it; None for a hello alone, by which the coordinator learns who is
+            behind a node.
+    """
     nonce, deadline = secrets.token_hex(NONCE_BYTES), math.ceil(deadline_s)
-    signature = key.sign(_asked(request, nonce, deadline), _REQUEST)
+    signature = key.sign(_asked(request, nonce, deadline, site), _REQUEST)
     return replace(request, seal=Seal(nonce, deadline, signature.hex()))
 
 
-def check_request(key: VerifyKey, request: Request, now: float) -> None:
+def check_request(key: VerifyKey, request: Request, now: float, site: VerifyKey) -> None:
     """Let a request pass only if the pinned coordinator signed it and it is not too late.
 
     Args:
         key: The coordinator's, pinned when the site joined.
         request: As it arrived.
         now: Seconds since 1970.
+        site: Identity of the site that is asked.
 
     Raises:
-        WireError: It is not sealed, or by somebody else, or was changed.
+        WireError: It is not sealed, or by somebody else, or for another site, or was changed.
         PolicyRefusal: Its deadline is over.
 
     Guarantees:
         - whole_request: Kind, run, round, proposal, settings, arrays, nonce and deadline are all under the signature.
+        - one_site: What was signed for one site does not pass at another; a hello, which costs nothing, is for any.
         - stale_requests_cost_nothing: After the deadline a request is refused before anything is done for it.
     """
     seal = request.seal
     if seal is None:
         raise WireError("Expected a request that the coordinator signed, got one without a signature.")
-    key.verify(_asked(request, seal.nonce, seal.deadline), _bytes(seal.signature), _REQUEST)
+    key.verify(_asked(request, seal.nonce, seal.deadline, site), _bytes(seal.signature), _REQUEST)
     if now > seal.deadline:
         raise PolicyRefusal(
             RefusalCode.EXPIRED,
@@ -119,8 +129,11 @@ def content_digest(reply: Reply) -> str:
     return digest.hexdigest()
 
 
-def _asked(request: Request, nonce: str, deadline: int) -> bytes:
-    return json.dumps([request.run_id, nonce, deadline, request_digest(request)]).encode()
+def _asked(request: Request, nonce: str, deadline: int, site: VerifyKey | None) -> bytes:
+    head = [request.run_id, nonce, deadline, request_digest(request)]
+    if request.kind is not Kind.HELLO:  # whose form stays, so that releases of other protocols can be told apart
+        head.append("" if site is None else site.to_bytes().hex())
+    return json.dumps(head).encode()
 
 
 def _answered(request: Request, reply: Reply) -> bytes:

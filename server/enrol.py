@@ -22,7 +22,7 @@ from common.enrolment import (
     write_invitation,
 )
 from common.errors import EnrolmentError, StorageError
-from common.files import make_folder, read_bounded, read_secret, write_atomic
+from common.files import make_folder, make_own_folder, read_bounded, read_secret, write_atomic
 from server.consortium import (
     MAX_RECORD_BYTES,
     MAX_SECRET_BYTES,
@@ -58,7 +58,7 @@ def create_consortium(folder: Path, settings: FederationConfig, now: datetime) -
     Guarantees:
         - secrets_of_its_owner: Every secret has mode 0600, in folders of mode 0700.
     """
-    consortium = Consortium(make_folder(folder, 0o700))
+    consortium = Consortium(make_own_folder(folder))
     if consortium.settings.exists():
         raise StorageError(f"A coordinator's home stands in {folder} already. Choose another folder, or `renew` it.")
     for part in (consortium.key.parent, consortium.sites, consortium.logs, consortium.runs):

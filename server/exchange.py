@@ -136,7 +136,8 @@ def ask(
     grid, trust = link.grid, link.trust
     if trust is not None:
         until = time.time() + timeout_s
-        requests = {node_id: seal_request(trust.key, request, until) for node_id, request in requests.items()}
+        of = {node_id: trust.sites.get(name) for node_id, name in (names or {}).items()}
+        requests = {node: seal_request(trust.key, request, until, of.get(node)) for node, request in requests.items()}
     messages = wire.encode_requests(requests, timeout_s)
     sent_bytes = [wire.array_bytes(message) for message in messages]
     asked = time.monotonic()

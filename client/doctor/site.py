@@ -127,6 +127,8 @@ def check_budget(home: Home, rules: Policy) -> Finding:
     spent = read_ledger(home.ledger, load_verify_key(home.key), head_copy(home)).spent(rules.delta)
     left = max(0.0, rules.max_epsilon - spent)
     said = f"epsilon {left:.3f} of {rules.max_epsilon:g} left at delta {rules.delta:g}"
+    if spent > rules.max_epsilon:
+        said += f", {spent:.3f} is spent: every request is refused"
     if left <= 0:
         fix = "This data set can release nothing more; only the privacy officer can raise max_epsilon."
         return failed("budget", f"{said}.", fix, ExitCode.PRIVACY)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from client import journal
+from client import journal, replies
+from client import policy as policies
 from client.agent import answer, open_site
 from client.channel import pack_reply
 from client.home import import_images, load_images
@@ -243,24 +244,38 @@ def test_charged_first_even_if_the_data_do_not_read(site, warmup, train, tiny_pr
     assert [entry.size_bytes for entry in released(site)] == [0, 0]  # outcomes, and nothing in them
 
 
-def test_charged_first_before_secrets_are_drawn(tiny_home, train):
-    seen = []
+class Killed(BaseException):
+    """What no handler catches, as a kill."""
 
-    def secrets(purpose):
-        seen.append((purpose, charged(open_site(tiny_home))))
-        return KeyStream.from_os()
 
-    answer(open_site(tiny_home, secrets), train)
-    assert [count for _, count in seen] == [1]
+class KilledWhenUsed:
+    """Dies when it is looked at, in the middle of training."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        raise Killed
+
+
+def test_one_outcome_per_charge_from_a_secret_that_stands_before_it(tiny_home, train):
+    """A secret is drawn for the very first charge alone, and stands on the disk before it."""
+
+    def killed(_):
+        raise Killed
+
+    with pytest.raises(Killed):
+        answer(open_site(tiny_home, killed), train)
+    assert (charged(open_site(tiny_home)), list(tiny_home.replies.iterdir())) == (0, [])
+    assert answer(open_site(tiny_home), train).refusal is None
 
 
 def test_repeat_is_free_after_a_crash_in_training(tiny_home, train):
     def crash(purpose):
         raise ZeroDivisionError(purpose)
 
-    with pytest.raises(ZeroDivisionError):
-        answer(open_site(tiny_home, crash), train)
-    site = open_site(tiny_home)
+    with pytest.raises(Killed):
+        answer(dataclasses.replace(open_site(tiny_home), gradients=KilledWhenUsed()), train)
+    site = open_site(tiny_home, crash)  # a second secret is never drawn
     assert (charged(site), released(site)) == (1, ())
     assert answer(site, train).refusal is None
     assert (charged(site), len(released(site))) == (1, 1)
@@ -329,6 +344,34 @@ def test_one_outcome_per_charge_when_the_journal_was_missed_and_rounds_went_on(t
         assert answer(open_site(tiny_home), dataclasses.replace(train, round=number)).refusal is None
     assert content_digest(answer(open_site(tiny_home), train)) == first
     assert sorted(entry.round for entry in released(site)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kept", ["replies", "journal", "neither"])
+def test_one_outcome_per_charge_after_a_partial_restore(tiny_home, train, warmup, tmp_path, kept):
+    """An older journal, older replies or both are put back, the newer ledger stays: no second output."""
+    site = open_site(tiny_home)
+    answer(site, warmup)
+    for part in ("journal", "replies"):
+        shutil.copytree(tiny_home.folder / part, tmp_path / "old" / part)
+    first = answer(site, train)
+    assert first.refusal is None
+    for part in {"journal", "replies"} - {kept}:
+        shutil.rmtree(tiny_home.folder / part)
+        shutil.copytree(tmp_path / "old" / part, tiny_home.folder / part)
+    for _ in range(2):
+        again = answer(open_site(tiny_home), train)
+        if kept == "replies":
+            assert pack_reply(again) == pack_reply(first)
+        else:
+            assert_refused(again, RefusalCode.REPLAYED)
+    assert charged(site) == 2
+
+
+def test_a_refused_charge_leaves_no_secret(site, warmup, train):
+    spend(site, 7.9)
+    for request in (warmup, train):
+        assert_refused(answer(site, request), RefusalCode.OVER_BUDGET)
+    assert list(site.home.replies.iterdir()) == []
 
 
 def test_one_outcome_per_charge_whatever_goes_wrong(tiny_home, train):
@@ -465,6 +508,21 @@ def test_replies_of_a_run_whose_name_begins_like_another_are_kept_apart(site, tr
     assert pack_reply(answer(site, train)) == pack_reply(first)
 
 
+def test_bounded(site, train, monkeypatch):
+    """Many cheap runs: the latest ones' replies stay; one that was forgotten is refused, and never made anew."""
+    cheap = changed(changed(train, "privacy", epsilon=0.05), "train", steps_per_round=1)
+    asked = [dataclasses.replace(cheap, run_id=f"run-{number}") for number in range(7)]
+    first = [answer(site, request) for request in asked]
+    assert {reply.refusal for reply in first} == {None}
+    assert len(list(site.home.replies.iterdir())) == replies.KEPT_RUNS
+    assert_refused(answer(site, asked[0]), RefusalCode.REPLAYED)
+    assert pack_reply(answer(site, asked[-1])) == pack_reply(first[-1])
+    monkeypatch.setattr(replies, "KEPT_BYTES", 1)
+    assert answer(site, dataclasses.replace(cheap, run_id="last")).refusal is None
+    assert len(list(site.home.replies.iterdir())) == 1
+    assert charged(site) == len(released(site)) == 8
+
+
 def test_over_budget_is_refused_before_data_is_loaded(site, warmup, train, tiny_proposal):
     for request in (warmup, *(dataclasses.replace(train, round=number) for number in (1, 2, 3))):
         assert answer(site, request).refusal is None
@@ -475,7 +533,8 @@ def test_over_budget_is_refused_before_data_is_loaded(site, warmup, train, tiny_
 
 
 def with_policy(site, **bounds):
-    return dataclasses.replace(site, policy=site.policy.model_copy(update=bounds))
+    policies.save(site.home.policy, site.policy.model_copy(update=bounds))
+    return site
 
 
 @pytest.mark.parametrize("may_declare", [(), ("name",), ("patients",)])
@@ -513,6 +572,53 @@ def test_the_policy_is_asked_before_anything_is_computed_or_read(site, warmup, t
     assert (charged(site), released(site)) == (0, ())
 
 
+def test_policy_of_the_moment_when_tightened(site, warmup, train, tiny_proposal, caplog):
+    """The file of the moment binds a running agent: the bound, and what was charged before it."""
+    caplog.set_level("INFO", "fedmedgan.agent")
+    assert answer(site, warmup).refusal is None
+    with_policy(site, max_epsilon=1.0)
+    cheap = changed(train, "privacy", epsilon=0.5)
+    assert_refused(answer(site, train), RefusalCode.POLICY)
+    assert_refused(answer(site, cheap), RefusalCode.OVER_BUDGET)
+    assert (charged(site), len(released(site))) == (1, 1)
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("max_epsilon: 8.0 -> 1.0" in line for line in lines) == 1
+    with_policy(site, max_epsilon=8.0)
+    assert answer(site, train).refusal is None
+
+
+def test_policy_of_the_moment_for_a_charge_that_has_no_outcome_yet(tiny_home, train):
+    """A charge that a kill left over is over the budget too once the budget is lowered."""
+    cheap = changed(train, "privacy", epsilon=0.5)
+    site = dataclasses.replace(open_site(tiny_home), gradients=KilledWhenUsed())
+    with pytest.raises(Killed):
+        answer(site, cheap)
+    assert charged(site) == 1
+    spend(site, 3.0)
+    with_policy(site, max_epsilon=1.0)
+    assert_refused(answer(open_site(tiny_home), cheap), RefusalCode.OVER_BUDGET)
+    assert released(site) == ()
+
+
+def spend(site, target):
+    charge = Charge(noise_for(target, 1e-5, 1.0, 1), 1.0, 1)
+    site.ledger.charge(ChargeRequest("earlier", 0, Kind.WARMUP, "digest"), charge, 8.0, 1e-5)
+
+
+@pytest.mark.parametrize("content", [None, b"max_epsilon = [", b"nonsense = 1"])
+def test_policy_of_the_moment_when_it_does_not_read(site, warmup, content):
+    """A policy that is gone or half written allows nothing; mended, it counts again without a restart."""
+    good = site.home.policy.read_bytes()
+    site.home.policy.unlink()
+    if content is not None:
+        site.home.policy.write_bytes(content)
+    for request in (Request(Kind.HELLO, "run-1", 0, warmup.proposal, hello_settings()), warmup):
+        assert_refused(answer(site, request), RefusalCode.INTERNAL)
+    assert (charged(site), released(site)) == (0, ())
+    site.home.policy.write_bytes(good)
+    assert answer(site, warmup).refusal is None
+
+
 @pytest.mark.parametrize("left", [[], ["ledger.lock"], ["ledger.jsonl"], ["ledger.lock", "ledger.jsonl"]])
 @pytest.mark.parametrize("used", [False, True])
 def test_a_deleted_ledger_stops_the_agent(tiny_home, warmup, left, used):
@@ -536,15 +642,24 @@ def joined(tiny_home):
 NOW = 1_799_539_200.0
 
 
-def sealed(request, key=COORDINATOR, deadline=NOW + 60):
-    return seal_request(key, request, deadline)
+def sealed(site, request, key=COORDINATOR, deadline=NOW + 60):
+    return seal_request(key, request, deadline, site.key.verify_key)
+
+
+def test_a_request_that_was_sealed_for_another_site_costs_nothing(joined, warmup):
+    """One seal, two sites: the other one's is refused here."""
+    for key in (SigningKey.generate().verify_key, None):
+        for request in (warmup, train_request()):
+            elsewhere = seal_request(COORDINATOR, request, NOW + 60, key)
+            assert_refused(answer(joined, elsewhere), RefusalCode.BAD_REQUEST)
+    assert charged(joined) == 0
 
 
 def test_pinned_coordinator_only(joined, warmup):
     hello = Request(Kind.HELLO, "run-1", 0, warmup.proposal, hello_settings())
     for request in (hello, warmup):
-        honest = sealed(request)
-        wrong = [request, sealed(request, SigningKey.generate())]
+        honest = sealed(joined, request)
+        wrong = [request, sealed(joined, request, SigningKey.generate())]
         wrong += [dataclasses.replace(honest, **change) for change in ({"run_id": "run-2"}, {"round": 1})]
         wrong += [dataclasses.replace(honest, seal=dataclasses.replace(honest.seal, deadline=int(NOW) + 10**6))]
         for forged in wrong:
@@ -556,21 +671,21 @@ def test_nothing_is_answered_once_the_site_has_left(joined, warmup):
     """Whatever still runs: `leave` is heard by the agent at its next request."""
     joined.home.federation.unlink()
     hello = Request(Kind.HELLO, "run-1", 0, warmup.proposal, hello_settings())
-    assert [answer(joined, sealed(one)).refusal for one in (hello, warmup)] == [RefusalCode.POLICY] * 2
+    assert [answer(joined, sealed(joined, one)).refusal for one in (hello, warmup)] == [RefusalCode.POLICY] * 2
     assert not joined.ledger.charges
 
 
 def test_stale_requests_cost_nothing(joined, warmup):
-    late = sealed(warmup, deadline=NOW - 1)
+    late = sealed(joined, warmup, deadline=NOW - 1)
     reply = answer(joined, late)
     assert reply.refusal is RefusalCode.EXPIRED
     check_reply(joined.key.verify_key, late, reply)
     assert not joined.ledger.charges
-    assert answer(joined, sealed(warmup)).refusal is None
+    assert answer(joined, sealed(joined, warmup)).refusal is None
 
 
 def test_a_sealed_request_gets_a_signed_answer_and_another_nonce_the_same_one_for_nothing(joined, warmup):
-    first, again = sealed(warmup), sealed(warmup)
+    first, again = sealed(joined, warmup), sealed(joined, warmup)
     replies = [answer(joined, request) for request in (first, again)]
     assert content_digest(replies[0]) == content_digest(replies[1])
     assert len(joined.ledger.charges) == 1

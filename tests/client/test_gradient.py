@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from client import journal
+from client import policy as policies
 from client.agent import answer, open_site
 from client.channel import pack_reply, pack_request, unpack_reply, unpack_request
 from client.gradient import gradient_share
@@ -31,7 +32,8 @@ def site(tiny_home):
 
 
 def with_policy(site, **changes):
-    return dataclasses.replace(site, policy=site.policy.model_copy(update=changes))
+    policies.save(site.home.policy, site.policy.model_copy(update=changes))
+    return site
 
 
 def charges(site):

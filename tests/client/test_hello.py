@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from client import journal
+from client import policy as policies
 from client.agent import answer, open_site
 from client.budget import forecast
 from client.ledger import ChargeRequest, read_ledger
@@ -38,7 +39,8 @@ def verdict(site, request=HELLO):
 
 
 def with_policy(site, **bounds):
-    return dataclasses.replace(site, policy=site.policy.model_copy(update=bounds))
+    policies.save(site.home.policy, site.policy.model_copy(update=bounds))
+    return site
 
 
 def changed(**sections):
@@ -200,8 +202,18 @@ def test_a_hello_with_anything_else_in_it_is_refused(site, what):
 def test_the_log_tells_the_hospital_what_was_answered(site, caplog):
     caplog.set_level("INFO", "fedmedgan.agent")
     said(with_policy(site, max_rounds=2), hello(run_id="run-1\n\x1b[2J" + "x" * 10**5))
-    (line,) = [record.getMessage() for record in caplog.records]
+    change, line = (record.getMessage() for record in caplog.records)
+    assert change.endswith("max_rounds: 500 -> 2")
     assert f"fedmedgan {PACKAGE_VERSION} (here {PACKAGE_VERSION}): policy, 0 of 4 rounds" in line
     assert "max_rounds" in line
     assert line.isprintable()
     assert len(line) < 10_000
+
+
+def test_the_log_tells_the_hospital_that_the_budget_is_too_small(site, caplog):
+    spend(site, 7.9)
+    caplog.set_level("INFO", "fedmedgan.agent")
+    assert said(site, hello()).verdict is Verdict.OVER_BUDGET
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "nothing to mend" not in line
+    assert "max_epsilon = 8" in line

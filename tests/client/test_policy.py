@@ -3,7 +3,7 @@ import tomllib
 
 import pytest
 
-from client.policy import Policy, check_hello, check_plan, check_proposal, check_reply, load, save
+from client.policy import Policy, PolicyFile, check_hello, check_plan, check_proposal, check_reply, load, save
 from common.config import Proposal
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.plan import Plan
@@ -194,3 +194,29 @@ def test_a_value_of_another_type_is_refused(tmp_path, line):
     path.write_text("\n".join(lines))
     with pytest.raises(ConfigError, match=key):
         load(path)
+
+
+def test_as_it_stands(tmp_path):
+    path = tmp_path / "policy.toml"
+    save(path, POLICY)
+    file = PolicyFile(path)
+    save(path, POLICY.model_copy(update={"max_epsilon": 0.5}))
+    file.refresh()
+    assert file.seen.max_epsilon == 0.5
+    path.write_text("max_epsilon = ")
+    with pytest.raises(PolicyRefusal, match="until policy") as refused:
+        file.refresh()
+    assert refused.value.code is RefusalCode.INTERNAL
+
+
+def test_changes_are_told(tmp_path, caplog):
+    path = tmp_path / "policy.toml"
+    save(path, POLICY)
+    file = PolicyFile(path)
+    file.refresh()
+    assert not caplog.records
+    save(path, POLICY.model_copy(update={"max_rounds": 7}))
+    file.refresh()
+    file.refresh()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"max_rounds: {POLICY.max_rounds} -> 7" in line

@@ -204,7 +204,7 @@ def test_a_flood_costs_time_and_no_budget(tiny_home, tiny_proposal):
     pin(tiny_home)
     site = open_site(tiny_home, coordinator=COORDINATOR.verify_key)
     asked = warmup_request(proposal=tiny_proposal)
-    recorded = seal_request(COORDINATOR, asked, time.time() + 600)
+    recorded = seal_request(COORDINATOR, asked, time.time() + 600, site.key.verify_key)
     own = [dataclasses.replace(asked, run_id=f"own-{number}") for number in range(40)]
     own += [dataclasses.replace(recorded, run_id=f"changed-{number}") for number in range(40)]
     with served(site) as path, ExitStack() as held:

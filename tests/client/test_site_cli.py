@@ -358,3 +358,22 @@ def test_leave_waits_for_what_still_runs(run, tiny_home):
 def test_serve_in_a_folder_that_is_no_home_says_so(run, tmp_path):
     code, _, error = run("serve", tmp_path / "nope", "--socket", tmp_path / "s")
     assert (code, "Traceback" in error) == (ExitCode.STORAGE, False)
+
+
+def test_init_closes_an_open_folder(run, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    home.chmod(0o777)
+    assert init(run, home)[0] == 0
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("open_", [".", "policy.toml", "keys", "federation.json"])
+def test_a_home_that_others_can_write_is_not_served(run, tiny_home, open_):
+    """By the agent, by `start`, by the relay: whoever can write there could put another policy or coordinator."""
+    pin(tiny_home)
+    (tiny_home.folder / open_).chmod(0o766)
+    for command in (["serve", tiny_home.folder, "--socket", tiny_home.socket], ["start", tiny_home.folder]):
+        code, _, said = run(*command)
+        assert (code, "chmod go-w" in said) == (ExitCode.STORAGE, True), said
+    assert not tiny_home.socket.exists()

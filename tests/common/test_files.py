@@ -8,7 +8,16 @@ import time
 import pytest
 
 from common.errors import StorageError, WireError
-from common.files import append_durably, make_folder, read_bounded, read_credential, read_secret, write_atomic
+from common.files import (
+    append_durably,
+    make_folder,
+    make_own_folder,
+    read_bounded,
+    read_credential,
+    read_secret,
+    require_closed,
+    write_atomic,
+)
 
 
 def test_write_atomic_sets_mode_and_content(tmp_path) -> None:
@@ -143,3 +152,18 @@ def test_a_credential_of_roots_may_show_the_mask_of_an_access_list(tmp_path, mon
     os.chown(tmp_path / "passphrase", 0, 12345)
     with pytest.raises(StorageError, match="chmod 600"):
         read_credential("passphrase", 10)
+
+
+def test_an_open_folder_is_closed_and_an_open_home_refused(tmp_path):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert make_own_folder(folder).stat().st_mode & 0o777 == 0o700
+    require_closed(folder, tmp_path / "gone")
+    for mode in (0o750, 0o755):
+        folder.chmod(mode)
+        require_closed(folder)
+    for mode in (0o770, 0o702):
+        folder.chmod(mode)
+        with pytest.raises(StorageError, match="chmod go-w"):
+            require_closed(folder)

@@ -26,8 +26,8 @@ def changes(arrays):
 
 
 def test_whole_request():
-    honest = seal_request(COORDINATOR, REQUEST, 1000.0)
-    check_request(COORDINATOR.verify_key, honest, 1000.0)
+    honest = seal_request(COORDINATOR, REQUEST, 1000.0, SITE.verify_key)
+    check_request(COORDINATOR.verify_key, honest, 1000.0, SITE.verify_key)
     seal = honest.seal
     others = [dataclasses.replace(honest, **change) for change in changes(ARRAYS)]
     others += [dataclasses.replace(honest, proposal='{"a": 2}'), dataclasses.replace(honest, settings={})]
@@ -36,27 +36,41 @@ def test_whole_request():
         for change in ({"nonce": "0" * 32}, {"deadline": 1001}, {"signature": ""}, {"signature": "xy"})
     ]
     others += [dataclasses.replace(honest, seal=dataclasses.replace(seal, signature="00" * n)) for n in (1, 64, 65)]
-    others += [REQUEST, seal_request(OTHER, REQUEST, 1000.0)]
+    others += [REQUEST, seal_request(OTHER, REQUEST, 1000.0, SITE.verify_key)]
     for other in others:
         with pytest.raises(WireError):
-            check_request(COORDINATOR.verify_key, other, 1000.0)
+            check_request(COORDINATOR.verify_key, other, 1000.0, SITE.verify_key)
+
+
+def test_one_site():
+    for kind in set(Kind) - {Kind.HELLO}:
+        request = dataclasses.replace(REQUEST, kind=kind)
+        for sealed in (
+            seal_request(COORDINATOR, request, 1000.0, OTHER.verify_key),
+            seal_request(COORDINATOR, request, 1000.0),
+        ):
+            with pytest.raises(WireError):
+                check_request(COORDINATOR.verify_key, sealed, 1000.0, SITE.verify_key)
+    hello = seal_request(COORDINATOR, dataclasses.replace(REQUEST, kind=Kind.HELLO), 1000.0)
+    for site in (SITE, OTHER):
+        check_request(COORDINATOR.verify_key, hello, 1000.0, site.verify_key)
 
 
 def test_stale_requests_cost_nothing():
-    honest = seal_request(COORDINATOR, REQUEST, 1000.0)
+    honest = seal_request(COORDINATOR, REQUEST, 1000.0, SITE.verify_key)
     with pytest.raises(PolicyRefusal, match=r"Round 3|round 3") as caught:
-        check_request(COORDINATOR.verify_key, honest, 1001.5)
+        check_request(COORDINATOR.verify_key, honest, 1001.5, SITE.verify_key)
     assert caught.value.code is RefusalCode.EXPIRED
 
 
 def test_every_request_has_a_nonce_of_its_own():
-    nonces = {seal_request(COORDINATOR, REQUEST, 1000.0).seal.nonce for _ in range(100)}
+    nonces = {seal_request(COORDINATOR, REQUEST, 1000.0, SITE.verify_key).seal.nonce for _ in range(100)}
     assert len(nonces) == 100
     assert all(len(nonce) == 32 for nonce in nonces)
 
 
 def test_one_question():
-    asked, again = (seal_request(COORDINATOR, REQUEST, 1000.0) for _ in range(2))
+    asked, again = (seal_request(COORDINATOR, REQUEST, 1000.0, SITE.verify_key) for _ in range(2))
     signed = sign_reply(SITE, asked, REPLY)
     check_reply(SITE.verify_key, asked, signed)
     with pytest.raises(WireError):

@@ -23,7 +23,9 @@ import pytest
 
 from client.channel import connect, pack_request, read_frame, unpack_reply
 from client.home import Home
+from common.crypto import SigningKey, save_key
 from common.errors import RefusalCode
+from common.files import make_folder
 from common.greeting import hello_settings
 from common.messages import Kind, Reply, Request, Seal
 from common.seal import seal_request
@@ -37,13 +39,18 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = Request(Kind.HELLO, "run-1", 0, "", hello_settings())
 NOTHING_MORE = {RefusalCode.POLICY, RefusalCode.BAD_REQUEST, RefusalCode.NO_DATA}
+IDENTITY = SigningKey.generate()
 SITE = [sys.executable, "-m", "client.cli"]
 WORLD = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = make_home(tmp_path_factory.mktemp("template"))
+    folder = tmp_path_factory.mktemp("template")
+    made = make_folder(folder / "home" / "keys", 0o700)
+    made.parent.chmod(0o700)
+    save_key(Home(folder / "home").key, IDENTITY)
+    home = make_home(folder)
     pin(home)  # what is hostile below is the pinned coordinator itself
     return home.folder
 
@@ -83,7 +90,7 @@ def is_up(path: Path) -> bool:
 
 
 def signed(request: Request) -> Request:
-    return seal_request(COORDINATOR, request, time.time() + 600)
+    return seal_request(COORDINATOR, request, time.time() + 600, IDENTITY.verify_key)
 
 
 def pack(request: Request) -> bytes:

@@ -113,10 +113,12 @@ COORDINATOR, SITES = SigningKey(bytes(32)), {name: SigningKey(name.encode() * 32
 TRUST = Trust(COORDINATOR, {name: key.verify_key for name, key in SITES.items()})
 
 
-def _signed(name: str, refusal: RefusalCode | None = None, site: str = "") -> Callable[[Message], Message]:
+def _signed(
+    name: str, refusal: RefusalCode | None = None, site: str = "", asked: str = ""
+) -> Callable[[Message], Message]:
     def answer(message: Message) -> Message:
         request = wire.decode_request(message)
-        check_request(COORDINATOR.verify_key, request, time.time())
+        check_request(COORDINATOR.verify_key, request, time.time(), SITES[asked or name].verify_key)
         fields = {} if refusal else {"site": site or name}
         reply = Reply(request.kind, request.run_id, request.round, refusal, fields)
         return wire.encode_reply(sign_reply(SITES[name], request, reply), message)
@@ -126,12 +128,19 @@ def _signed(name: str, refusal: RefusalCode | None = None, site: str = "") -> Ca
 
 def _ask_signed(answers: dict, names: dict[int, str] | None) -> dict[int, str]:
     grid = FakeGrid(answers)
-    requests = {node: Request(Kind.TRAIN, "run", 1, "{}") for node in sorted(answers)}
+    kind, number = (Kind.HELLO, 0) if names is None else (Kind.TRAIN, 1)
+    requests = {node: Request(kind, "run", number, "{}") for node in sorted(answers)}
     return {answer.node_id: answer.code for answer in ask(Link(grid, TRUST), requests, 5.0, names)}
 
 
 def test_answers_are_the_sites_own() -> None:
-    answers = {1: _signed("a"), 2: _signed("a"), 3: _ok, 4: _signed("c", RefusalCode.OVER_BUDGET), 5: _refuse}
+    answers = {
+        1: _signed("a"),
+        2: _signed("a", asked="b"),
+        3: _ok,
+        4: _signed("c", RefusalCode.OVER_BUDGET),
+        5: _refuse,
+    }
     codes = _ask_signed(answers, {1: "a", 2: "b", 3: "c", 4: "c", 5: "c"})
     assert codes == {1: "", 2: "forged-reply", 3: "forged-reply", 4: "over-budget", 5: "forged-reply"}
 
