@@ -70,6 +70,7 @@ class RunStanding:
         seconds_left: What the rest will take by the pace of the newest rounds; None where nothing tells it.
         download_bytes: What the newest round sent to a site.
         upload_bytes: What a site sent back.
+        given_up: The rounds that were given up, since their answers were lost.
     """
 
     run: str
@@ -85,6 +86,7 @@ class RunStanding:
     seconds_left: float | None
     download_bytes: int
     upload_bytes: int
+    given_up: tuple[int, ...] = ()
 
 
 def stand(
@@ -163,6 +165,7 @@ def _run(
         seconds_left=left_s,
         download_bytes=down,
         upload_bytes=up,
+        given_up=tuple(record.round for record in records if record.lost),
     )
 
 

@@ -36,6 +36,9 @@ def tables(
         if run.download_bytes or run.upload_bytes:
             traffic = f"{amount(run.download_bytes)} down, {amount(run.upload_bytes)} up"
             yield Text(f"{run.run}: each site and round {traffic}")
+        if run.given_up:
+            rounds = ", ".join(map(str, run.given_up))
+            yield Text(f"{run.run}: given up, as their answers were lost: rounds {rounds}; their charges stay spent")
         if run.state == INTERRUPTED or (place == 0 and run.state in (STOPPED, FAILED)):
             yield Text(how_it_ended(run, home))
 

@@ -13,7 +13,7 @@ from common.lock import alone
 from server.consortium import Consortium
 from server.control import KILLED, UNHEARD, NodeStatus, RunStatus
 from server.handshake import all_refuse
-from server.records import RoundRecord, SiteRelease, write_records
+from server.records import RoundRecord, SiteRelease, read_records, write_records
 from server.run_folder import RunFolder
 from server.status import RunStanding, SiteStanding, stand, without_process
 from server.status_text import how_it_ended, tables
@@ -180,3 +180,14 @@ def test_a_run_whose_process_is_gone_is_interrupted(home: Path) -> None:
     assert how_it_ended(found, home).endswith(f"To go on: fedmedgan-coordinator resume {home} run-0001")
     for details in (KILLED, UNHEARD):
         assert standing(run_of(run.folder, "finished", "failed", details)).state == "interrupted"
+
+
+def test_rounds_given_up_are_told(home: Path) -> None:
+    folder = make_folder(home / "run-0001", 4)
+    records = read_records(folder.metrics)
+    write_records(folder.metrics, [*records[:2], replace(records[2], sites={}, lost=True), records[3]])
+    sites, (run,) = stand(NODES, [run_of(folder.path)], BEGUN_S)
+    assert run.given_up == (2,)
+    written = io.StringIO()
+    Console(file=written, width=200).print(*tables(sites, [run], BEGUN_S, home))
+    assert "run-0001: given up, as their answers were lost: rounds 2; their charges stay spent" in written.getvalue()
