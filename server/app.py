@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config
 from common.config_text import build_config, read_config
-from common.errors import ConfigError, FederationError
+from common.errors import ConfigError, FederationError, StorageError
 from common.flower_run import run_path
 from common.lock import alone
 from common.seal import Trust
@@ -41,7 +41,7 @@ from server.records import (
 from server.results import SIMULATED_SECRETS, SITES_SECRETS, write_results
 from server.roster import gather
 from server.rounds import averaged_pair, train
-from server.run_folder import RunFolder, open_run, read_nodes
+from server.run_folder import STORAGE_MATTER, RunFolder, open_run, read_nodes
 from server.secure_sum import train_together
 from server.start import begin
 from server.warmup_round import warm_up
@@ -139,6 +139,8 @@ def run(grid: Grid, job: Job) -> None:
     """
     # Whoever resumes a run that is still at work would spoil its folder.
     with nullcontext() if job.trust is None else alone(job.folder.lock, "run"):
+        for line in checkpoint.stepped_over(job.folder.checkpoints):
+            print(line, flush=True)
         with display.open_display(job.config) as show, _open_note(job) as note:
             for event in federate(grid, job):
                 show(event)
@@ -179,7 +181,10 @@ def make_app(job: Job | None = None) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:  # pyright: ignore[reportUnusedFunction]
-        run(grid, job or job_from(context))
+        try:
+            run(grid, job or job_from(context))
+        except StorageError as error:  # of a failed run the link keeps the words alone
+            raise StorageError(f"{STORAGE_MATTER}{error}") from error
 
     return app
 

@@ -28,7 +28,7 @@ from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
 from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
 from server.status import COMPLETED, stand, without_process
-from server.status_text import how_it_ended, tables
+from server.status_text import failure, tables
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -226,7 +226,7 @@ def _start_run(consortium: Consortium, config: Path, folder: Path, *, resume: bo
         ended = control.read_run(client, run_id)
     if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
         (standing,) = stand([], [ended], time.time())[1]
-        raise FederationError(how_it_ended(standing, consortium.folder))
+        raise failure(standing, consortium.folder)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

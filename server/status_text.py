@@ -12,9 +12,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.errors import FederationError, FedmedganError, StorageError
 from server.control import KILLED
 from server.handshake import ALL_REFUSE
 from server.pace import amount, duration, round_up
+from server.run_folder import STORAGE_MATTER
 from server.status import INTERRUPTED, RunStanding, SiteStanding
 
 STOPPED, FAILED = "stopped", "failed"
@@ -43,6 +45,16 @@ def tables(
             yield Text(how_it_ended(run, home))
 
 
+def failure(run: RunStanding, home: Path) -> FedmedganError:
+    """Return the error of a run that did not complete: a storage matter, or one of the federation."""
+    storage = run.state == FAILED and _why(run).startswith(STORAGE_MATTER)
+    return (StorageError if storage else FederationError)(how_it_ended(run, home))
+
+
+def _why(run: RunStanding) -> str:
+    return run.details.removeprefix("ServerApp failed with exception: ")
+
+
 def how_it_ended(run: RunStanding, home: Path) -> str:
     """Say how a run ended that did not complete, and what to do."""
     made = "before its first round" if run.round is None else f"after round {run.round} of {run.rounds}"
@@ -52,7 +64,7 @@ def how_it_ended(run: RunStanding, home: Path) -> str:
         return f"{run.run} was stopped {made}. {again}"
     if run.state == INTERRUPTED:
         return f"{run.run} was interrupted {made}: {KILLED}. {again}"
-    why = run.details.removeprefix("ServerApp failed with exception: ") or "the link does not say why"
+    why = _why(run) or "the link does not say why"
     log = f"Log: {home / 'logs' / 'executor.log'}."
     return f"{run.run} failed {made}: {why.rstrip('.')}. {log}{'' if why.startswith(ALL_REFUSE) else f' {again}'}"
 

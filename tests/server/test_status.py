@@ -16,7 +16,7 @@ from server.handshake import all_refuse
 from server.records import RoundRecord, SiteRelease, read_records, write_records
 from server.run_folder import RunFolder
 from server.status import RunStanding, SiteStanding, stand, without_process
-from server.status_text import how_it_ended, tables
+from server.status_text import failure, how_it_ended, tables
 
 STARTED = "2026-11-27T07:00:00+00:00"
 BEGUN_S = 1_795_762_800.0  # the same
@@ -191,3 +191,14 @@ def test_rounds_given_up_are_told(home: Path) -> None:
     written = io.StringIO()
     Console(file=written, width=200).print(*tables(sites, [run], BEGUN_S, home))
     assert "run-0001: given up, as their answers were lost: rounds 2; their charges stay spent" in written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("details", "code"), [("storage: No checkpoint is whole", 7), ("Round 3 heard 0 sites", 8), ("", 8)]
+)
+def test_a_run_that_failed_for_its_files_is_a_storage_matter(home: Path, details: str, code: int) -> None:
+    folder = make_folder(home / "run-0001", 4)
+    said = f"ServerApp failed with exception: {details}" if details else ""
+    _, (run,) = stand([], [run_of(folder.path, "finished", "failed", said)], BEGUN_S)
+    error = failure(run, home)
+    assert (error.exit_code, str(error)) == (code, how_it_ended(run, home))
