@@ -6,6 +6,7 @@ Torch and the accountant take seconds to import: only the commands that need the
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from server import control
 from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
 from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
-from server.status import COMPLETED, stand, without_process
+from server.status import COMPLETED, stand, under_way, without_process
 from server.status_text import failure, tables
 
 app = typer.Typer(
@@ -132,6 +133,7 @@ def run(
     proposed = build_config(read_config(config), {"simulation.sites": len(sites)})
     if not proposed.image.classes:
         raise ConfigError("Expected image.classes: sites have to know what to import. Name them in the configuration.")
+    _require_idle_sites(consortium)
     folder = next_folder(consortium.runs)
     _start_run(consortium, prepare_run(folder, proposed), folder, resume=False, detach=detach)
 
@@ -146,6 +148,7 @@ def resume(
     consortium = Consortium(home.absolute())
     path = _folder_of(consortium, folder)
     _require_resumable(path)
+    _require_idle_sites(load_consortium(consortium.folder), but=path)
     begun = (path / "run.json").exists()  # else it ended before it had an id: it begins anew
     _start_run(load_consortium(consortium.folder), path / "config.toml", path, resume=begun, detach=detach)
 
@@ -162,6 +165,19 @@ def _require_resumable(path: Path) -> None:
         raise ResumeError(f"The run of {path} is complete: see its report.html. There is nothing to go on with.")
     if is_held(RunFolder(path, "").lock):
         raise ResumeError(f"The run of {path} is at work. `stop` it first, or wait for its end.")
+
+
+def _require_idle_sites(consortium: Consortium, but: Path | None = None) -> None:
+    """Refuse a second run beside one under way: each would wait for the other's sites, and both spend budget."""
+    with control.connect(consortium) as client:
+        runs = control.list_runs(client)
+    others = [one.name for one in under_way(runs, without_process(consortium, runs)) if one.folder != but]
+    if others:
+        home = shlex.quote(str(consortium.folder))
+        raise FederationError(
+            f"{others[0]} is under way with these sites. Wait for its end (fedmedgan-coordinator status {home}), or "
+            f"end it: fedmedgan-coordinator stop {home} {others[0]}"
+        )
 
 
 @app.command()
@@ -202,7 +218,7 @@ def stop(
         active = [one for one in control.list_runs(client) if one.status != control.FINISHED]
         chosen = [one for one in active if run is None or one.folder == _folder_of(consortium, run)]
         if run is not None and not chosen:
-            raise FederationError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
+            raise ResumeError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
         for one in chosen:
             control.stop_run(client, one.run_id)
             print(f"stopped {one.name}; to go on: fedmedgan-coordinator resume {home} {one.name}")

@@ -117,6 +117,12 @@ def without_process(consortium: Consortium, runs: Sequence[RunStatus]) -> set[in
     return {number for number, lock in locks.items() if lock.exists() and not is_held(lock)}
 
 
+def under_way(runs: Sequence[RunStatus], dead: Iterable[int]) -> list[RunStatus]:
+    """Return the runs that have begun, or will, and whose process is not gone."""
+    gone = frozenset(dead)
+    return [run for run in runs if run.status != FINISHED and run.run_id not in gone]
+
+
 def _by_folder(runs: Sequence[RunStatus]) -> dict[Path, list[RunStatus]]:
     folders = list(dict.fromkeys(run.folder for run in runs))[:SHOWN_RUNS]
     return {folder: [run for run in runs if run.folder == folder] for folder in folders}
