@@ -22,7 +22,6 @@ from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
 from common.errors import ConfigError, ExitCode, FederationError, ResumeError
 from common.flower_environment import flower_environment
-from common.generate import generate
 from common.lock import is_held
 from server import control
 from server.consortium import Consortium, enrolled, load_consortium
@@ -35,15 +34,33 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 add_commands(app)
-app.command()(generate)
+HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
+RunArgument = Annotated[Path, typer.Argument(help="The run: its name or its folder.")]
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html of a run folder anew."""
+def generate(
+    home: HomeArgument,
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="Where the images go; a new folder.")],
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many images.")] = 64,
+    labels: Annotated[str, typer.Option(help="all, a class, a comma list, or clear=0.7,nodule=0.3.")] = "all",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
+    format: Annotated[str, typer.Option(help="png or npz.")] = "png",
+) -> None:
+    """Draw synthetic images from a finished run."""
+    from common.generate import generate_images
+
+    written = generate_images(_finished(home, run), out, count, labels, seed, format)
+    print(f"{count} synthetic images in {written}")
+
+
+@app.command()
+def report(home: HomeArgument, run: RunArgument) -> None:
+    """Write report.html of a finished run anew."""
     from server.report import write_report
 
-    print(write_report(run))
+    print(write_report(_finished(home, run)))
 
 
 @app.command("plan")
@@ -105,9 +122,6 @@ def print_models() -> None:
     Console().print(table)
 
 
-HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
-
-
 @app.command()
 def start(home: HomeArgument) -> None:
     """Serve the federation until Ctrl-C or SIGTERM.
@@ -158,9 +172,23 @@ def _folder_of(consortium: Consortium, run: Path) -> Path:
     return consortium.runs / run if run.parent == Path() and not (run / "config.toml").exists() else run.absolute()
 
 
-def _require_resumable(path: Path) -> None:
+def _finished(home: Path, run: Path) -> Path:
+    """Return the folder of a run whose results stand in it."""
+    path = _folder_of(Consortium(home.absolute()), run)
+    _require_run(path)
+    if not (path / "privacy.json").exists():
+        named = f"{shlex.quote(str(home))} {shlex.quote(str(run))}"
+        raise ResumeError(f"The run of {path} is not finished: fedmedgan-coordinator resume {named}")
+    return path
+
+
+def _require_run(path: Path) -> None:
     if not (path / "config.toml").exists():
         raise ResumeError(f"{path} is no folder of a run. `fedmedgan-coordinator status HOME` names the runs.")
+
+
+def _require_resumable(path: Path) -> None:
+    _require_run(path)
     if is_complete(path):
         raise ResumeError(f"The run of {path} is complete: see its report.html. There is nothing to go on with.")
     if is_held(RunFolder(path, "").lock):

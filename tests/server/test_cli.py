@@ -90,3 +90,25 @@ def test_a_run_whose_process_is_gone_is_not_under_way(hub: Path) -> None:
 
 def test_a_run_that_is_not_there_is_one_fault_for_stop_and_resume(hub: Path) -> None:
     assert exit_of("stop", hub, "run-0009") == exit_of("resume", hub, "run-0009") == ExitCode.RESUME
+
+
+@pytest.mark.parametrize("command", [("generate", "--out", "images"), ("report",)])
+def test_results_are_of_a_finished_run_of_the_home(
+    hub: Path, command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = command
+    assert exit_of(name, hub, "run-0009", *options) == ExitCode.RESUME
+    assert "is no folder of a run" in capsys.readouterr().err
+    write_atomic(make_folder(hub / "runs" / "run-0002") / "config.toml", b"")
+    assert exit_of(name, hub, "run-0002", *options) == ExitCode.RESUME
+    assert f"is not finished: fedmedgan-coordinator resume {hub} run-0002" in capsys.readouterr().err
+
+
+def test_a_report_is_written_anew_by_home_and_name(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, written = make_folder(hub / "runs" / "run-0002"), list[Path]()
+    for file in ("config.toml", "privacy.json"):
+        write_atomic(folder / file, b"")
+    monkeypatch.setattr("server.report.write_report", written.append)
+    assert exit_of("report", hub, "run-0002") == ExitCode.OK
+    assert exit_of("report", hub, folder) == ExitCode.OK
+    assert written == [folder, folder]
