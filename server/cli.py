@@ -27,7 +27,7 @@ from server import control
 from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
 from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
-from server.status import COMPLETED, stand, under_way, without_process
+from server.status import COMPLETED, runs_of_files, stand, under_way, without_process
 from server.status_text import failure, tables
 
 app = typer.Typer(
@@ -216,18 +216,27 @@ def status(
 
     Who is connected, what each site has spent, as it declared, and the last runs, a row each.
     """
-    consortium = load_consortium(home.absolute())
-    with control.connect(consortium) as client:
-        nodes, runs = control.list_nodes(client), control.list_runs(client)
+    consortium, away = load_consortium(home.absolute()), None
+    known = enrolled(consortium).values()
+    try:
+        with control.connect(consortium) as client:
+            nodes, runs = control.list_nodes(client), control.list_runs(client)
+    except FederationError as error:  # what the files say is said all the same
+        away = error
+        nodes = [control.NodeStatus(site.name, 0, False, "") for site in known if not site.revoked]
+        runs = runs_of_files(consortium)
     now = time.time()
-    sites, latest = stand(nodes, runs, now, without_process(consortium, runs))
+    revoked = [site.name for site in known if site.revoked]
+    sites, latest = stand(nodes, runs, now, without_process(consortium, runs), revoked)
     if as_json:
         tree = {"sites": [asdict(site) for site in sites], "runs": [asdict(one) for one in latest]}
         print(json.dumps(tree, default=str))
-        return
-    console = Console()
-    for part in tables(sites, latest, now, consortium.folder):
-        console.print(part)
+    else:
+        console = Console()
+        for part in tables(sites, latest, now, consortium.folder):
+            console.print(part)
+    if away is not None:
+        raise away
 
 
 @app.command()

@@ -74,8 +74,8 @@ def _of_sites(sites: Sequence[SiteStanding], now: float) -> Table:
     for site in sites:
         table.add_row(
             Text(site.name),
-            Text("yes", "green") if site.online else Text("no", "red"),
-            _ago(site.last_seen, now),
+            Text("revoked") if site.revoked else Text("yes", "green") if site.online else Text("no", "red"),
+            "-" if site.revoked else _ago(site.last_seen, now),
             f"{site.rounds_joined}/{site.rounds}" if site.rounds else "-",
             "-" if site.epsilon_spent is None else f"{round_up(site.epsilon_spent)} of {site.epsilon_allowed:g}",
             Text(site.last or "-"),

@@ -112,3 +112,19 @@ def test_a_report_is_written_anew_by_home_and_name(hub: Path, monkeypatch: pytes
     assert exit_of("report", hub, "run-0002") == ExitCode.OK
     assert exit_of("report", hub, folder) == ExitCode.OK
     assert written == [folder, folder]
+
+
+def test_a_coordinator_that_is_down_shows_what_the_files_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    consortium = make_home(tmp_path / "hub")  # never started
+    enrol(consortium, "st-mary")
+    enrol(consortium, "st-john", revoked=True)
+    for name, files in (("run-0001", ("report.html",)), ("run-0002", ())):
+        for file in ("config.toml", *files):
+            write_atomic(make_folder(consortium.runs / name) / file, b"")
+    assert exit_of("status", consortium.folder) == ExitCode.FEDERATION
+    said = capsys.readouterr()
+    assert "does not answer" in said.err
+    rows = [line.split()[:2] for line in said.out.splitlines() if line.startswith(("run-", "st-"))]
+    assert rows == [["st-mary", "no"], ["st-john", "revoked"], ["run-0002", "unfinished"], ["run-0001", "completed"]]

@@ -202,3 +202,16 @@ def test_a_run_that_failed_for_its_files_is_a_storage_matter(home: Path, details
     _, (run,) = stand([], [run_of(folder.path, "finished", "failed", said)], BEGUN_S)
     error = failure(run, home)
     assert (error.exit_code, str(error)) == (code, how_it_ended(run, home))
+
+
+def test_a_revoked_site_is_kept(home: Path) -> None:
+    folder = make_folder(home / "run-0001", 4)
+    sites, runs = stand(NODES[:1], [run_of(folder.path)], BEGUN_S, revoked=["st-mary"])
+    assert [(site.name, site.revoked, site.epsilon_spent) for site in sites] == [
+        ("st-anne", False, 5.0625),
+        ("st-mary", True, 4.0625),
+    ]
+    written = io.StringIO()
+    Console(file=written, width=200).print(*tables(sites, runs, BEGUN_S, home))
+    (line,) = [line for line in written.getvalue().splitlines() if line.startswith("st-mary")]
+    assert line.split()[1] == "revoked"
