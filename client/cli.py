@@ -32,7 +32,7 @@ from common.command import run_command
 from common.config import Proposal
 from common.config_text import build_config, read_config
 from common.crypto import load_verify_key
-from common.errors import ConfigError, ExitCode, IntakeError, StorageError
+from common.errors import ConfigError, ExitCode, IntakeError, StorageError, UnreadableSource
 from common.files import require_outside, write_atomic
 from common.lock import beside
 from common.plan import delta_warning
@@ -85,7 +85,7 @@ def init(
         print(f"warning: {warning}", file=sys.stderr)
     parse_label(label)
     if not data.exists():
-        raise IntakeError(f"Found nothing at --data {data}. Name the folder of the site's images, or an NPZ.")
+        raise UnreadableSource(f"Found nothing at --data {data}. Name the folder of the site's images, or an NPZ.")
     copy = str(head_copy.absolute()) if head_copy is not None else None
     site = SiteConfig(data=str(data.absolute()), label=label, head_copy=copy)
     made = create_home(home, site, rules, ask_new() if passphrase else None)

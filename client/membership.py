@@ -4,6 +4,7 @@ None needs a server. Out of scope: what they write (client/joining).
 """
 
 import shlex
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ from client.passphrase import load_identity
 from client.paths import require_home
 from common.crypto import load_verify_key
 from common.enrolment import MAX_DOCUMENT_BYTES, Invitation
-from common.errors import StorageError
+from common.errors import ConfigError, StorageError
 from common.files import read_bounded, require_outside, write_atomic
 from common.fingerprint import require_words, words_of
 from common.lock import is_held
@@ -57,9 +58,13 @@ def join(
         print(f"words of this site, to read to the coordinator: {words_of(identity, 'site')}")
         require_words(read.verify_key, "coordinator", words)
     pin(home, content)
+    named = shlex.quote(str(home))
+    if opened.next_key.exists():
+        print(f"the invitation is for the old node key, under which {read.site} goes on: the renewal is still open")
+        print(f"next: send the coordinator what `fedmedgan-site enrol {named}` writes, and `join` with what comes back")
+        return
     print(f"joined {read.federation} at {read.host}, port {read.port}, as {read.site}")
     _print_roster(read)
-    named = shlex.quote(str(home))
     print(f"next: fedmedgan-site import {named}, if the images are not there; then fedmedgan-site start {named}")
 
 
@@ -86,6 +91,8 @@ def leave(
     if is_held(opened.start_lock) or is_held(opened.relay_lock) or is_held(opened.serve_lock, shared=True):
         raise StorageError(f"Agent and relay of {home} still run. Stop them first, then run `leave` again.")
     if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"There is no terminal to ask on. To leave {pinned.federation} without, use --yes.")
         typer.confirm(f"Leave {pinned.federation}? To come back takes a new invitation.", abort=True)
     forget(home)
     print(f"left {pinned.federation}; what was spent of the budget stays spent")

@@ -13,20 +13,21 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 
 from common.config import MAX_ERRORS, MAX_PROPOSAL_BYTES, Config, Proposal, Section
-from common.errors import ConfigError
+from common.errors import ConfigError, StorageError
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a TOML file into a tree of plain values; checking is `build_config`'s work.
 
     Raises:
-        ConfigError: The file is missing, unreadable or not TOML.
+        ConfigError: It is not TOML.
+        StorageError: The file is missing or unreadable.
 
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"Could not read --config {path}: {error.strerror}. Check the path.") from error
+        raise StorageError(f"Could not read {path}: {error.strerror}. Name another file.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} is not TOML: {error}. `fedmedgan-simulate --print-config` shows the form."
@@ -139,7 +140,8 @@ def _explain_one(location: list[str], item: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         choices = known_keys() if len(location) > 1 else tuple(_sections())
         near = difflib.get_close_matches(key, choices, n=1, cutoff=0.0)
-        return f"Unknown key {_printable(key)}. The nearest known key is {near[0]}; `--print-config` lists all."
+        nearest = f"The nearest known key is {near[0]}; `fedmedgan-simulate --print-config` lists all."
+        return f"Unknown key {_printable(key)}. {nearest}"
     message = item["msg"].removeprefix("Value error, ")
     given = "" if isinstance(item.get("input"), dict | BaseModel) else f"={item.get('input')!r}"
     return f"Expected another value for {key}{given}: {message[:1].lower()}{message[1:]}."

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config
 from common.config_text import build_config, read_config
-from common.errors import ConfigError, FederationError
+from common.errors import ConfigError, FederationError, StorageError
 from common.flower_run import run_path
 from common.lock import alone
 from common.seal import Trust
@@ -27,6 +27,7 @@ from server.consortium import load_consortium, load_trust
 from server.deadline import round_deadline_s
 from server.exchange import PERMANENT, Link
 from server.handshake import Met, all_refuse, meet
+from server.lost import check_lost, give_up
 from server.now import Event, open_note
 from server.records import (
     Failed,
@@ -40,7 +41,7 @@ from server.records import (
 from server.results import SIMULATED_SECRETS, SITES_SECRETS, write_results
 from server.roster import gather
 from server.rounds import averaged_pair, train
-from server.run_folder import RunFolder, open_run, read_nodes
+from server.run_folder import STORAGE_MATTER, RunFolder, open_run, read_nodes
 from server.secure_sum import train_together
 from server.start import begin
 from server.warmup_round import warm_up
@@ -82,17 +83,20 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
         What new sites say, progress inside a round, and a record after each round, once it is real.
 
     Raises:
-        FederationError: Too few sites connected, or none was heard in three attempts at a round.
+        FederationError: Too few sites connected, or none was heard in three attempts at a round; or too many rounds in
+            a row were given up.
         PolicyRefusal: Every site refuses the run for good before anything was learned.
         StorageError: A checkpoint could not be written; the one before stands.
     """
     config, folder = job.config, job.folder
     state = checkpoint.load_latest(folder.checkpoints)
     records = _records_of(folder, state)
+    resumed = len(records)
     link, met = Link(grid, job.trust, job.nodes), Met(folder, config, compact=job.trust is None)
     roster, attempts = (yield from gather(link, config, folder.run_id, None)), 0
     last = config.federation.rounds if job.until is None else job.until
     while state is None or (state.round < last and not job.stop.is_set()):
+        check_lost(records[resumed:])
         number = 0 if state is None else state.round + 1
         roster = yield from gather(link, config, folder.run_id, roster)  # 1 who
         members, link = roster.members, _with_deadline(link, config, records, attempts)
@@ -107,7 +111,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
             if isinstance(event, Progress):
                 yield event
                 continue
-            after, record = event
+            after, record = event if event[0] is not None else give_up(config, state, event[1])
             if after is None:  # 3 too few sites: nothing changed, no site is charged twice for the same round
                 if _nobody_can_go_on(record):
                     if state is None:  # nothing was learned yet, so there is nothing to end well with
@@ -122,10 +126,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
                 continue
             state, attempts = after, 0
             records.append(record)
-            append_record(folder.metrics, record)
-            if is_landmark(number, config.federation.rounds):
-                save_sheet(folder.samples / f"round-{number:04d}.png", averaged_pair(config, state).generator, config)
-            checkpoint.save(folder.checkpoints, state)  # 4 only now is the round real
+            _keep(config, folder, state, record)  # 4 only now is the round real
             yield record
 
 
@@ -138,6 +139,8 @@ def run(grid: Grid, job: Job) -> None:
     """
     # Whoever resumes a run that is still at work would spoil its folder.
     with nullcontext() if job.trust is None else alone(job.folder.lock, "run"):
+        for line in checkpoint.stepped_over(job.folder.checkpoints):
+            print(line, flush=True)
         with display.open_display(job.config) as show, _open_note(job) as note:
             for event in federate(grid, job):
                 show(event)
@@ -178,7 +181,10 @@ def make_app(job: Job | None = None) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:  # pyright: ignore[reportUnusedFunction]
-        run(grid, job or job_from(context))
+        try:
+            run(grid, job or job_from(context))
+        except StorageError as error:  # of a failed run the link keeps the words alone
+            raise StorageError(f"{STORAGE_MATTER}{error}") from error
 
     return app
 
@@ -212,6 +218,14 @@ def _records_of(folder: RunFolder, state: checkpoint.State | None) -> list[Round
     records = [record for record in read_records(folder.metrics) if state and record.round <= state.round]
     write_records(folder.metrics, records)
     return records
+
+
+def _keep(config: Config, folder: RunFolder, state: checkpoint.State, record: RoundRecord) -> None:
+    append_record(folder.metrics, record)
+    if is_landmark(state.round, config.federation.rounds):
+        sheet = folder.samples / f"round-{state.round:04d}.png"
+        save_sheet(sheet, averaged_pair(config, state).generator, config)
+    checkpoint.save(folder.checkpoints, state)
 
 
 def _with_deadline(link: Link, config: Config, records: Sequence[RoundRecord], attempts: int) -> Link:

@@ -57,6 +57,7 @@ MODULES: tuple[str, ...] = (
     "server/handshake.py",
     "server/ladder.py",
     "server/lens.py",
+    "server/lost.py",
     "server/now.py",
     "server/pace.py",
     "server/records.py",

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from common.errors import ResumeError
+from common.errors import ResumeError, StorageError
 from common.files import make_folder, write_atomic
 from server.aggregation import OptimizerState
 
@@ -101,24 +101,63 @@ def save(folder: Path, state: State) -> None:
 
 
 def load_latest(folder: Path) -> State | None:
-    """Load the newest checkpoint, or None where there is none.
+    """Load the newest whole checkpoint, or None where there is none at all.
 
     Raises:
-        ResumeError: It is damaged or of another version.
+        ResumeError: It is of another version.
+        StorageError: One cannot be read, or each is damaged.
+
+    Guarantees:
+        - the_newest_whole_one_is_loaded: Damaged ones after it are stepped over; `stepped_over` names them.
     """
-    paths = _paths(folder)
-    if not paths:
-        return None
+    return _newest_whole(folder)[0]
+
+
+def stepped_over(folder: Path) -> list[str]:
+    """Say, in a line each, which checkpoints are damaged and newer than the one that `load_latest` returns.
+
+    Raises:
+        ResumeError: As `load_latest`.
+        StorageError: As `load_latest`.
+    """
+    state, damaged = _newest_whole(folder)
+    return [
+        f"{path.name} is damaged: going on from round {state.round}, the newest whole checkpoint"
+        for path in damaged
+        if state is not None
+    ]
+
+
+def _newest_whole(folder: Path) -> tuple[State | None, list[Path]]:
+    damaged: list[Path] = []
+    for path in reversed(_paths(folder)):
+        if (state := _load(path)) is not None:
+            return state, damaged
+        damaged.append(path)
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
+        raise StorageError(
+            f"No checkpoint in {folder} is whole (damaged: {names}). Restore one from a backup, or start a new run."
+        )
+    return None, []
+
+
+def _load(path: Path) -> State | None:
+    """Read one checkpoint; None where it is damaged."""
     try:
-        content = paths[-1].read_bytes()
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(
+            f"Could not read {path}: {error.strerror}. Mend the disk or its permissions; or delete it, to go on from "
+            "an older one."
+        ) from error
+    try:
         tensors = load_tensors(content)
         header_bytes = int.from_bytes(content[:8], "little")
         header = json.loads(json.loads(content[8 : 8 + header_bytes])["__metadata__"]["fedmedgan-checkpoint"])
         version, warmup = header.pop("version"), header.pop("warmup", [])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ResumeError(
-            f"The checkpoint {paths[-1]} does not read: {type(error).__name__}. Delete it to resume from an older one."
-        ) from error
+    except (ValueError, KeyError, SafetensorError):
+        return None
     if version != VERSION:
         raise ResumeError(
             f"Expected a checkpoint of version {VERSION}, got {version}. Resume with the release that wrote it."

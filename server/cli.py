@@ -6,6 +6,7 @@ Torch and the accountant take seconds to import: only the commands that need the
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -21,28 +22,45 @@ from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
 from common.errors import ConfigError, ExitCode, FederationError, ResumeError
 from common.flower_environment import flower_environment
-from common.generate import generate
 from common.lock import is_held
 from server import control
 from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
 from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
-from server.status import COMPLETED, stand, without_process
-from server.status_text import how_it_ended, tables
+from server.status import COMPLETED, runs_of_files, stand, under_way, without_process
+from server.status_text import failure, tables
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 add_commands(app)
-app.command()(generate)
+HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
+RunArgument = Annotated[Path, typer.Argument(help="The run: its name or its folder.")]
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html of a run folder anew."""
+def generate(
+    home: HomeArgument,
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="Where the images go; a new folder.")],
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many images.")] = 64,
+    labels: Annotated[str, typer.Option(help="all, a class, a comma list, or clear=0.7,nodule=0.3.")] = "all",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
+    format: Annotated[str, typer.Option(help="png or npz.")] = "png",
+) -> None:
+    """Draw synthetic images from a finished run."""
+    from common.generate import generate_images
+
+    written = generate_images(_finished(home, run), out, count, labels, seed, format)
+    print(f"{count} synthetic images in {written}")
+
+
+@app.command()
+def report(home: HomeArgument, run: RunArgument) -> None:
+    """Write report.html of a finished run anew."""
     from server.report import write_report
 
-    print(write_report(run))
+    print(write_report(_finished(home, run)))
 
 
 @app.command("plan")
@@ -104,9 +122,6 @@ def print_models() -> None:
     Console().print(table)
 
 
-HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
-
-
 @app.command()
 def start(home: HomeArgument) -> None:
     """Serve the federation until Ctrl-C or SIGTERM.
@@ -132,6 +147,7 @@ def run(
     proposed = build_config(read_config(config), {"simulation.sites": len(sites)})
     if not proposed.image.classes:
         raise ConfigError("Expected image.classes: sites have to know what to import. Name them in the configuration.")
+    _require_idle_sites(consortium)
     folder = next_folder(consortium.runs)
     _start_run(consortium, prepare_run(folder, proposed), folder, resume=False, detach=detach)
 
@@ -146,6 +162,7 @@ def resume(
     consortium = Consortium(home.absolute())
     path = _folder_of(consortium, folder)
     _require_resumable(path)
+    _require_idle_sites(load_consortium(consortium.folder), but=path)
     begun = (path / "run.json").exists()  # else it ended before it had an id: it begins anew
     _start_run(load_consortium(consortium.folder), path / "config.toml", path, resume=begun, detach=detach)
 
@@ -155,13 +172,40 @@ def _folder_of(consortium: Consortium, run: Path) -> Path:
     return consortium.runs / run if run.parent == Path() and not (run / "config.toml").exists() else run.absolute()
 
 
-def _require_resumable(path: Path) -> None:
+def _finished(home: Path, run: Path) -> Path:
+    """Return the folder of a run whose results stand in it."""
+    path = _folder_of(Consortium(home.absolute()), run)
+    _require_run(path)
+    if not (path / "privacy.json").exists():
+        named = f"{shlex.quote(str(home))} {shlex.quote(str(run))}"
+        raise ResumeError(f"The run of {path} is not finished: fedmedgan-coordinator resume {named}")
+    return path
+
+
+def _require_run(path: Path) -> None:
     if not (path / "config.toml").exists():
         raise ResumeError(f"{path} is no folder of a run. `fedmedgan-coordinator status HOME` names the runs.")
+
+
+def _require_resumable(path: Path) -> None:
+    _require_run(path)
     if is_complete(path):
         raise ResumeError(f"The run of {path} is complete: see its report.html. There is nothing to go on with.")
     if is_held(RunFolder(path, "").lock):
         raise ResumeError(f"The run of {path} is at work. `stop` it first, or wait for its end.")
+
+
+def _require_idle_sites(consortium: Consortium, but: Path | None = None) -> None:
+    """Refuse a second run beside one under way: each would wait for the other's sites, and both spend budget."""
+    with control.connect(consortium) as client:
+        runs = control.list_runs(client)
+    others = [one.name for one in under_way(runs, without_process(consortium, runs)) if one.folder != but]
+    if others:
+        home = shlex.quote(str(consortium.folder))
+        raise FederationError(
+            f"{others[0]} is under way with these sites. Wait for its end (fedmedgan-coordinator status {home}), or "
+            f"end it: fedmedgan-coordinator stop {home} {others[0]}"
+        )
 
 
 @app.command()
@@ -172,18 +216,27 @@ def status(
 
     Who is connected, what each site has spent, as it declared, and the last runs, a row each.
     """
-    consortium = load_consortium(home.absolute())
-    with control.connect(consortium) as client:
-        nodes, runs = control.list_nodes(client), control.list_runs(client)
+    consortium, away = load_consortium(home.absolute()), None
+    known = enrolled(consortium).values()
+    try:
+        with control.connect(consortium) as client:
+            nodes, runs = control.list_nodes(client), control.list_runs(client)
+    except FederationError as error:  # what the files say is said all the same
+        away = error
+        nodes = [control.NodeStatus(site.name, 0, False, "") for site in known if not site.revoked]
+        runs = runs_of_files(consortium)
     now = time.time()
-    sites, latest = stand(nodes, runs, now, without_process(consortium, runs))
+    revoked = [site.name for site in known if site.revoked]
+    sites, latest = stand(nodes, runs, now, without_process(consortium, runs), revoked)
     if as_json:
         tree = {"sites": [asdict(site) for site in sites], "runs": [asdict(one) for one in latest]}
         print(json.dumps(tree, default=str))
-        return
-    console = Console()
-    for part in tables(sites, latest, now, consortium.folder):
-        console.print(part)
+    else:
+        console = Console()
+        for part in tables(sites, latest, now, consortium.folder):
+            console.print(part)
+    if away is not None:
+        raise away
 
 
 @app.command()
@@ -202,7 +255,7 @@ def stop(
         active = [one for one in control.list_runs(client) if one.status != control.FINISHED]
         chosen = [one for one in active if run is None or one.folder == _folder_of(consortium, run)]
         if run is not None and not chosen:
-            raise FederationError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
+            raise ResumeError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
         for one in chosen:
             control.stop_run(client, one.run_id)
             print(f"stopped {one.name}; to go on: fedmedgan-coordinator resume {home} {one.name}")
@@ -226,7 +279,7 @@ def _start_run(consortium: Consortium, config: Path, folder: Path, *, resume: bo
         ended = control.read_run(client, run_id)
     if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
         (standing,) = stand([], [ended], time.time())[1]
-        raise FederationError(how_it_ended(standing, consortium.folder))
+        raise failure(standing, consortium.folder)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -29,6 +29,8 @@ SITE_COLUMNS = SITES_NAMED
 SITE_CHARACTERS = 9
 """Longer names are cut from the left, so that four columns fit in 80 characters."""
 
+GIVEN_UP = "it was answered before, to another question; its charge is spent, its answers are lost"
+
 Show = Callable[[Event], None]
 
 
@@ -83,6 +85,8 @@ def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
     """
     record = records[-1]
     codes = f" ({who(record)})" if record.refused else ""
+    if record.lost:
+        return f"round {record.round}/{config.federation.rounds}  given up{codes}: {GIVEN_UP}"
     parts = [
         f"round {record.round}/{config.federation.rounds}",
         warmup_label(config, record.round) if config.warmup.share > 0 else "",
@@ -122,7 +126,7 @@ def _print(console: Console, config: Config, seen: Seen, event: Event) -> None:
     records = _add(seen, event).records
     rounds = config.federation.rounds
     if isinstance(event, RoundRecord):
-        if rounds <= ALL_LINES or is_landmark(event.round, rounds) or event.refused != before:
+        if rounds <= ALL_LINES or is_landmark(event.round, rounds) or event.refused != before or event.lost:
             _write(console, plain_line(config, records))
     elif not isinstance(event, Progress) or _fit_is_told(seen, event):
         _write(console, now_line(config, event))

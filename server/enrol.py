@@ -45,6 +45,8 @@ class Candidate:
     enrolment: Enrolment
     known: bool
     """The same identity is enrolled already: nothing is to be compared again."""
+    same_key: bool = False
+    """So is its node key: nothing changes but the invitation, which is written again."""
 
 
 def create_consortium(folder: Path, settings: FederationConfig, now: datetime) -> Consortium:
@@ -60,7 +62,7 @@ def create_consortium(folder: Path, settings: FederationConfig, now: datetime) -
     """
     consortium = Consortium(make_own_folder(folder))
     if consortium.settings.exists():
-        raise StorageError(f"A coordinator's home stands in {folder} already. Choose another folder, or `renew` it.")
+        raise StorageError(f"A coordinator's home stands in {folder} already. Choose another folder.")
     for part in (consortium.key.parent, consortium.sites, consortium.logs, consortium.runs):
         make_folder(part, 0o700)
     if not consortium.key.exists():
@@ -102,7 +104,7 @@ def read_candidate(consortium: Consortium, content: bytes, now: datetime, readmi
         _require_readmission(own, enrolment, readmit)
         return Candidate(enrolment, known=False)
     _require_successor(own, enrolment)
-    return Candidate(enrolment, known=True)
+    return Candidate(enrolment, known=True, same_key=enrolment.node_key == own.node_key)
 
 
 def enrol(consortium: Consortium, enrolment: Enrolment, now: datetime) -> bytes:

@@ -89,7 +89,10 @@ def enrol(
     if not found.known:
         require_words(found.enrolment.verify_key, "site", words)
     write_atomic(target, enrolment.enrol(consortium, found.enrolment, now))
-    print(f"{site} is enrolled; send it {target}")
+    if found.same_key:
+        print(f"{site} is already enrolled with this key; the invitation is written again: {target}")
+    else:
+        print(f"{site} is enrolled{' with its new node key' if found.known else ''}; send it {target}")
     _print_words(consortium)
 
 

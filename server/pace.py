@@ -23,7 +23,7 @@ def seconds_left(records: Sequence[RoundRecord], refinements: int, rounds: int) 
         refinements: Rounds up to this one are the warm-up, another kind of work: their time tells nothing.
         rounds: The run's last.
     """
-    pace = [record.seconds for record in records if record.round > refinements][-PACE_ROUNDS:]
+    pace = [record.seconds for record in records if record.round > refinements and not record.lost][-PACE_ROUNDS:]
     left = rounds - records[-1].round if records else 0
     return left * sum(pace) / len(pace) if pace and left > 0 else 0.0
 

@@ -59,6 +59,7 @@ class RoundRecord:
         download_bytes: Bytes of arrays sent, all sites together.
         asked: How many sites they were sent to.
         deadline_s: How long answers were waited for at most.
+        lost: Whether the round was given up: it changed nothing, and what it cost is spent.
     """
 
     round: int
@@ -72,6 +73,7 @@ class RoundRecord:
     download_bytes: int = 0
     asked: int = 0
     deadline_s: float = 0.0
+    lost: bool = False
 
     @property
     def bytes_a_site(self) -> tuple[int, int]:

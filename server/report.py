@@ -160,7 +160,7 @@ def _settings(config: Config, simulated: bool) -> list[tuple[str, list[tuple[str
 
 
 def _curves(config: Config, records: Sequence[RoundRecord], names: Sequence[str]) -> Iterator[Curve]:
-    trained = [record for record in records if record.round > config.refinements]
+    trained = [record for record in records if record.round > config.refinements and not record.lost]
     told = [(record.round, record.fake_accuracy) for record in trained if record.fake_accuracy is not None]
     if len(records) == 1 and not trained:  # of one point no curve is to be seen
         return

@@ -28,6 +28,8 @@ from common.errors import FedmedganError, ResumeError
 from common.files import make_folder, read_bounded, write_atomic
 
 MAX_NOTE_BYTES = 65_536
+STORAGE_MATTER = "storage: "
+"""So begins why a run failed whose files could not be read or written."""
 FREE_SECTIONS = frozenset({"run", "performance"})
 """Sections that may change between start and resume, since they change where and how fast, never what."""
 

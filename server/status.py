@@ -5,7 +5,8 @@ What a site spent is what it declared with its newest release, in whatever run. 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import final
 
@@ -19,7 +20,7 @@ from server.pace import seconds_left
 from server.records import RoundRecord, read_records
 from server.run_folder import RunFolder, is_complete, read_now, site_run_id, stored_tree
 
-COMPLETED, INTERRUPTED = "completed", "interrupted"
+COMPLETED, INTERRUPTED, UNFINISHED = "completed", "interrupted", "unfinished"
 SHOWN_RUNS = 10
 
 
@@ -38,6 +39,7 @@ class SiteStanding:
         epsilon_spent: As it declared with its newest release; None if it never gave one.
         epsilon_allowed: The same, by its policy.
         last: What it did in the newest round: "in", a code, or empty where it was not asked.
+        revoked: Whether it was shut out; the link knows nothing of it any more.
     """
 
     name: str
@@ -49,6 +51,7 @@ class SiteStanding:
     epsilon_spent: float | None
     epsilon_allowed: float | None
     last: str
+    revoked: bool = False
 
 
 @final
@@ -70,6 +73,7 @@ class RunStanding:
         seconds_left: What the rest will take by the pace of the newest rounds; None where nothing tells it.
         download_bytes: What the newest round sent to a site.
         upload_bytes: What a site sent back.
+        given_up: The rounds that were given up, since their answers were lost.
     """
 
     run: str
@@ -85,10 +89,15 @@ class RunStanding:
     seconds_left: float | None
     download_bytes: int
     upload_bytes: int
+    given_up: tuple[int, ...] = ()
 
 
 def stand(
-    nodes: Sequence[NodeStatus], runs: Sequence[RunStatus], now: float, dead: Iterable[int] = ()
+    nodes: Sequence[NodeStatus],
+    runs: Sequence[RunStatus],
+    now: float,
+    dead: Iterable[int] = (),
+    revoked: Iterable[str] = (),
 ) -> tuple[list[SiteStanding], list[RunStanding]]:
     """Put together what link and folders say.
 
@@ -97,6 +106,7 @@ def stand(
         runs: From `control.list_runs`, the newest first.
         now: Seconds since 1970; what the round under way took already counts as done.
         dead: From `without_process`.
+        revoked: The sites that were shut out.
 
     Returns:
         All sites, and the newest runs: one for each folder, however often it was resumed.
@@ -105,7 +115,10 @@ def stand(
     by_folder = _by_folder(runs)
     records = {folder: _records(folder) for folder in by_folder}
     newest = next((found for found in records.values() if found), [])
-    sites = [_site(node, newest, list(records.values())) for node in nodes]
+    found = list(records.values())
+    sites = [_site(node, newest, found) for node in nodes]
+    gone_out = sorted(set(revoked) - {node.name for node in nodes})
+    sites += [replace(_site(NodeStatus(name, 0, False, ""), newest, found), revoked=True) for name in gone_out]
     return sites, [_run(submitted, records[folder], now, gone) for folder, submitted in by_folder.items()]
 
 
@@ -113,6 +126,25 @@ def without_process(consortium: Consortium, runs: Sequence[RunStatus]) -> set[in
     """Return the link's numbers of the runs that it believes to be under way, but whose process is gone."""
     locks = {run.run_id: consortium.run_lock(run.run_id) for run in runs if run.status != FINISHED}
     return {number for number, lock in locks.items() if lock.exists() and not is_held(lock)}
+
+
+def runs_of_files(consortium: Consortium) -> list[RunStatus]:
+    """Return the runs whose folders stand in a home, the newest first, for who asks while the link does not answer."""
+    folders = sorted(path.parent for path in consortium.runs.glob("*/config.toml"))
+    return [
+        RunStatus(number, FINISHED, UNFINISHED, "", folder, _made(folder / "config.toml"))
+        for number, folder in reversed(list(enumerate(folders)))
+    ]
+
+
+def _made(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
+
+
+def under_way(runs: Sequence[RunStatus], dead: Iterable[int]) -> list[RunStatus]:
+    """Return the runs that have begun, or will, and whose process is not gone."""
+    gone = frozenset(dead)
+    return [run for run in runs if run.status != FINISHED and run.run_id not in gone]
 
 
 def _by_folder(runs: Sequence[RunStatus]) -> dict[Path, list[RunStatus]]:
@@ -163,6 +195,7 @@ def _run(
         seconds_left=left_s,
         download_bytes=down,
         upload_bytes=up,
+        given_up=tuple(record.round for record in records if record.lost),
     )
 
 

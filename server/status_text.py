@@ -12,9 +12,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.errors import FederationError, FedmedganError, StorageError
 from server.control import KILLED
 from server.handshake import ALL_REFUSE
 from server.pace import amount, duration, round_up
+from server.run_folder import STORAGE_MATTER
 from server.status import INTERRUPTED, RunStanding, SiteStanding
 
 STOPPED, FAILED = "stopped", "failed"
@@ -36,8 +38,21 @@ def tables(
         if run.download_bytes or run.upload_bytes:
             traffic = f"{amount(run.download_bytes)} down, {amount(run.upload_bytes)} up"
             yield Text(f"{run.run}: each site and round {traffic}")
+        if run.given_up:
+            rounds = ", ".join(map(str, run.given_up))
+            yield Text(f"{run.run}: given up, as their answers were lost: rounds {rounds}; their charges stay spent")
         if run.state == INTERRUPTED or (place == 0 and run.state in (STOPPED, FAILED)):
             yield Text(how_it_ended(run, home))
+
+
+def failure(run: RunStanding, home: Path) -> FedmedganError:
+    """Return the error of a run that did not complete: a storage matter, or one of the federation."""
+    storage = run.state == FAILED and _why(run).startswith(STORAGE_MATTER)
+    return (StorageError if storage else FederationError)(how_it_ended(run, home))
+
+
+def _why(run: RunStanding) -> str:
+    return run.details.removeprefix("ServerApp failed with exception: ")
 
 
 def how_it_ended(run: RunStanding, home: Path) -> str:
@@ -49,7 +64,7 @@ def how_it_ended(run: RunStanding, home: Path) -> str:
         return f"{run.run} was stopped {made}. {again}"
     if run.state == INTERRUPTED:
         return f"{run.run} was interrupted {made}: {KILLED}. {again}"
-    why = run.details.removeprefix("ServerApp failed with exception: ") or "the link does not say why"
+    why = _why(run) or "the link does not say why"
     log = f"Log: {home / 'logs' / 'executor.log'}."
     return f"{run.run} failed {made}: {why.rstrip('.')}. {log}{'' if why.startswith(ALL_REFUSE) else f' {again}'}"
 
@@ -59,8 +74,8 @@ def _of_sites(sites: Sequence[SiteStanding], now: float) -> Table:
     for site in sites:
         table.add_row(
             Text(site.name),
-            Text("yes", "green") if site.online else Text("no", "red"),
-            _ago(site.last_seen, now),
+            Text("revoked") if site.revoked else Text("yes", "green") if site.online else Text("no", "red"),
+            "-" if site.revoked else _ago(site.last_seen, now),
             f"{site.rounds_joined}/{site.rounds}" if site.rounds else "-",
             "-" if site.epsilon_spent is None else f"{round_up(site.epsilon_spent)} of {site.epsilon_allowed:g}",
             Text(site.last or "-"),

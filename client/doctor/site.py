@@ -55,7 +55,7 @@ def check_keys(home: Home) -> Finding:
     read_node_key(home.folder)
     if home.next_key.exists():
         fix = "Send the coordinator what `fedmedgan-site enrol` writes, and `join` with the file that comes back."
-        return warned("keys", "a renewed node key waits for the coordinator.", fix)
+        return warned("keys", "the renewal is still open: the new node key waits for an invitation of its own.", fix)
     return passed("keys", f"identity ({kept} a passphrase) and node key read, mode 600")
 
 

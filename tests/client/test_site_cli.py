@@ -63,7 +63,7 @@ def test_init_writes_a_policy_that_explains_itself(run, tmp_path):
 
 def test_init_looks_for_the_images_and_knows_labels(run, tmp_path):
     code, _, err = run("init", tmp_path / "h", "--name", "a", "--data", tmp_path / "gone", "--patients", 200)
-    assert (code, "Found nothing at --data" in err) == (ExitCode.DATA, True)
+    assert (code, "Found nothing at --data" in err) == (ExitCode.UNREADABLE, True)
     code, _, err = init(run, tmp_path / "h", "--label", "nonsense")
     assert (code, "nonsense" in err) == (ExitCode.CONFIG, True)
     assert not (tmp_path / "h").exists()
@@ -266,7 +266,7 @@ def test_budget_reads_what_print_config_writes(run, tiny_home, tmp_path):
         (b"\xff\xfe", ExitCode.CONFIG, "not TOML"),
         (b"[federation]\nrounds = 100000\n[train]\nsteps_per_round = 100000\n", ExitCode.CONFIG, "steps"),
         (b"[privacy]\nepsilon = 1e-9\n", ExitCode.CONFIG, "No noise multiplier"),
-        (None, ExitCode.CONFIG, "Could not read"),
+        (None, ExitCode.STORAGE, "Could not read"),
     ],
 )
 def test_budget_explains_bad_configurations(run, tiny_home, tmp_path, content, code, words):
@@ -279,7 +279,7 @@ def test_budget_explains_bad_configurations(run, tiny_home, tmp_path, content, c
 
 def test_budget_explains_bad_homes_and_paths(run, tiny_home, tmp_path):
     assert run("budget", tmp_path / "none")[0] == ExitCode.CONFIG
-    assert run("budget", tiny_home.folder, "--config", tmp_path)[0] == ExitCode.CONFIG
+    assert run("budget", tiny_home.folder, "--config", tmp_path)[0] == ExitCode.STORAGE
     assert run("budget", tiny_home.folder, "--json", tmp_path / "none" / "budget.json")[0] == ExitCode.STORAGE
     assert run("budget", tiny_home.folder, "--jsom", "x")[0] == ExitCode.USAGE
     (tiny_home.ledger / "ledger.jsonl").write_bytes(b"{}\n")

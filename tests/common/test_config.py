@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from common.config import MAX_REFINEMENTS, Proposal
 from common.config_text import build_config, known_keys, parse_changes, parse_proposal, read_config, to_toml
-from common.errors import ConfigError
+from common.errors import ConfigError, StorageError
 
 
 def test_toml_round_trip_keeps_every_value() -> None:
@@ -107,7 +107,7 @@ def test_long_proposal_is_refused_before_parsing() -> None:
 
 
 def test_config_file_missing_and_broken(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="Could not read"):
+    with pytest.raises(StorageError, match="Could not read"):
         read_config(tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("[privacy\nepsilon=")
     with pytest.raises(ConfigError, match="not TOML"):

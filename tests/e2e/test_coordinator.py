@@ -139,7 +139,10 @@ def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Conso
     assert code == 0, said
     assert said.startswith("run-0001 in ")
     wait_for(lambda: processes_of(coordinator, "--run"))
-    assert ask(coordinator, "stop", coordinator.folder, "run-0002")[0] == 8
+    assert ask(coordinator, "stop", coordinator.folder, "run-0002")[0] == 6
+    code, said = ask(coordinator, "run", coordinator.folder, config, "--detach")
+    assert (code, "run-0001 is under way with these sites" in said) == (8, True)
+    assert f"fedmedgan-coordinator stop {coordinator.folder} run-0001" in said
     code, said = ask(coordinator, "stop", coordinator.folder)
     assert (code, "stopped run-0001" in said) == (0, True)
     wait_for(lambda: not processes_of(coordinator, "--run"))

@@ -104,10 +104,39 @@ def test_renewed_and_left(run, tmp_path):
     assert site(run, "journal", "verify", "home")[0] == 0
 
 
+def test_a_file_enrolled_again_is_no_new_site(run, tmp_path):
+    joined(run, tmp_path)
+    code, said = coordinator(run, "enrol", "hub", "st-mary.enrolment.json")
+    again = "st-mary is already enrolled with this key; the invitation is written again: st-mary.invitation.json"
+    assert (code, again in said) == (0, True)
+    assert "is enrolled; send it" not in said
+    assert site(run, "renew", "home")[0] == 0
+    code, said = coordinator(run, "enrol", "hub", "st-mary.enrolment.json")
+    assert (code, "st-mary is enrolled with its new node key; send it st-mary.invitation.json" in said) == (0, True)
+
+
+def test_an_invitation_for_the_old_key_leaves_a_renewal_open(run, tmp_path):
+    joined(run, tmp_path)
+    assert site(run, "renew", "home")[0] == 0
+    code, said = site(run, "join", "home", "st-mary.invitation.json")  # the one from before
+    assert code == 0
+    assert "for the old node key" in said
+    assert "the renewal is still open" in said
+    assert "fedmedgan-site enrol home" in said
+    assert "joined lungs" not in said
+    _, said = site(run, "doctor", "home")
+    (line,) = [line for line in said.splitlines() if "keys:" in line]
+    assert "the renewal is still open" in line
+    assert coordinator(run, "enrol", "hub", "st-mary.enrolment.json")[0] == 0
+    code, said = site(run, "join", "home", "st-mary.invitation.json")
+    assert (code, "joined lungs" in said, "renewal" in said) == (0, True, False)
+
+
 def test_leaving_asks_first(run, tmp_path, monkeypatch):
     joined(run, tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    assert site(run, "leave", "home")[0] != 0
+    code, said = site(run, "leave", "home")
+    assert (code, "use --yes" in said) == (ExitCode.CONFIG, True)
     assert load_pinned(tmp_path / "home").site == "st-mary"
 
 

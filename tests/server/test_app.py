@@ -2,10 +2,21 @@
 
 import signal
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+from flwr.app import Context, RecordDict
 
+from client.app import make_app
+from common.config_text import build_config
+from common.errors import StorageError
+from common.messages import Arrays, Request, Scalar
+from server import app
 from server.app import unbroken
+from server.run_folder import open_run
+from simulations.local_grid import LocalGrid
+from tests.function_sites import SMALL_RUN, follow_sites
 
 
 def test_a_stop_waits_until_the_results_are_written() -> None:
@@ -41,3 +52,39 @@ def test_results_are_written_in_another_thread_too() -> None:
     thread.start()
     thread.join()
     assert written == [1]
+
+
+def _release(index: int, request: Request, _: object) -> tuple[Mapping[str, Scalar], Arrays]:
+    fields = {"epsilon_spent": 1.0, "epsilon_allowed": 10.0, "fake_accuracy": 0.5, "d_steps_per_g_step": 1}
+    return fields, dict(request.arrays)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def test_a_damaged_checkpoint_is_stepped_over_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = build_config({}, {**SMALL_RUN, "run.resume": True})
+    list(follow_sites(tmp_path, build_config({}, dict(SMALL_RUN)), [lambda _: None] * 3, _release))
+    _cut(tmp_path / "run" / "checkpoints" / "round-000003.safetensors")
+    monkeypatch.setattr(
+        app, "federate", lambda grid, job: follow_sites(tmp_path, config, [lambda _: None] * 3, _release)
+    )
+    folder = open_run(tmp_path / "run", config, resume=True)
+    app.run(LocalGrid(make_app(lambda _: lambda _: None), 0), app.Job(config, folder))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "round-000003.safetensors is damaged: going on from round 2, the newest whole checkpoint"
+    assert any(line.startswith("round 3/3") for line in lines)
+
+
+def test_a_run_without_a_whole_checkpoint_fails_for_its_storage(tmp_path: Path) -> None:
+    config = build_config({}, {**SMALL_RUN, "run.resume": True})
+    list(follow_sites(tmp_path, build_config({}, dict(SMALL_RUN)), [lambda _: None] * 3, _release))
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        _cut(path)
+    job = app.Job(config, open_run(tmp_path / "run", config, resume=True))
+    grid = LocalGrid(make_app(lambda _: lambda _: None), 0)
+    with pytest.raises(StorageError, match=r"^storage: No checkpoint in .* is whole"):
+        app.make_app(job)(grid, Context(1, 1, {}, RecordDict(), {}))

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.errors import ResumeError
+from common.errors import ResumeError, StorageError
 from server.aggregation import OptimizerState
-from server.checkpoint import State, WarmupRelease, load_latest, save
+from server.checkpoint import State, WarmupRelease, load_latest, save, stepped_over
 
 
 def _state(number: int) -> State:
@@ -59,12 +59,39 @@ def test_no_checkpoint_is_none(tmp_path) -> None:
     assert load_latest(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b"", lambda b: b"\xff" * 40, lambda b: b[:20]])
-def test_damaged_checkpoint_says_what_to_do(tmp_path, damage) -> None:
+DAMAGES = [lambda b: b[:-3], lambda b: b"", lambda b: b"\xff" * 40, lambda b: b[:20]]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_whole_one_is_loaded(tmp_path, damage) -> None:
+    for number in (1, 2, 3):
+        save(tmp_path, _state(number))
+    assert stepped_over(tmp_path) == []
+    for number in (2, 3):
+        path = tmp_path / f"round-{number:06d}.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+    assert load_latest(tmp_path).round == 1
+    assert [line.split(":")[0] for line in stepped_over(tmp_path)] == [
+        "round-000003.safetensors is damaged",
+        "round-000002.safetensors is damaged",
+    ]
+    save(tmp_path, _state(2))
+    assert load_latest(tmp_path).round == 2
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_where_none_is_whole_it_says_what_to_do(tmp_path, damage) -> None:
     save(tmp_path, _state(1))
     path = next(tmp_path.iterdir())
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ResumeError, match="Delete it to resume"):
+    with pytest.raises(StorageError, match="Restore one from a backup, or start a new run"):
+        load_latest(tmp_path)
+
+
+def test_one_that_cannot_be_read_is_not_stepped_over(tmp_path) -> None:
+    save(tmp_path, _state(1))
+    (tmp_path / "round-000002.safetensors").mkdir()
+    with pytest.raises(StorageError, match=r"Could not read .*round-000002"):
         load_latest(tmp_path)
 
 

@@ -13,10 +13,10 @@ from common.lock import alone
 from server.consortium import Consortium
 from server.control import KILLED, UNHEARD, NodeStatus, RunStatus
 from server.handshake import all_refuse
-from server.records import RoundRecord, SiteRelease, write_records
+from server.records import RoundRecord, SiteRelease, read_records, write_records
 from server.run_folder import RunFolder
 from server.status import RunStanding, SiteStanding, stand, without_process
-from server.status_text import how_it_ended, tables
+from server.status_text import failure, how_it_ended, tables
 
 STARTED = "2026-11-27T07:00:00+00:00"
 BEGUN_S = 1_795_762_800.0  # the same
@@ -180,3 +180,38 @@ def test_a_run_whose_process_is_gone_is_interrupted(home: Path) -> None:
     assert how_it_ended(found, home).endswith(f"To go on: fedmedgan-coordinator resume {home} run-0001")
     for details in (KILLED, UNHEARD):
         assert standing(run_of(run.folder, "finished", "failed", details)).state == "interrupted"
+
+
+def test_rounds_given_up_are_told(home: Path) -> None:
+    folder = make_folder(home / "run-0001", 4)
+    records = read_records(folder.metrics)
+    write_records(folder.metrics, [*records[:2], replace(records[2], sites={}, lost=True), records[3]])
+    sites, (run,) = stand(NODES, [run_of(folder.path)], BEGUN_S)
+    assert run.given_up == (2,)
+    written = io.StringIO()
+    Console(file=written, width=200).print(*tables(sites, [run], BEGUN_S, home))
+    assert "run-0001: given up, as their answers were lost: rounds 2; their charges stay spent" in written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("details", "code"), [("storage: No checkpoint is whole", 7), ("Round 3 heard 0 sites", 8), ("", 8)]
+)
+def test_a_run_that_failed_for_its_files_is_a_storage_matter(home: Path, details: str, code: int) -> None:
+    folder = make_folder(home / "run-0001", 4)
+    said = f"ServerApp failed with exception: {details}" if details else ""
+    _, (run,) = stand([], [run_of(folder.path, "finished", "failed", said)], BEGUN_S)
+    error = failure(run, home)
+    assert (error.exit_code, str(error)) == (code, how_it_ended(run, home))
+
+
+def test_a_revoked_site_is_kept(home: Path) -> None:
+    folder = make_folder(home / "run-0001", 4)
+    sites, runs = stand(NODES[:1], [run_of(folder.path)], BEGUN_S, revoked=["st-mary"])
+    assert [(site.name, site.revoked, site.epsilon_spent) for site in sites] == [
+        ("st-anne", False, 5.0625),
+        ("st-mary", True, 4.0625),
+    ]
+    written = io.StringIO()
+    Console(file=written, width=200).print(*tables(sites, runs, BEGUN_S, home))
+    (line,) = [line for line in written.getvalue().splitlines() if line.startswith("st-mary")]
+    assert line.split()[1] == "revoked"
