@@ -44,9 +44,10 @@ from server.supervise import started_process
 
 LOG = logging.getLogger("fedmedgan.link")
 
-PUBLIC_LIMITS = Limits(body_bytes=32 << 10, bodies=16, larger={"/v1/fleet/push-object": 8 << 20})
+PUBLIC_LIMITS = Limits(body_bytes=32 << 10, bodies=16, bodies_a_caller=4, larger={"/v1/fleet/push-object": 8 << 20})
 """Flower sends arrays in chunks of 5 MB. All else names and asks: the names of a gigabyte's parts take 15 KiB. The
-link's database takes in some hundred names a second, and does nothing else meanwhile."""
+link's database takes in some hundred names a second, and does nothing else meanwhile. A site sends two parts at a time;
+a place more each for one whose connection broke and whose end is not known yet."""
 ADMIN_LIMITS = Limits(body_bytes=16 << 20, bodies=16)
 """A bundle may have 10 MiB."""
 MAX_CONNECTIONS, MAX_SHAKING = 512, 256
@@ -71,6 +72,11 @@ def sites_only(states: LinkStateFactory) -> Admit:
         return HTTPStatus.OK if signed else HTTPStatus.UNAUTHORIZED
 
     return admit
+
+
+def node_key(headers: Headers) -> bytes:
+    """Return the node key that an admitted request is signed with."""
+    return b64decode(headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, ""))
 
 
 def coordinator_only(token: str) -> Admit:
@@ -98,7 +104,7 @@ def run_link(consortium: Consortium, stop: threading.Event) -> None:
     LOG.info("this process may open %d files", files)
     app, states = _superlink(consortium, settings)
     admin = _server(Gate(app, coordinator_only(read_token(consortium)), ADMIN_LIMITS), consortium, files, "on")
-    public = _server(Gate(app, sites_only(states), PUBLIC_LIMITS), consortium, files, "off")
+    public = _server(Gate(app, sites_only(states), PUBLIC_LIMITS, node_key), consortium, files, "off")
     servers = [
         (admin, _bind("127.0.0.1", settings.control_port)),
         (public, _bind(bind_address(settings), settings.port)),
