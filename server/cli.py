@@ -174,7 +174,7 @@ def status(
     """
     consortium = load_consortium(home.absolute())
     with control.connect(consortium) as client:
-        nodes, runs = control.list_nodes(client), control.list_runs(client)
+        nodes, runs = control.list_nodes(client), control.list_runs(client, consortium.folder)
     now = time.time()
     sites, latest = stand(nodes, runs, now, without_process(consortium, runs))
     if as_json:
@@ -199,7 +199,7 @@ def stop(
     """
     consortium = load_consortium(home.absolute())
     with control.connect(consortium) as client:
-        active = [one for one in control.list_runs(client) if one.status != control.FINISHED]
+        active = [one for one in control.list_runs(client, consortium.folder) if one.status != control.FINISHED]
         chosen = [one for one in active if run is None or one.folder == _folder_of(consortium, run)]
         if run is not None and not chosen:
             raise FederationError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
@@ -223,7 +223,7 @@ def _start_run(consortium: Consortium, config: Path, folder: Path, *, resume: bo
             home = consortium.folder
             print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {folder.name}", file=sys.stderr)
             raise typer.Exit(ExitCode.INTERRUPTED) from None
-        ended = control.read_run(client, run_id)
+        ended = control.read_run(client, consortium.folder, run_id)
     if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
         (standing,) = stand([], [ended], time.time())[1]
         raise FederationError(how_it_ended(standing, consortium.folder))
