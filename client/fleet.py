@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
 from typing import Any, cast, final
+from urllib.request import getproxies
 
 from flwr.app import Error, Message
 from flwr.app.message import make_message
@@ -38,10 +39,11 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from google.protobuf.message import DecodeError
-from httpx import ConnectError, HTTPError, HTTPStatusError, ProxyError, Request, Response, SyncByteStream
+from httpx import ConnectError, HTTPError, InvalidURL, ProxyError, Request, Response, SyncByteStream
 
+from client.refusals import PROXY_EXPECTED, answered, explained
 from common.certificates import NodeKey
-from common.errors import FederationError, WireError
+from common.errors import ConfigError, FederationError, WireError
 from common.parts import MAX_OBJECTS, fetch_parts
 
 RunEnded = RunNotRunningException
@@ -68,8 +70,17 @@ class BoundedClient(FleetHttpClient):
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        """Connect as Flower's client does."""
-        super().__init__(*arguments, **named)
+        """Connect as Flower's client does.
+
+        Raises:
+            ConfigError: The environment names a proxy that cannot be used.
+        """
+        try:
+            super().__init__(*arguments, **named)
+        except (ImportError, ValueError, InvalidURL):  # by which httpx says so, with the password in one of them
+            if not getproxies():
+                raise
+            raise ConfigError(PROXY_EXPECTED) from None
         self._client.follow_redirects = False
         self._client.event_hooks = {"request": [_ask_plainly], "response": [_bound_body]}
 
@@ -225,14 +236,16 @@ def join(address: str, ca_pem: bytes, key: NodeKey) -> Generator[Fleet]:
     a process of its own.
 
     Raises:
-        FederationError: The link refuses this site, or its certificate is not the pinned authority's.
+        FederationError: The link refuses this site, a proxy before it does, or its certificate is not the pinned
+            authority's.
+        ConfigError: The environment names a proxy that cannot be used.
     """
     try:
         with http_request_response(address, False, ca_pem, (key, key.public_key())) as line:
             TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 0, 0, line[0]
             yield Fleet(line)
     except SystemExit as error:  # Flower's way to say that the link refused
-        raise FederationError(_explained(address, error.__context__)) from None
+        raise FederationError(explained(address, error.__context__)) from None
 
 
 def sign_off(address: str, ca_pem: bytes, key: NodeKey, node_id: int) -> bool:
@@ -254,7 +267,7 @@ def refused(address: str, failure: BaseException | None) -> str:
 
     Flower asks its own process to end then (SIGINT), while it handles the answer.
     """
-    return _explained(address, failure) if _status(failure) == HTTPStatus.UNAUTHORIZED else ""
+    return explained(address, failure) if answered(failure) == HTTPStatus.UNAUTHORIZED else ""
 
 
 def refusal(code: int, reason: str, message: Message) -> Message:
@@ -271,26 +284,3 @@ def _object_ids(tree: ObjectTree) -> list[str]:
         if len(ids) > MAX_OBJECTS or len(waiting) > MAX_OBJECTS:
             raise WireError(f"Expected a message of at most {MAX_OBJECTS} parts.")
     return ids
-
-
-def _status(failure: BaseException | None) -> int | None:
-    return failure.response.status_code if isinstance(failure, HTTPStatusError) else None
-
-
-def _explained(address: str, cause: BaseException | None) -> str:
-    status = _status(cause)
-    if status == HTTPStatus.UNAUTHORIZED:
-        return (
-            f"The link at {address} does not let this site in: its node key is not enrolled, was revoked or renewed, "
-            "or its clock is wrong (it may be 5 s ahead, 300 s behind). `fedmedgan-site doctor` looks at the clock; "
-            "after `renew`, join with the new invitation; else ask the coordinator."
-        )
-    if status is not None:
-        return (
-            f"The link at {address} does not let this site in. After a crash it counts the site as online for up to a "
-            "minute and lets it in then; if this goes on, ask the coordinator whether the site is enrolled or revoked."
-        )
-    return (
-        f"The link at {address} cannot be used: {cause}. If its certificate is not the pinned authority's and no proxy "
-        "inspects TLS here, ask the coordinator for a new invitation and compare the fingerprint by phone."
-    )

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+HERE = "here"
+"""Of the run configuration's `consortium`: the home of the coordinator that runs this. Its path is nobody's business:
+each site may read the run configuration."""
+
 
 def run_path(out: object, flower_run_id: int) -> Path:
     """Return the run folder that `out` of the run configuration names, or the one of Flower's run id.

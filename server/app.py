@@ -3,6 +3,7 @@
 Read `federate` top to bottom; everything else here connects it to Flower, to a terminal and to the run folder.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.config import Config
 from common.config_text import build_config, read_config
 from common.errors import ConfigError, FederationError, StorageError
-from common.flower_run import run_path
+from common.flower_run import HERE, run_path
 from common.lock import alone
 from common.seal import Trust
 from common.sheets import save_sheet
@@ -201,16 +202,24 @@ def job_from(context: Context) -> Job:
     config_path, classes = values.get("config", ""), values.get("classes", "")
     if not isinstance(config_path, str) or not isinstance(classes, str):
         raise ConfigError("Expected config and classes of the run configuration as texts.")
+    consortium = values.get("consortium", "")  # empty under Flower's simulation runtime
+    if consortium not in ("", HERE):
+        raise ConfigError(f"Expected consortium of the run configuration as {HERE!r} or empty. Leave it out.")
+    home = Path(os.environ["FLWR_HOME"]).parent if consortium else None
+    path = (home or Path()) / run_path(values.get("out"), context.run_id)
     changes: dict[str, Any] = {}
     if not config_path:
         changes = {"federation.rounds": values.get("rounds"), "simulation.sites": values.get("sites")}
         changes |= {"image.classes": tuple(name.strip() for name in classes.split(","))}
-    config = build_config(read_config(Path(config_path)) if config_path else {}, changes)
-    path = run_path(values.get("out"), context.run_id)
-    home = values.get("consortium", "")  # empty under Flower's simulation runtime
-    trust = load_trust(load_consortium(Path(str(home)))) if home else None
+    config = build_config(read_config(_config_file(config_path, home, path)) if config_path else {}, changes)
+    trust = load_trust(load_consortium(home)) if home else None
     folder = open_run(path, config, bool(values.get("resume", False)))
     return Job(config, folder, trust=trust, nodes=read_nodes(path))
+
+
+def _config_file(name: str, home: Path | None, run: Path) -> Path:
+    """Return the file that `config` names: below the run folder at a coordinator, else below where Flower runs."""
+    return run / name if home else Path(name)
 
 
 def _records_of(folder: RunFolder, state: checkpoint.State | None) -> list[RoundRecord]:

@@ -198,7 +198,7 @@ def _require_resumable(path: Path) -> None:
 def _require_idle_sites(consortium: Consortium, but: Path | None = None) -> None:
     """Refuse a second run beside one under way: each would wait for the other's sites, and both spend budget."""
     with control.connect(consortium) as client:
-        runs = control.list_runs(client)
+        runs = control.list_runs(client, consortium.folder)
     others = [one.name for one in under_way(runs, without_process(consortium, runs)) if one.folder != but]
     if others:
         home = shlex.quote(str(consortium.folder))
@@ -220,7 +220,7 @@ def status(
     known = enrolled(consortium).values()
     try:
         with control.connect(consortium) as client:
-            nodes, runs = control.list_nodes(client), control.list_runs(client)
+            nodes, runs = control.list_nodes(client), control.list_runs(client, consortium.folder)
     except FederationError as error:  # what the files say is said all the same
         away = error
         nodes = [control.NodeStatus(site.name, 0, False, "") for site in known if not site.revoked]
@@ -252,7 +252,7 @@ def stop(
     """
     consortium = load_consortium(home.absolute())
     with control.connect(consortium) as client:
-        active = [one for one in control.list_runs(client) if one.status != control.FINISHED]
+        active = [one for one in control.list_runs(client, consortium.folder) if one.status != control.FINISHED]
         chosen = [one for one in active if run is None or one.folder == _folder_of(consortium, run)]
         if run is not None and not chosen:
             raise ResumeError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
@@ -276,7 +276,7 @@ def _start_run(consortium: Consortium, config: Path, folder: Path, *, resume: bo
             home = consortium.folder
             print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {folder.name}", file=sys.stderr)
             raise typer.Exit(ExitCode.INTERRUPTED) from None
-        ended = control.read_run(client, run_id)
+        ended = control.read_run(client, consortium.folder, run_id)
     if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
         (standing,) = stand([], [ended], time.time())[1]
         raise failure(standing, consortium.folder)

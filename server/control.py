@@ -35,6 +35,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from common.certificates import node_public_pem
 from common.errors import FederationError, StorageError
 from common.flower_environment import flower_environment
+from common.flower_run import HERE
 from server.bundle import build_bundle, bundle_hash
 from server.consortium import Consortium, EnrolledSite, read_settings
 from server.own_secrets import read_token
@@ -189,8 +190,8 @@ def submit(client: ControlHttpClient, home: Path, config: Path, folder: Path, re
     Args:
         client: From `connect`.
         home: The coordinator's home, whose keys the run uses.
-        config: The run's configuration file, absolute.
-        folder: The run folder, absolute.
+        config: The run's configuration file, absolute; best one of the run folder.
+        folder: The run folder, absolute; best one of the home.
         resume: Take up the run that stands in the folder.
 
     Returns:
@@ -199,11 +200,15 @@ def submit(client: ControlHttpClient, home: Path, config: Path, folder: Path, re
     Raises:
         FederationError: The link did not take it.
         StorageError: The run folder cannot be written.
+
+    Guarantees:
+        - sites_read_no_paths: Of a run that lies in the home the sites, which may ask the link for these values, read
+          no path of this machine.
     """
     write_nodes(folder, {node.node_id: node.name for node in list_nodes(client)})
     bundle = build_bundle()
-    paths = {"consortium": str(home.absolute()), "config": str(config), "out": str(folder)}
-    values = user_config_to_proto({**paths, "resume": resume})
+    names = {"consortium": HERE, "config": _within(config, folder), "out": _within(folder, home.absolute())}
+    values = user_config_to_proto({**names, "resume": resume})
     fab = fab_to_proto(Fab(bundle_hash(bundle), bundle, {}))
     answer = client.StartRun(StartRunRequest(fab=fab, override_config=values, federation=""))
     if not answer.HasField("run_id") or not answer.run_id:
@@ -211,15 +216,15 @@ def submit(client: ControlHttpClient, home: Path, config: Path, folder: Path, re
     return answer.run_id
 
 
-def list_runs(client: ControlHttpClient) -> list[RunStatus]:
-    """Return the last runs, the newest first."""
+def list_runs(client: ControlHttpClient, home: Path) -> list[RunStatus]:
+    """Return the last runs of a coordinator's home, the newest first."""
     runs = client.ListRuns(ListRunsRequest()).run_dict.values()
-    return sorted((_run_status(run) for run in runs), key=lambda run: run.started, reverse=True)
+    return sorted((_run_status(run, home) for run in runs), key=lambda run: run.started, reverse=True)
 
 
-def read_run(client: ControlHttpClient, run_id: int) -> RunStatus:
-    """Return where one run stands."""
-    return _run_status(client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id])
+def read_run(client: ControlHttpClient, home: Path, run_id: int) -> RunStatus:
+    """Return where one run of a coordinator's home stands."""
+    return _run_status(_read(client, run_id), home)
 
 
 def stop_run(client: ControlHttpClient, run_id: int) -> None:
@@ -239,7 +244,7 @@ def follow(client: ControlHttpClient, run_id: int) -> Iterator[str]:
             for part in client.StreamLogs(StreamLogsRequest(run_id=run_id, after_timestamp=after)):
                 after, answered = max(after, part.latest_timestamp), time.monotonic()
                 yield part.log_output
-            if read_run(client, run_id).status == FINISHED:
+            if _read(client, run_id).status.status == FINISHED:
                 return
             answered = time.monotonic()
         except (httpx.TransportError, ValueError):  # ValueError: the stream was cut in the middle of a message
@@ -248,10 +253,18 @@ def follow(client: ControlHttpClient, run_id: int) -> Iterator[str]:
         time.sleep(RECONNECT_S)
 
 
-def _run_status(run: FlowerRun) -> RunStatus:
+def _within(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _read(client: ControlHttpClient, run_id: int) -> FlowerRun:
+    return client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
+
+
+def _run_status(run: FlowerRun, home: Path) -> RunStatus:
     out = user_config_from_proto(run.override_config).get("out", "")
-    outcome = run.status
-    return RunStatus(run.run_id, outcome.status, outcome.sub_status, outcome.details, Path(str(out)), run.pending_at)
+    outcome, folder = run.status, home.absolute() / str(out)
+    return RunStatus(run.run_id, outcome.status, outcome.sub_status, outcome.details, folder, run.pending_at)
 
 
 def _registered(client: ControlHttpClient) -> list[NodeInfo]:

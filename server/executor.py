@@ -9,7 +9,7 @@ import logging
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, final
 
@@ -64,7 +64,7 @@ class Running:
     """
 
     run_id: int
-    token: str
+    token: str = field(repr=False)
     process: subprocess.Popen[bytes]
     lock: Path
 

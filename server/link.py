@@ -15,46 +15,46 @@ import sys
 import threading
 import time
 from base64 import b64decode
-from datetime import datetime, timedelta
+from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import NoReturn, cast
 
 import uvicorn
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
-from flwr.server.superlink.linkstate import LinkStateFactory, SqlLinkState
+from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
-from flwr.supercore.state.schema.corestate_models import Task
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
-from sqlalchemy import update
 from starlette.concurrency import run_in_threadpool
 from uvicorn.config import LifespanType
 
 from common.errors import ConfigError, ExitCode, FedmedganError
-from server.connections import PromptProtocol
+from server.connections import PromptProtocol, PromptServer, raise_file_limit
 from server.consortium import Consortium, FederationConfig, enrolled, load_consortium, read_settings
 from server.control import connect, register_sites
 from server.gate import Admit, Application, Gate, Headers, Limits
+from server.outage import keep_runs, keep_unheard_runs
 from server.own_secrets import is_token, read_secret, read_token
 from server.supervise import started_process
 
 LOG = logging.getLogger("fedmedgan.link")
 
-PUBLIC_LIMITS = Limits(body_bytes=32 << 10, bodies=16, larger={"/v1/fleet/push-object": 8 << 20})
+PUBLIC_LIMITS = Limits(body_bytes=32 << 10, bodies=16, bodies_a_caller=4, larger={"/v1/fleet/push-object": 8 << 20})
 """Flower sends arrays in chunks of 5 MB. All else names and asks: the names of a gigabyte's parts take 15 KiB. The
-link's database takes in some hundred names a second, and does nothing else meanwhile."""
+link's database takes in some hundred names a second, and does nothing else meanwhile. A site sends two parts at a time;
+a place more each for one whose connection broke and whose end is not known yet."""
 ADMIN_LIMITS = Limits(body_bytes=16 << 20, bodies=16)
 """A bundle may have 10 MiB."""
-MAX_CONNECTIONS = 512
+MAX_CONNECTIONS, MAX_SHAKING = 512, 256
+"""Of each listener: connections, and handshakes beside them. Fewer where the process may not open enough files: a
+quarter and an eighth of them, so that both listeners, the database and the log always have theirs."""
 FIRST_WATCH_S, WATCH_S = 0.2, 2.0
 """How often the files of the home are looked at: sites that come and go, a renewed certificate."""
-PATIENCE_S = 180.0
-"""A run asks again for a link that was away every 20 s, in several threads of which one waits for the other."""
 SHUTDOWN_S = 5
 BIND_S = 10.0
 
@@ -72,6 +72,11 @@ def sites_only(states: LinkStateFactory) -> Admit:
         return HTTPStatus.OK if signed else HTTPStatus.UNAUTHORIZED
 
     return admit
+
+
+def node_key(headers: Headers) -> bytes:
+    """Return the node key that an admitted request is signed with."""
+    return b64decode(headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, ""))
 
 
 def coordinator_only(token: str) -> Admit:
@@ -95,10 +100,11 @@ def run_link(consortium: Consortium, stop: threading.Event) -> None:
         ConfigError: federation.toml is wrong, or a port is in use.
         StorageError: A key, a secret or the database cannot be read.
     """
-    settings = read_settings(consortium)
+    settings, files = read_settings(consortium), raise_file_limit()
+    LOG.info("this process may open %d files", files)
     app, states = _superlink(consortium, settings)
-    admin = _server(Gate(app, coordinator_only(read_token(consortium)), ADMIN_LIMITS), consortium, lifespan="on")
-    public = _server(Gate(app, sites_only(states), PUBLIC_LIMITS), consortium, lifespan="off")
+    admin = _server(Gate(app, coordinator_only(read_token(consortium)), ADMIN_LIMITS), consortium, files, "on")
+    public = _server(Gate(app, sites_only(states), PUBLIC_LIMITS, node_key), consortium, files, "off")
     servers = [
         (admin, _bind("127.0.0.1", settings.control_port)),
         (public, _bind(bind_address(settings), settings.port)),
@@ -106,7 +112,7 @@ def run_link(consortium: Consortium, stop: threading.Event) -> None:
     thread = threading.Thread(target=lambda: asyncio.run(_serve(servers)), daemon=True)
     thread.start()
     try:
-        _keep_as_the_home_has_it(consortium, [admin, public], thread, stop)
+        _watch(consortium, [admin, public], states, thread, stop)
     finally:
         for server, _ in servers:
             server.should_exit = True
@@ -154,24 +160,8 @@ def _superlink(consortium: Consortium, settings: FederationConfig) -> tuple[Appl
     return cast("Application", app), states
 
 
-def keep_runs(states: LinkStateFactory, patience_s: float = PATIENCE_S) -> None:
-    """Give the runs that were under way when the link went away time to be heard of again.
-
-    Flower fails a run of which nothing was heard for a minute, also when it was the link that was not there. The run
-    itself waits for the link as long as it takes. One that is not heard in `patience_s` fails as ever. Call this before
-    the link answers anybody.
-
-    Guarantees:
-        - an_outage_ends_no_run: However long the link was away, a run that is there when it comes back goes on.
-    """
-    state = cast("SqlLinkState", states.state())
-    with state.session() as session:
-        alive = update(Task).where(Task.token.is_not(None), Task.active_until.is_not(None))
-        session.execute(alive.values(active_until=now() + timedelta(seconds=patience_s)))
-
-
-def _server(gate: Gate, consortium: Consortium, lifespan: LifespanType) -> uvicorn.Server:
-    return uvicorn.Server(
+def _server(gate: Gate, consortium: Consortium, files: int, lifespan: LifespanType) -> PromptServer:
+    return PromptServer(
         uvicorn.Config(
             cast("Application", gate),
             lifespan=lifespan,
@@ -183,10 +173,11 @@ def _server(gate: Gate, consortium: Consortium, lifespan: LifespanType) -> uvico
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
+            limit_concurrency=min(MAX_CONNECTIONS, files // 4),
             timeout_keep_alive=30,
             timeout_graceful_shutdown=SHUTDOWN_S,
-        )
+        ),
+        shaking=min(MAX_SHAKING, files // 8),
     )
 
 
@@ -205,7 +196,7 @@ def _bind(address: str, port: int) -> socket.socket:
         time.sleep(0.5)
 
 
-async def _serve(servers: list[tuple[uvicorn.Server, socket.socket]]) -> None:
+async def _serve(servers: list[tuple[PromptServer, socket.socket]]) -> None:
     await asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in servers))
 
 
@@ -225,14 +216,19 @@ def _signed_by_a_site(headers: Headers, states: LinkStateFactory) -> bool:
         return False
 
 
-def _keep_as_the_home_has_it(
-    consortium: Consortium, servers: list[uvicorn.Server], thread: threading.Thread, stop: threading.Event
+def _watch(
+    consortium: Consortium,
+    servers: list[PromptServer],
+    states: LinkStateFactory,
+    thread: threading.Thread,
+    stop: threading.Event,
 ) -> None:
     sites: list[tuple[str, int]] | None = None
     certificate = _stamp(consortium.server_pem)
     while thread.is_alive() and not stop.wait(WATCH_S if sites is not None else FIRST_WATCH_S):
         if not all(server.started for server in servers):
             continue
+        keep_unheard_runs(states, min(server.heard for server in servers))
         try:
             renewed = _stamp(consortium.server_pem)
             if renewed != certificate:  # first, or a renewed CA would keep this process from asking its own link
@@ -255,7 +251,7 @@ def _let_in_and_out(consortium: Consortium) -> None:
         LOG.error("not let in: %s; a node key that was put out cannot come back: enrol with a new one", changes.refused)
 
 
-def _show_renewed_certificate(consortium: Consortium, servers: list[uvicorn.Server]) -> None:
+def _show_renewed_certificate(consortium: Consortium, servers: list[PromptServer]) -> None:
     for server in servers:
         if server.config.ssl is not None:
             server.config.ssl.load_cert_chain(consortium.server_pem, consortium.server_key)

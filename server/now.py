@@ -41,7 +41,7 @@ def open_note(config: Config, path: Path) -> Generator[Callable[[Event], None]]:
     def note(event: Event) -> None:
         nonlocal written_s
         if isinstance(event, RoundRecord):
-            path.unlink(missing_ok=True)
+            _remove(path)
         elif not isinstance(event, Handshake) and not (
             isinstance(event, Progress) and time.monotonic() - written_s < NOTE_S
         ):
@@ -52,6 +52,11 @@ def open_note(config: Config, path: Path) -> Generator[Callable[[Event], None]]:
     try:
         yield note
     finally:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
 
 

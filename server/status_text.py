@@ -13,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import FederationError, FedmedganError, StorageError
-from server.control import KILLED
+from server.control import KILLED, UNHEARD
 from server.handshake import ALL_REFUSE
 from server.pace import amount, duration, round_up
 from server.run_folder import STORAGE_MATTER
 from server.status import INTERRUPTED, RunStanding, SiteStanding
 
 STOPPED, FAILED = "stopped", "failed"
+_UNHEARD = "the link heard nothing of its process for a minute; executor.log and link.log say more"
 
 
 def tables(
@@ -63,7 +64,7 @@ def how_it_ended(run: RunStanding, home: Path) -> str:
     if run.state == STOPPED:
         return f"{run.run} was stopped {made}. {again}"
     if run.state == INTERRUPTED:
-        return f"{run.run} was interrupted {made}: {KILLED}. {again}"
+        return f"{run.run} was interrupted {made}: {_UNHEARD if run.details == UNHEARD else KILLED}. {again}"
     why = _why(run) or "the link does not say why"
     log = f"Log: {home / 'logs' / 'executor.log'}."
     return f"{run.run} failed {made}: {why.rstrip('.')}. {log}{'' if why.startswith(ALL_REFUSE) else f' {again}'}"

@@ -20,7 +20,7 @@ from flwr.supernode import fleet_http_connection
 from client import fleet
 from client.fleet import MAX_BODY_BYTES, BoundedClient
 from common.certificates import authority_certificate, new_key
-from common.errors import WireError
+from common.errors import ConfigError, ExitCode, FederationError, WireError
 
 OK = b"HTTP/1.1 200 OK\r\n"
 PART = bytes(1 << 16)
@@ -183,3 +183,34 @@ def test_a_wrong_certificate_is_told_at_once(tmp_path: Path) -> None:
             pytest.raises(httpx.ConnectError, match="certificate verify failed"),
         ):
             client.PullMessages(PullMessagesRequest())
+
+
+@pytest.mark.parametrize(
+    ("code", "todo"),
+    [(b"407 No", "HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT"), (b"403 No", "allow CONNECT to 127.0.0.2:1")],
+)
+def test_a_proxy_that_refuses_is_named_as_what_refuses(monkeypatch: pytest.MonkeyPatch, code: bytes, todo: str) -> None:
+    def leave(exit_code: int, message: str) -> NoReturn:  # Flower's own ends the process a moment later
+        raise SystemExit(exit_code)
+
+    monkeypatch.setattr(fleet_http_connection, "flwr_exit", leave)
+    key = ec.generate_private_key(ec.SECP384R1())
+    with link(lambda: iter([b"HTTP/1.1 " + code + b"\r\ncontent-length: 0\r\n\r\n"])) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://mary:cret@{proxy.address}")
+        authority = authority_certificate(new_key(), "lab", dt.datetime.now(dt.UTC))
+        with pytest.raises(FederationError) as refused, fleet.join("127.0.0.2:1", authority, key):
+            pass
+    said = str(refused.value)
+    assert "proxy" in said
+    assert todo in said
+    assert "fingerprint" not in said
+    assert "cret" not in said
+
+
+@pytest.mark.parametrize("url", ["socks5://mary:cret@127.0.0.1:1", "ftp://mary:cret@127.0.0.1:1", "http://[mary:cret"])
+def test_a_proxy_of_another_kind_is_told_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("https_proxy", url)
+    with pytest.raises(ConfigError, match="HTTPS_PROXY") as refused:
+        BoundedClient.from_server_address("127.0.0.2:1", False, None, [])
+    assert "cret" not in str(refused.value)
+    assert refused.value.exit_code == ExitCode.CONFIG

@@ -2,7 +2,10 @@
 
 import datetime as dt
 import inspect
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -144,6 +147,15 @@ def test_clock_window_is_as_documented() -> None:
     assert now().tzinfo == dt.UTC
 
 
+def _deafness_ends_no_run(states: Any, is_alive: Callable[[], bool]) -> None:
+    from server.outage import DEAF_S, keep_runs, keep_unheard_runs
+
+    for silent_s, alive in ((0.0, False), (DEAF_S + 1.0, True)):
+        keep_runs(states, -1.0)
+        keep_unheard_runs(states, time.monotonic() - silent_s)
+        assert is_alive() == alive
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower uses
 def test_an_outage_ends_no_run(tmp_path: Path) -> None:
     """Flower fails a run whose heartbeat is overdue at the next call; after keep_runs it does not, and then it does."""
@@ -151,7 +163,7 @@ def test_an_outage_ends_no_run(tmp_path: Path) -> None:
     from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
     from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 
-    from server.link import PATIENCE_S, keep_runs
+    from server.outage import PATIENCE_S, keep_runs
 
     assert HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL == 60
     assert PATIENCE_S >= 3 * MAX_RETRY_DELAY + 60
@@ -168,6 +180,7 @@ def test_an_outage_ends_no_run(tmp_path: Path) -> None:
     keep_runs(states)
     assert state.acknowledge_task_heartbeat(task.task_id)
     assert state.get_task_by_token(token) is not None
+    _deafness_ends_no_run(states, lambda: state.get_task_by_token(token) is not None)
     keep_runs(states, -1.0)
     assert not state.acknowledge_task_heartbeat(task.task_id)
     (task,) = state.get_tasks(run_ids=[run_id])

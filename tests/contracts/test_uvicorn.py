@@ -3,6 +3,7 @@
 import inspect
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.server import Server
 
 
 def test_a_protocol_counts_itself_and_knows_its_request() -> None:
@@ -20,6 +21,17 @@ def test_a_protocol_counts_itself_and_knows_its_request() -> None:
 def test_it_is_full_before_the_last_place_is_taken() -> None:
     handled = inspect.getsource(H11Protocol.handle_events)
     assert "len(self.connections) >= self.limit_concurrency" in handled  # itself counted
+
+
+def test_a_server_without_sockets_starts_its_application_and_ends_what_listens() -> None:
+    startup = inspect.getsource(Server.startup)
+    assert "if sockets is not None:" in startup
+    assert "self.servers: list[asyncio.base_events.Server] = []" in startup
+    assert "app_state=self.lifespan.state" in startup
+    shutdown = inspect.getsource(Server.shutdown)
+    assert "server.close()" in shutdown
+    assert "await server.wait_closed()" in inspect.getsource(Server._wait_tasks_to_complete)
+    assert "await self.on_tick(counter)" in inspect.getsource(Server.main_loop)
 
 
 def test_the_end_of_each_answer_is_told() -> None:

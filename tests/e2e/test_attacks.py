@@ -333,7 +333,7 @@ def test_a_run_that_waits_is_not_taken_without_the_secret(federation: Attacked) 
                 assert http.post(path, headers=signed_headers(federation.other)).status_code == 404
             assert f"refused 401 '{path}'" in federation.logged()
             assert f"refused 404 '{path}'" in federation.logged()
-            assert control.read_run(link, waiting).status == "pending"
+            assert control.read_run(link, federation.hub.folder, waiting).status == "pending"
             control.stop_run(link, waiting)
     finally:
         executor.resume()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import secrets
 import socket
 import ssl
@@ -330,3 +331,47 @@ def test_a_running_site_reconnects_after_the_authority_was_renewed(tmp_path) -> 
         for process in filter(None, (relay, link)):
             end(process)
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_one_site_whose_bodies_drip_shuts_nobody_out(link: Link) -> None:
+    """Forty parts that never arrive: another site's part and all heartbeats pass meanwhile."""
+    consortium, key, _ = link
+    other = enrol(consortium, "st-john")
+    wait_for(lambda: "st-john" in known(consortium))
+    with ExitStack() as stack:
+        for _ in range(40):
+            dripping = stack.enter_context(raw(consortium))
+            dripping.sendall(head("/v1/fleet/push-object", signed_headers(key) | {"content-length": "8000000"}) + b"x")
+        with client(consortium) as http:
+            for asking in (other, key):
+                request = ActivateNodeRequest(public_key=node_public_pem(openssh(asking)), heartbeat_interval=30)
+                body, headers = request.SerializeToString(), signed_headers(asking)
+                answer = http.post("/v1/fleet/activate-node", content=body, headers=headers)
+                assert answer.status_code in (200, 412)  # 412: online already
+            part = http.post("/v1/fleet/push-object", content=bytes(100_000), headers=signed_headers(other))
+            assert 400 <= part.status_code < 500  # it was read: it is no part of anything
+    enrol(consortium, "st-john", revoked=True, key=other)
+    wait_for(lambda: known(consortium) == {"st-mary"})
+
+
+@pytest.mark.parametrize("files", [400, 8192])
+def test_connections_that_never_begin_tls_keep_nobody_out(tmp_path, files: int) -> None:
+    """More of them than the link may have files open, or may hold at all."""
+    consortium = make_home(tmp_path / "home")
+    process = start(consortium, "server.link")
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (min(files, 300), files))  # long before it has imported all
+    log = consortium.logs / "test-server.link.log"
+    try:
+        wait_until_up(consortium)
+        with ExitStack() as silent:
+            address = ("127.0.0.1", read_settings(consortium).port)
+            for _ in range(600):
+                silent.enter_context(socket.create_connection(address, timeout=20))
+            for admin in (False, True):
+                with client(consortium, admin) as http:
+                    assert http.get("/health").status_code == 200
+        assert process.poll() is None
+        assert f"this process may open {files} files" in log.read_text()
+        wait_for(lambda: "cut for room" in log.read_text())
+    finally:
+        end(process)

@@ -59,7 +59,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     enrol(consortium, "st-mary")
     runs = [RunStatus(7, "running", "", "", consortium.runs / "run-0001", "2026-11-27T07:00:00+00:00")]
     monkeypatch.setattr(control, "connect", lambda _: nullcontext())
-    monkeypatch.setattr(control, "list_runs", lambda _: runs)
+    monkeypatch.setattr(control, "list_runs", lambda *_: runs)
     (tmp_path / "run.toml").write_text('[image]\nclasses = ["a"]\n')
     return consortium.folder
 

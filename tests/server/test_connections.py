@@ -1,10 +1,13 @@
 """Connections of which nothing comes, at a listener as the link makes it but without TLS."""
 
 import asyncio
+import errno
+import resource
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 from unittest.mock import create_autospec
@@ -14,7 +17,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from server import connections
-from server.connections import PromptProtocol
+from server.connections import Listener, PromptProtocol, PromptServer, Seldom, raise_file_limit
 
 PLACES = 4
 ASK = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
@@ -37,7 +40,11 @@ def connect() -> Iterator[Callable[[], socket.socket]]:
     config = uvicorn.Config(
         answer, http=PromptProtocol, ws="none", lifespan="off", limit_concurrency=PLACES, log_config=None
     )
-    server, listener, made = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0)), list[socket.socket]()
+    server, listener, made = (
+        PromptServer(config, shaking=PLACES),
+        socket.create_server(("127.0.0.1", 0)),
+        list[socket.socket](),
+    )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
 
@@ -123,3 +130,92 @@ def test_silent_ones_make_room_at_once() -> None:
         assert said.startswith(b"HTTP/1.1 200")
 
     asyncio.run(main())
+
+
+def shaking(test: Callable[[Listener, Callable[[], Awaitable[socket.socket]]], Awaitable[None]]) -> None:
+    """Run a test with a listener that shakes hands with two at a time, and connections to it that say nothing."""
+
+    async def main() -> None:
+        loop, made = asyncio.get_running_loop(), list[socket.socket]()
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            listener = Listener(bound, asyncio.Protocol, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), places=2)
+
+            async def connected() -> socket.socket:
+                made.append(socket.socket())
+                made[-1].setblocking(False)
+                await loop.sock_connect(made[-1], bound.getsockname())
+                return made[-1]
+
+            await test(listener, connected)
+            listener.close()
+            await listener.wait_closed()
+        for connection in made:
+            connection.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+async def is_gone(connection: socket.socket) -> bool:
+    with suppress(ConnectionError):
+        return await asyncio.get_running_loop().sock_recv(connection, 100) == b""
+    return True
+
+
+def test_shaking_ones_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 0.3)
+
+    async def test(listener: Listener, connected: Callable[[], Awaitable[socket.socket]]) -> None:
+        assert await is_gone(await connected())
+
+    shaking(test)
+
+
+def test_shaking_ones_make_room(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_SHAKING_CUT", Seldom("cut: %d"))
+
+    async def test(listener: Listener, connected: Callable[[], Awaitable[socket.socket]]) -> None:
+        silent = [await connected() for _ in range(4)]
+        assert await is_gone(silent[0])
+        assert await is_gone(silent[1])
+        for held in silent[2:]:
+            with pytest.raises(BlockingIOError):
+                held.recv(1)
+
+    shaking(test)
+    assert caplog.messages == ["cut: 1"]  # once a minute
+
+
+def test_deaf_for_a_moment(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_NOT_ACCEPTED", Seldom("not accepted: %d"))
+
+    async def test(listener: Listener, connected: Callable[[], Awaitable[socket.socket]]) -> None:
+        loop = asyncio.get_running_loop()
+        first, accept, failed = await connected(), loop.sock_accept, asyncio.Event()
+        while not listener._shaking:
+            await asyncio.sleep(0.01)
+
+        async def none_left(bound: socket.socket) -> tuple[socket.socket, object]:
+            failed.set()
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(loop, "sock_accept", none_left)
+        await connected()  # taken by the accept that waits already; the next one fails
+        await failed.wait()
+        await asyncio.sleep(0)
+        assert not listener.hears
+        assert await is_gone(first)
+        monkeypatch.setattr(loop, "sock_accept", accept)
+        while not listener.hears:
+            await asyncio.sleep(0.01)
+
+    shaking(test)
+    assert caplog.messages[0] == "not accepted: 1"
+
+
+def test_the_limit_of_files_is_raised_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to = list[tuple[int, int]]()
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: set_to.append(limits))
+    for limits, files in (((1024, 4096), 4096), ((1024, 1 << 20), 8192), ((1024, -1), 8192), ((9000, 9000), 9000)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, found=limits: found)
+        assert raise_file_limit() == files
+    assert set_to == [(4096, 4096), (8192, 1 << 20), (8192, -1)]

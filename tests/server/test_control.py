@@ -1,17 +1,21 @@
 """Which sites the link lets in, against a stand-in for its control API."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.control_pb2 import ListRunsRequest, ListRunsResponse, StartRunRequest, StartRunResponse
+from flwr.proto.run_pb2 import Run as FlowerRun
 
 from common.certificates import node_public_pem
 from common.crypto import SigningKey
 from common.errors import EnrolmentError, StorageError
 from common.files import write_atomic
 from server.consortium import Consortium, EnrolledSite
-from server.control import NODE_GONE, Changes, list_nodes, register_sites
+from server.control import NODE_GONE, Changes, list_nodes, list_runs, read_run, register_sites, submit
 from server.own_secrets import is_token, read_secret, read_token
 from tests.coordinator_home import openssh
 
@@ -105,3 +109,28 @@ def test_secrets_of_others_eyes_are_refused(tmp_path) -> None:
 def test_only_the_whole_token_counts(header: str) -> None:
     assert is_token("Bearer " + "a" * 64, "a" * 64)
     assert not is_token(header, "a" * 64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower uses
+def test_sites_read_no_paths(tmp_path: Path) -> None:
+    """A site may ask the link for the values with which a run was submitted."""
+    home, asked = tmp_path / "home", list[StartRunRequest]()
+
+    class Taking(FakeControl):
+        def StartRun(self, request: StartRunRequest) -> StartRunResponse:  # noqa: N802
+            asked.append(request)
+            return StartRunResponse(run_id=7)
+
+        def ListRuns(self, request: ListRunsRequest) -> ListRunsResponse:  # noqa: N802
+            return ListRunsResponse(run_dict={7: FlowerRun(run_id=7, override_config=asked[-1].override_config)})
+
+    folder = home / "runs" / "run-0001"
+    folder.mkdir(parents=True)
+    control: Any = Taking()
+    assert submit(control, home, folder / "config.toml", folder, resume=False) == 7
+    assert str(tmp_path) not in str(asked[0].override_config)
+    assert [run.folder for run in list_runs(control, home)] == [folder]
+    elsewhere = tmp_path / "kept"
+    elsewhere.mkdir()
+    submit(control, home, elsewhere / "config.toml", elsewhere, resume=True)
+    assert read_run(control, home, 7).folder == elsewhere

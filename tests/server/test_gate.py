@@ -181,3 +181,67 @@ def test_refusals_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fedmedgan.gate")  # whatever other tests left
     run(test, refuse)
     assert caplog.messages == ["refused 401 '/in' from 10.0.0.1", "refused 404 '/out' from 10.0.0.1"]
+
+
+async def unlock(*calls: asyncio.Task[None]) -> None:
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+def test_one_caller_leaves_places() -> None:
+    """However many bodies of one caller drip, those of another pass, and its own once a place is free again."""
+    limits = Limits(body_bytes=10, bodies=4, wait_s=0.2, bodies_a_caller=2)
+
+    async def body() -> None:
+        gate = Gate(echo, admit, limits, lambda headers: headers["key"].encode())
+        dripping = [Caller([b"x"], {"key": "a"}) for _ in range(6)]
+        for caller in dripping:
+            caller.stalls = True
+        calls = [asyncio.create_task(gate(caller.scope, caller.receive, caller.send)) for caller in dripping]
+        other = Caller([b"y"], {"key": "b"})
+        await asyncio.sleep(0)
+        await gate(other.scope, other.receive, other.send)
+        assert other.status == 200
+        await asyncio.gather(*calls[2:])
+        assert [caller.status for caller in dripping] == [0, 0, 503, 503, 503, 503]
+        await unlock(*calls)
+        again = Caller([b"z"], {"key": "a"})
+        await gate(again.scope, again.receive, again.send)
+        assert again.status == 200
+
+    asyncio.run(body())
+
+
+def test_small_bodies_have_places_of_their_own() -> None:
+    async def test(gate: Gate) -> None:
+        large, small = Caller([b"x"], path="/large"), Caller([b"y"])
+        large.stalls = True
+        call = asyncio.create_task(gate(large.scope, large.receive, large.send))
+        await asyncio.sleep(0.01)
+        await gate(small.scope, small.receive, small.send)
+        assert (large.read, small.status) == (1, 200)
+        await unlock(call)
+
+    run(test, limits=Limits(body_bytes=10, bodies=1, larger={"/large": 20}, wait_s=0.2))
+
+
+def test_dripping_body_ends() -> None:
+    """Long before the time that a body has: one that goes on at the least rate is read to its end."""
+
+    class Dripping(Caller):
+        pause_s = 0.05
+
+        async def receive(self) -> dict[str, Any]:
+            await asyncio.sleep(self.pause_s)
+            return await super().receive()
+
+    async def test(gate: Gate) -> None:
+        slow = Dripping([b"x"] * 1000)
+        await asyncio.wait_for(gate(slow.scope, slow.receive, slow.send), 30)
+        steady = Dripping([b"x" * 100] * 12)
+        await gate(steady.scope, steady.receive, steady.send)
+        assert (slow.status, steady.status) == (408, 200)
+        assert slow.read < 100
+
+    run(test, limits=Limits(body_bytes=2000, bodies=1, body_s=60.0, slow_s=0.3, least_bytes_a_s=100))

@@ -178,8 +178,11 @@ def test_a_run_whose_process_is_gone_is_interrupted(home: Path) -> None:
     found = standing(run, (run.run_id,))
     assert (found.state, found.now, found.seconds_left) == ("interrupted", "", None)
     assert how_it_ended(found, home).endswith(f"To go on: fedmedgan-coordinator resume {home} run-0001")
-    for details in (KILLED, UNHEARD):
-        assert standing(run_of(run.folder, "finished", "failed", details)).state == "interrupted"
+    for details, known in ((KILLED, "its process was killed."), (UNHEARD, "heard nothing of its process")):
+        found = standing(run_of(run.folder, "finished", "failed", details))
+        assert found.state == "interrupted"
+        assert known in how_it_ended(found, home)
+        assert ("killed" in how_it_ended(found, home)) == (details == KILLED)
 
 
 def test_rounds_given_up_are_told(home: Path) -> None:
