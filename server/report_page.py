@@ -20,7 +20,8 @@ p { max-width: 46rem; margin: .5rem 0; }
 .statement { margin: 1rem 0; padding: .8rem 1.1rem; border-left: 4px solid #0b6e99; background: #f1f7fa; font-size: 1.05rem; }
 .warning { margin: 1rem 0; padding: .8rem 1.1rem; border-left: 4px solid #c8553d; background: #fcf3f0; }
 .statement, .warning { max-width: 44rem; }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem 1.4rem; margin: 1.4rem 0; }
+dl.facts { display: grid; grid-template-columns: repeat(4, 1fr); gap: .8rem 1.4rem; margin: 1.4rem 0; }
+@media (max-width: 44rem) { dl.facts { grid-template-columns: 1fr 1fr; } }
 dl.facts dt { color: #5c5c5c; font-size: .8rem; }
 dl.facts dd { margin: 0; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 dl.facts dd small { font-size: .8rem; font-weight: 400; color: #5c5c5c; }
@@ -83,7 +84,7 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 {% if final_sheet %}
 <figure>
 <img src="{{ final_sheet[1] }}" alt="Eight synthetic images of each class after round {{ final_sheet[0] }}">
-<figcaption>Synthetic images of the averaged generator after round {{ final_sheet[0] }}, eight of each class, enlarged. Not recordings of patients.</figcaption>
+<figcaption>Synthetic images of the averaged generator after round {{ final_sheet[0] }}, eight of each class, enlarged. Rows from the top: <strong>{{ config.image.classes|join(", ") }}</strong>. Not recordings of patients.</figcaption>
 </figure>
 {% else %}
 <p class="muted">There are no sample sheets in this folder.</p>

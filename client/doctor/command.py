@@ -12,7 +12,7 @@ import typer
 
 from client import policy
 from client.doctor import machine, network, site
-from client.doctor.findings import Check, Finding, Status, exit_code, look, passed
+from client.doctor.findings import Check, Finding, Status, exit_code, look, passed, skipped, summary
 from client.home import Home
 from client.joining import Pinned, load_pinned
 from client.policy import Policy
@@ -38,7 +38,7 @@ def doctor(
     Exits 0 when nothing fails, else with the code of the first failure: 3 a setting, the socket's path, Flower's
     release or the extra CA; 4, 15 the images; 5 policy or budget; 7 files, permissions, disk, ledger or journal; 8
     network, proxy, server or clock; 9 Flower is missing; 10 a file or the agent is of another release; 11 keys,
-    certificates or enrolment. WARN fails nothing.
+    certificates or enrolment, or not joined. WARN fails nothing; SKIP was not checked, since a FAIL above tells why.
     """
     opened = Home(home.absolute())
     if json_file is not None:
@@ -49,6 +49,7 @@ def doctor(
         print(findings[-1].line, flush=True)
     counts = [f"{sum(finding.status is status for finding in findings)} {status}" for status in Status]
     code = exit_code(findings)
+    print(summary(findings))
     print(f"{', '.join(counts)}; exit code {code:d}")
     if json_file is not None:
         write_atomic(json_file, (json.dumps(as_json(findings), indent=1) + "\n").encode(), 0o600)
@@ -106,15 +107,28 @@ def _network_checks(home: Home, pinned: Pinned) -> Iterator[tuple[str, Check]]:
     except FedmedganError:
         yield "proxy", lambda: passed("proxy", repr(network.way_to(pinned)))  # raises again, as this check's finding
         return
-    yield "dns", lambda: network.check_dns(way)
-    yield "proxy", lambda: network.check_proxy(way)
     try:
         extra, ca_pem = extra_ca(home), trusted(home, pinned.ca_pem)
     except FedmedganError:  # said by `extra CA`
         extra, ca_pem = (), pinned.ca_pem
-    yield "tls", lambda: network.check_tls(way, pinned.ca_pem, extra)
-    yield "health", lambda: network.check_health(way, ca_pem)
-    yield "clock", lambda: network.check_clock(way, ca_pem)
+    steps: list[tuple[str, Check]] = [
+        ("dns", lambda: network.check_dns(way)),
+        ("proxy", lambda: network.check_proxy(way)),
+        ("tls", lambda: network.check_tls(way, pinned.ca_pem, extra)),
+        ("health", lambda: network.check_health(way, ca_pem)),
+        ("clock", lambda: network.check_clock(way, ca_pem)),
+    ]
+    broken: list[str] = []  # where the way ends, all that lies behind fails for the same reason
+    for name, check in steps:
+        yield name, lambda name=name, check=check: _step(name, check, broken)
+
+
+def _step(name: str, check: Check, broken: list[str]) -> Finding:
+    if broken:
+        return skipped(name, broken[0])
+    finding = look(name, check)
+    broken += [name] if finding.status is Status.FAIL else []
+    return finding
 
 
 def _memory(home: Home, rules: Policy) -> Finding:

@@ -14,6 +14,7 @@ class Status(StrEnum):
     PASS = "PASS"  # noqa: S105
     WARN = "WARN"
     FAIL = "FAIL"
+    SKIP = "SKIP"
 
 
 @final
@@ -23,10 +24,11 @@ class Finding:
 
     Attributes:
         name: The check.
-        status: WARN is worth a look and stops nothing; FAIL keeps the site from taking part.
+        status: WARN is worth a look; FAIL keeps the site from taking part; SKIP was not checked.
         said: What was seen.
         fix: What to do about it; empty for PASS.
         exit_code: The class of a failure; OK otherwise.
+        missing: Nothing is wrong, but what is still to be done keeps the site from taking part now.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Finding:
     said: str
     fix: str = ""
     exit_code: ExitCode = ExitCode.OK
+    missing: bool = False
 
     @property
     def line(self) -> str:
@@ -52,6 +55,16 @@ def passed(name: str, said: str) -> Finding:
 def warned(name: str, said: str, fix: str) -> Finding:
     """Return that something is worth a look."""
     return Finding(name, Status.WARN, said, fix)
+
+
+def to_do(name: str, said: str, fix: str) -> Finding:
+    """Return that a step is still to be done before the site can take part."""
+    return Finding(name, Status.WARN, said, fix, missing=True)
+
+
+def skipped(name: str, after: str) -> Finding:
+    """Return that a check was not made, since it would only say again what another one found."""
+    return Finding(name, Status.SKIP, f"not checked, see {after}")
 
 
 def failed(name: str, said: str, fix: str, exit_code: ExitCode) -> Finding:
@@ -77,3 +90,13 @@ def look(name: str, check: Check) -> Finding:
 def exit_code(findings: Sequence[Finding]) -> ExitCode:
     """Return the code of the first failure, OK where there is none."""
     return next((finding.exit_code for finding in findings if finding.status is Status.FAIL), ExitCode.OK)
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """Say whether the site could take part now, and what it wants for that."""
+    wanted = [
+        f"{finding.name} ({' '.join(finding.said.split()).rstrip('.')})"
+        for finding in findings
+        if finding.status is Status.FAIL or finding.missing
+    ]
+    return f"could not take part now: {'; '.join(wanted)}" if wanted else "could take part now"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from client.channel import read_frame, unpack_reply
-from client.doctor.findings import Finding, failed, passed, warned
+from client.doctor.findings import Finding, failed, passed, to_do, warned
 from client.operate import MAX_SOCKET_BYTES
 from client.policy import Policy
 from common.config import ImageConfig, ModelConfig
@@ -87,7 +87,7 @@ def check_socket(path: Path, wait_s: float = AGENT_WAIT_S) -> Finding:
         fix = "Name a shorter one to `start`: --socket /run/fedmedgan/agent.sock"
         return failed(name, f"its path has {length} bytes, over {MAX_SOCKET_BYTES}.", fix, ExitCode.CONFIG)
     if not path.exists():
-        return warned(name, f"no agent runs at {path}.", "Start it: fedmedgan-site start HOME")
+        return to_do(name, f"no agent runs at {path}.", "Start it: fedmedgan-site start HOME")
     if not path.is_socket():
         return failed(name, f"{path} is something else.", "Remove it, or name another.", ExitCode.STORAGE)
     if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o007:
@@ -99,7 +99,7 @@ def check_socket(path: Path, wait_s: float = AGENT_WAIT_S) -> Finding:
         fix = "It may be at work on a round; look again, and see logs/agent.log."
         return warned(name, f"the agent does not answer in {wait_s:g} s.", fix)
     except ConnectionError:
-        return warned(name, "an agent that was killed left it behind.", "Start it: fedmedgan-site start HOME")
+        return to_do(name, "an agent that was killed left it behind.", "Start it: fedmedgan-site start HOME")
     except WireError:
         fix = "Install one release on both sides, and start again."
         return failed(name, "what answers is no agent of this release.", fix, ExitCode.WIRE)

@@ -30,8 +30,7 @@ from common.errors import ConfigError, EnrolmentError, ExitCode, FederationError
 TIMEOUT_S = 10.0
 AHEAD_S, BEHIND_S = 5.0, 300.0
 """How far Flower lets a site's clock be from the coordinator's."""
-WARN_AHEAD_S, WARN_BEHIND_S = 2.5, 60.0
-"""HTTP tells whole seconds, so a second more or less is nothing."""
+WARN_AHEAD_S, WARN_BEHIND_S = 2.5, 60.0  # HTTP tells whole seconds, so a second more or less is nothing
 _Result = TypeVar("_Result")
 Resolve = Callable[..., Sequence[tuple[Any, ...]]]
 
@@ -185,9 +184,10 @@ def _open(way: Way) -> socket.socket:
     try:
         line = socket.create_connection(to, TIMEOUT_S)
     except OSError as error:
+        refused = ", it may not be started" if isinstance(error, ConnectionRefusedError) else ""
         raise FederationError(
-            f"Could not connect to {where}: {_reason(error)}. Ask the network's administrator to let this machine "
-            f"connect there; HTTPS_PROXY names a proxy, if it takes one."
+            f"Could not connect to {where}: {_reason(error)}{refused}. Ask the network's administrator to let this "
+            "machine connect there; HTTPS_PROXY names a proxy, if it takes one."
         ) from error
     if way.proxy is not None:
         with ExitStack() as undone:

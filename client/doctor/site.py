@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from client import policy as policies
-from client.doctor.findings import Finding, failed, passed, warned
+from client.doctor.findings import Finding, failed, passed, to_do, warned
 from client.home import Home, head_copy, imported_forms, read_site_config, require_books
 from client.home import check_imported as look_at_imported
 from client.intake import Reason, scan
@@ -102,7 +102,7 @@ def check_imported(home: Home) -> Finding:
     forms = imported_forms(home)
     if not forms:
         fix = f"Once the coordinator tells the classes: fedmedgan-site import {home.folder} --classes A,B --size 32"
-        return warned("imported", "no training set.", fix)
+        return to_do("imported", "no training set.", fix)
     look_at_imported(home)
     paths = sorted(home.folder.glob("vault-*/*"))
     if open_ := [str(path) for path in paths if stat.S_IMODE(path.stat().st_mode) & 0o077]:
@@ -158,10 +158,11 @@ def check_joined(home: Home, now: datetime) -> Finding:
             f"To come back: send what `fedmedgan-site enrol {home.folder}` writes; the coordinator runs `enrol` with "
             "--readmit; a call; then `join` with the file that comes back, and `start`."
         )
-        return warned("joined", "this site has left its federation, and its node key is destroyed.", fix)
+        said = "this site has left its federation, and its node key is destroyed."
+        return failed("joined", said, fix, ExitCode.ENROLMENT)
     if not has_joined(home.folder):
         fix = f"Send what `fedmedgan-site enrol {home.folder}` writes; `join` with the file that comes back."
-        return warned("joined", "no federation yet.", fix)
+        return failed("joined", "no federation yet.", fix, ExitCode.ENROLMENT)
     pinned = load_pinned(home.folder)
     if public_node_key(home.folder) != pinned.node_key:
         fix = "Send the coordinator what `fedmedgan-site enrol` writes now, and `join` with the file that comes back."

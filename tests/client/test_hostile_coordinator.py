@@ -198,9 +198,10 @@ def test_another_request_for_a_round_that_failed_is_a_replay(site, how, monkeypa
     def end(*_):
         raise SystemExit
 
-    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+    with monkeypatch.context() as patched:
         patched.setattr(agent, "_release", end)
-        answer(open_site(site.home), train_request())
+        with pytest.raises(SystemExit):
+            answer(open_site(site.home), train_request())
     request = SAME_ROUND[how](train_request())
     assert_refused(answer(site, request), request, RefusalCode.REPLAYED)
     assert (charged(site), released(site)) == (1, ())

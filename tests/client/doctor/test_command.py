@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from client.cli import main
-from client.doctor.findings import Status, exit_code, failed, look, passed, warned
+from client.doctor.findings import Status, exit_code, failed, look, passed, summary, to_do, warned
 from client.home import Home
 from client.joining import leave
 from common.certificates import authority_certificate, new_key
@@ -28,17 +28,17 @@ def doctor(tiny_home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         with pytest.raises(SystemExit) as ended:
             main(["doctor", str(tiny_home.folder), *map(str, more)])
         lines = capsys.readouterr().out.splitlines()
-        return ended.value.code, {line.split("  ")[1].split(":")[0]: line.split(" ")[0] for line in lines[:-1]}
+        return ended.value.code, {line.split("  ")[1].split(":")[0]: line.split(" ")[0] for line in lines[:-2]}
 
     return call
 
 
-def test_a_new_site_fails_nothing(doctor, tiny_home: Home) -> None:
+def test_a_new_site_could_not_take_part(doctor, tiny_home: Home) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_home.folder.rglob("*")}
     code, found = doctor()
-    assert code == ExitCode.OK
-    assert "FAIL" not in found.values()
-    assert (found["joined"], found["socket"]) == ("WARN", "WARN")
+    assert code == ExitCode.ENROLMENT
+    assert [name for name, status in found.items() if status == "FAIL"] == ["joined"]
+    assert found["socket"] == "WARN"
     assert "tls" not in found  # nobody to connect to
     assert {path: path.stat().st_mtime_ns for path in tiny_home.folder.rglob("*")} == before
 
@@ -47,7 +47,7 @@ def test_a_site_that_has_left_is_told_how_to_come_back(doctor, tiny_home: Home, 
     pin(tiny_home)
     leave(tiny_home.folder)
     code, found = doctor("--json", tmp_path / "doctor.json")
-    assert (code, found["keys"], found["joined"]) == (ExitCode.OK, "PASS", "WARN")
+    assert (code, found["keys"], found["joined"]) == (ExitCode.ENROLMENT, "PASS", "FAIL")
     (joined,) = [
         one for one in json.loads((tmp_path / "doctor.json").read_text())["findings"] if one["name"] == "joined"
     ]
@@ -69,13 +69,16 @@ def test_one_failure_hides_no_other_and_the_first_gives_the_code(doctor, tiny_ho
     (tiny_home.folder / "site.toml").write_text('data = "/nowhere"\n')
     code, found = doctor("--json", tmp_path / "doctor.json")
     assert code == ExitCode.UNREADABLE
-    assert [name for name, status in found.items() if status == "FAIL"] == ["data", "tls", "health", "clock"]
+    assert [name for name, status in found.items() if status == "FAIL"] == ["data", "tls"]
+    assert (found["health"], found["clock"]) == ("SKIP", "SKIP")
     assert (found["joined"], found["dns"], found["proxy"]) == ("PASS", "PASS", "PASS")
     told = json.loads((tmp_path / "doctor.json").read_text())
     assert (tmp_path / "doctor.json").stat().st_mode & 0o777 == 0o600
     assert told["exit_code"] == ExitCode.UNREADABLE
     assert {one["name"]: one["status"] for one in told["findings"]} == found
-    assert [one["exit_code"] for one in told["findings"] if one["status"] == "FAIL"] == [15, 8, 8, 8]
+    (tls,) = [one for one in told["findings"] if one["name"] == "tls"]
+    assert "refused, it may not be started" in tls["said"]
+    assert [one["exit_code"] for one in told["findings"] if one["status"] == "FAIL"] == [15, 8]
 
 
 def test_a_proxy_that_cannot_be_used_is_one_finding(doctor, tiny_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,3 +112,8 @@ def test_findings() -> None:
     assert "smith" not in finding.line
     assert failed("a", "b\nc", "d", ExitCode.DATA).line == "FAIL  a: b c d"
     assert exit_code([passed("a", ""), warned("b", "", "")]) is ExitCode.OK
+    joined = failed("joined", "no federation yet.", "", ExitCode.ENROLMENT)
+    assert summary([passed("a", ""), warned("b", "", ""), joined, to_do("imported", "no training set.", "")]) == (
+        "could not take part now: joined (no federation yet); imported (no training set)"
+    )
+    assert summary([passed("a", ""), warned("b", "", "")]) == "could take part now"
