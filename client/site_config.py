@@ -57,10 +57,13 @@ def read_site_config(home: Home) -> SiteConfig:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(f"Expected other values in site.toml of the home folder: {wrong}.") from error
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(
-            f"Could not read site.toml in the home folder: {type(error).__name__}. Write it anew: data = PATH"
+            f"Could not read site.toml in the home folder {home.folder}: {error.strerror}. Name the folder that "
+            "`fedmedgan-site init` made, or mend its permissions."
         ) from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise ConfigError(f"site.toml in the home folder is not TOML: {error}. Write it anew: data = PATH") from error
 
 
 def head_copy(home: Home) -> Path | None:

@@ -53,10 +53,17 @@ def find(path: Path, label: str, rules: IntakeRules | None = None, skip: Skip | 
         UnreadableSource, IntakeError, ConfigError: The source cannot be listed at all.
     """
     source, rules = parse_label(label), rules or IntakeRules()
-    if not path.exists():
+    if not _is_there(path):
         raise UnreadableSource(f"{path} does not exist. Check the path of the images, and that its disk is mounted.")
     with quiet():
         return (_scan_file if path.is_file() else _scan_folder)(path, source, rules, skip)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a folder above it cannot be entered
+        raise UnreadableSource(f"{path} cannot be reached: {error.strerror}. Mend its permissions.") from error
 
 
 def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:

@@ -161,6 +161,18 @@ def test_a_folder_that_cannot_be_listed(
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr("os.access", lambda *_, **__: False)  # what click looks at
+    code, _, error = run("check", source, "--report", tmp_path / "seen")
+    assert (code, "Permission denied" in error) == (ExitCode.UNREADABLE, True)
+
+
+def test_a_folder_below_one_that_cannot_be_entered(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
     code, _, error = run("check", source, "--report", tmp_path / "seen")
     assert (code, "Permission denied" in error) == (ExitCode.UNREADABLE, True)
 
