@@ -54,6 +54,7 @@ def check(
     Page and contact sheet show patients. Exits 4 where nothing is usable, 9 where that is for want of a decoder, 14
     with too few patients, 15 where the images cannot be reached, 7 where the report cannot be written.
     """
+    _require_places(home, json_file, report)
     practice, minimum = _practice(path, home, label)
     names = [name.strip() for name in classes.split(",")] if classes is not None else None
     found = survey(practice, names, show_files, ocr, progress())
@@ -83,8 +84,7 @@ def import_(
     Run again it reads what is new or changed, and forgets what is gone. Exits as `check`; 7 also with a full disk.
     """
     opened = Home(home)
-    if json_file is not None:
-        require_outside(home, json_file)
+    _require_places(home, json_file)
     minimum = policy.load(opened.policy).min_patients
     names = [name.strip() for name in classes.split(",")]
     done = import_images(opened, names, size, minimum, channels, progress())
@@ -159,11 +159,24 @@ def _practice(path: Path, home: Path | None, label: str) -> tuple[Practice, int]
     return replace(practice, source=path, label=chosen), policy.load(Home(home).policy).min_patients
 
 
+def _require_places(home: Path | None, json_file: Path | None, report: Path | None = None) -> None:
+    """Refuse places for what is written before hours of reading, and all that stand in the home.
+
+    Raises:
+        ConfigError: One stands in the home, or the JSON file cannot stand where it is asked for.
+    """
+    for place in (json_file, report):
+        if home is not None and place is not None:
+            require_outside(home, place)
+    if json_file is not None and json_file.is_dir():
+        raise ConfigError(f"Expected --json {json_file} to be a file, it is a folder. Name a file in it.")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"Expected the folder of --json {json_file} to be there. Make it first.")
+
+
 def _write_json(path: Path | None, report: Report) -> None:
     if path is None:
         return
-    if path.is_dir():
-        raise ConfigError(f"Expected --json {path} to be a file, it is a folder. Name a file in it.")
     tree: Mapping[str, Any] = report.as_json()
     write_atomic(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(), 0o600)
 

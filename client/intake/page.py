@@ -77,11 +77,13 @@ def save_page(folder: Path, report: Report, rows: Sequence[Row]) -> list[Path]:
         StorageError: They cannot be written.
 
     Guarantees:
-        - owner_alone: The folder has mode 0700, the files 0600.
+        - owner_alone: The files have mode 0600, and a folder that was not there before has 0700.
         - self_contained: The page asks for nothing from elsewhere.
     """
+    made = not folder.exists()
     make_folder(folder, 0o700)
-    folder.chmod(0o700)
+    if made:
+        folder.chmod(0o700)  # whatever the umask leaves of it
     png = contact_sheet(rows) if rows else b""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(_PAGE).render(r=report, sheet=base64.b64encode(png).decode())

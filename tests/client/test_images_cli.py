@@ -87,6 +87,25 @@ def test_owner_alone_self_contained(run: Run, source: Path, tmp_path: Path) -> N
     assert "<script" not in page
 
 
+def test_a_folder_that_was_there_keeps_its_mode(run: Run, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir(mode=0o755)
+    assert run("check", source, "--label", "none", "--report", tmp_path / "shared")[0] == 0
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "shared" / "report.html").stat().st_mode) == 0o600
+
+
+def test_nothing_of_the_home_is_overwritten(run: Run, source: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path, source)
+    before = home.vault_key.read_bytes()
+    for place in (("--json", home.vault_key), ("--report", home.folder / "keys")):
+        code, out, error = run("check", source, "--home", home.folder, "--report", tmp_path / "seen", *place)
+        assert (code, out) == (ExitCode.CONFIG, ""), place
+        assert "outside the home" in error
+    assert run("import", home.folder, "--classes", "all", "--json", tmp_path / "nowhere" / "a")[1] == ""
+    assert home.vault_key.read_bytes() == before
+    assert not (tmp_path / "seen").exists()
+
+
 def test_names_only_when_asked(run: Run, source: Path, tmp_path: Path) -> None:
     common = ("check", source, "--label", "none", "--report", tmp_path / "seen")
     assert "burned" not in run(*common)[1].replace("text burned in", "")
