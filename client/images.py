@@ -51,7 +51,7 @@ def check(
 ) -> None:
     """Read everything as `import` would and keep nothing: counts, reasons, warnings, and pictures to look at.
 
-    Page and contact sheet show patients. Exits 4 where nothing is usable, 9 where that is for want of a decoder, 14
+    Page and contact sheet show patients. Exits 4 where nothing is usable, 9 where a decoder is missing that can be installed, 14
     with too few patients, 15 where the images cannot be reached, 7 where the report cannot be written.
     """
     _require_places(home, json_file, report)

@@ -22,7 +22,7 @@ from client.intake.dataset import Form
 from client.intake.decode import decode_records
 from client.intake.pixels import Square
 from client.intake.records import Record, Refusal, Scan, Stamp
-from client.intake.refusals import Reason, describe, may_pass
+from client.intake.refusals import describe, for_want_of_an_extra, may_pass, remedies
 from client.intake.selection import Choice, Practice, choose, instance_of, other_labels
 from client.intake.sources import scan
 from client.intake.vault import ROW, SEGMENT_BYTES, Manifest, Seen, create_vault, read_manifest, write_manifest
@@ -32,8 +32,6 @@ from common.sealing import PSEUDONYM_BYTES, SealingKey
 
 Progress = Callable[[int, int], None]
 """Told how many images are decoded, and of how many."""
-
-DECODERS = 'pip install "fedmedgan[decoders]"'
 
 
 @final
@@ -90,7 +88,7 @@ def import_source(
     Raises:
         IntakeError: Nothing is usable.
         TooFewPatients: There are fewer than `min_patients`.
-        MissingExtra: Nothing is usable, and a decoder is missing.
+        MissingExtra: Nothing is usable, and a decoder is missing that can be installed.
         StorageError: The disk is full, the vault is damaged, or another import is running.
 
     Guarantees:
@@ -240,6 +238,6 @@ def too_few(
             "patients, or lower privacy.min_patients and the policy's min_patients. What was read is kept for then."
             + (others and f" {others}")
         )
-    if any(reason.startswith(Reason.NO_DECODER) for reason in refused):
-        return MissingExtra(f"No image could be used ({said}). Install the decoders: {DECODERS}")
-    return IntakeError(f"No image could be used ({said}). {others or 'Mend these and run again.'}")
+    advice = "; ".join(remedies(refused)) or others or "Mend these and run again"
+    missing = MissingExtra if any(map(for_want_of_an_extra, refused)) else IntakeError
+    return missing(f"No image could be used ({said}). {advice.rstrip('.')}.")

@@ -49,6 +49,7 @@ looked.</p>
 <tr><td class="n">{{ g.count }}</td><td>{{ g.said }}</td><td class="f">{{ g.examples | join(", ") }}</td></tr>
 {% endfor %}
 </table>{% else %}<p>Everything is used.</p>{% endif %}
+{% for line in r.remedies %}<p>For want of a decoder: {{ line }}</p>{% endfor %}
 <h2>Patients and pictures</h2>
 <table>{% for g in r.warnings %}
 <tr><td>{{ g.said }}</td><td class="f">{{ g.examples | join(", ") }}</td></tr>

@@ -14,7 +14,7 @@ from typing import Any, final
 from client.intake.cautions import Caution
 from client.intake.headers import syntax_name
 from client.intake.records import Record, Refusal, Scan
-from client.intake.refusals import was_read
+from client.intake.refusals import remedies, was_read
 from client.intake.selection import Choice
 
 EXAMPLES = 3
@@ -49,6 +49,7 @@ class Report:
         kinds: Modalities, sizes and transfer syntaxes with their counts.
         blanked: Usable images of which a part was made black.
         refused: Reasons with counts and examples.
+        remedies: What makes images readable for which there is no decoder.
         warnings: About patients and pictures.
         cost: What a typical run costs.
     """
@@ -62,6 +63,7 @@ class Report:
     kinds: Mapping[str, Mapping[str, int]]
     blanked: int
     refused: tuple[Group, ...]
+    remedies: tuple[str, ...]
     warnings: tuple[Group, ...]
     cost: tuple[str, ...] = field(default=())
 
@@ -85,6 +87,7 @@ class Report:
             said.append(f"blanked: {self.blanked} images in part")
         said.append("refused: " + ("" if self.refused else "nothing"))
         said += [f"  {_line(group)}" for group in self.refused]
+        said += [f"for want of a decoder: {line}" for line in self.remedies]
         said += [f"warning: {_line(group, counted=False)}" for group in self.warnings]
         return [*said, *self.cost]
 
@@ -164,6 +167,7 @@ def make_report(
         kinds_of(found.records),
         sum(bool(record.blank) for record in choice.records),
         tuple(groups),
+        tuple(remedies(refused)),
         tuple(Group(one.said, len(one.files), listing.examples(one.files)) for one in warnings),
         tuple(cost),
     )

@@ -161,9 +161,18 @@ def test_exit_codes(run: Run, source: Path, tmp_path: Path, write_dicom: WriteDi
     dataset.file_meta.TransferSyntaxUID, dataset.PixelData = MPEG2MPML, encapsulate([b"\0" * 64])
     dataset.save_as(path)
     code, out, error = run("check", path.parent, *checking)
-    assert code == ExitCode.MISSING_EXTRA
-    assert 'pip install "fedmedgan[decoders]"' in error
+    assert (code, "films are not read" in error, "pip install" in error) == (ExitCode.DATA, True, False)
     assert "usable: 0" in out
+
+
+def test_a_decoder_that_some_files_lack(run: Run, source: Path, tmp_path: Path, write_dicom: WriteDicom) -> None:
+    path = write_dicom(source / "film", **uid(60))
+    dataset = dcmread(path)
+    dataset.file_meta.TransferSyntaxUID, dataset.PixelData = MPEG2MPML, encapsulate([b"\0" * 64])
+    dataset.save_as(path)
+    code, out, _ = run("check", source, "--label", "none", "--report", tmp_path / "seen")
+    assert (code, "for want of a decoder: MPEG2 Main Profile / Main Level: films are not read" in out) == (0, True)
+    assert "films are not read" in (tmp_path / "seen" / "report.html").read_text()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
