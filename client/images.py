@@ -18,11 +18,11 @@ from client.intake.importing import Imported, Progress, too_few
 from client.intake.page import save_page
 from client.intake.records import parse_label
 from client.intake.refusals import Reason
-from client.intake.report import Listing, Report, make_report
+from client.intake.report import Listing, Report, counted, make_report
 from client.intake.selection import Practice, other_labels
 from client.intake.sources import require_usable
 from client.intake.survey import survey
-from client.intake.twins import Twins
+from client.intake.twins import Twins, counted_pairs
 from client.policy import Policy
 from common.config_text import build_config
 from common.errors import ConfigError
@@ -51,8 +51,8 @@ def check(
 ) -> None:
     """Read everything as `import` would and keep nothing: counts, reasons, warnings, and pictures to look at.
 
-    Page and contact sheet show patients. Exits 4 where nothing is usable, 9 where a decoder is missing that can be installed, 14
-    with too few patients, 15 where the images cannot be reached, 7 where the report cannot be written.
+    Page and contact sheet show patients. Exits 4 where nothing is usable, 9 where a decoder is missing that can be
+    installed, 14 with too few patients, 15 where the images cannot be reached, 7 where the report cannot be written.
     """
     _require_places(home, json_file, report)
     practice, minimum = _practice(path, home, label)
@@ -90,9 +90,10 @@ def import_(
     done = import_images(opened, names, size, minimum, channels, progress())
     counts = dict(zip(names, done.labels, strict=True))
     by_class = ", ".join(f"{name} {count}" for name, count in counts.items())
-    print(f"imported {done.images} images of {len(done.patients)} patients; by class: {by_class}")
-    print(f"new or changed: {done.added} images; unchanged: {done.unchanged} files that were not opened")
-    twins = twins_in(load_images(opened, names, size, channels)) if done.added else 0
+    print(f"imported {counted(done.images, 'image')} of {counted(len(done.patients), 'patient')}; by class: {by_class}")
+    unopened = counted(done.unchanged, "file")
+    print(f"new or changed: {counted(done.added, 'image')}; unchanged: {unopened} that were not opened")
+    twins = twins_in(load_images(opened, names, size, channels))
     said = _report(done, practice_of(opened), twins, show_files)
     print("\n".join(said.lines()))
     _write_json(json_file, said)
@@ -143,7 +144,7 @@ def twins_in(dataset: Dataset) -> int:
 def _report(done: Imported, practice: Practice, twins: int, show_files: bool) -> Report:
     warnings = [Caution(GROUPING), *cautions(done.found.records, done.choice, practice)]
     if twins:
-        said = f"{twins} pairs of nearly the same pictures under two patients: one person with two ids? See `check`."
+        said = f"{counted_pairs(twins)} of nearly the same pictures under two patients: one person with two ids? See `check`."
         warnings.append(Caution(said))
     root = practice.source if practice.source.is_dir() else practice.source.parent
     listing = Listing(done.found, root, show_files)

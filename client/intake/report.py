@@ -45,7 +45,8 @@ class Report:
         usable: Of these, that are decoded, labelled and allowed: what is trained on.
         patients: Who has usable images.
         images_per_patient: Least, median and most.
-        opened: Images of files that were opened this time, which the kinds below are of.
+        opened: Images of files that were opened this time, which kinds, blanked, examples and warnings are of.
+        unopened: Files that were known and not opened: of their images only counts are known.
         kinds: Modalities, sizes and transfer syntaxes with their counts.
         blanked: Usable images of which a part was made black.
         refused: Reasons with counts and examples.
@@ -60,6 +61,7 @@ class Report:
     patients: int
     images_per_patient: tuple[int, float, int]
     opened: int
+    unopened: int
     kinds: Mapping[str, Mapping[str, int]]
     blanked: int
     refused: tuple[Group, ...]
@@ -78,13 +80,15 @@ class Report:
             f"expected: {self.expected}; read: {self.read}; usable: {self.usable}",
             f"patients: {self.patients}; images per patient: {least} to {most}, median {middle:g}",
         ]
-        part = "" if self.opened >= self.read else f" of {self.opened} images in files that were opened now"
-        for name, counts in self.kinds.items() if self.opened else ():
+        if self.unopened:
             said.append(
-                f"{name}{part}: {', '.join(f'{kind} {count}' for kind, count in counts.items()) or 'not stated'}"
+                f"unchanged: {counted(self.unopened, 'file')}; kinds, parts made black, examples and other warnings "
+                "below are of the files that were opened now alone: `check` shows them of all"
             )
+        for name, counts in self.kinds.items() if self.opened else ():
+            said.append(f"{name}: {', '.join(f'{kind} {count}' for kind, count in counts.items()) or 'not stated'}")
         if self.blanked:
-            said.append(f"blanked: {self.blanked} images in part")
+            said.append(f"blanked: {counted(self.blanked, 'image')} in part")
         said.append("refused: " + ("" if self.refused else "nothing"))
         said += [f"  {_line(group)}" for group in self.refused]
         said += [f"for want of a decoder: {line}" for line in self.remedies]
@@ -164,6 +168,7 @@ def make_report(
         len(patients),
         (each[0], float(median(each)), each[-1]),
         len(found.records),
+        len(found.skipped),
         kinds_of(found.records),
         sum(bool(record.blank) for record in choice.records),
         tuple(groups),
@@ -185,6 +190,15 @@ def kinds_of(records: Iterable[Record]) -> Mapping[str, Mapping[str, int]]:
         if syntax := header.get("TransferSyntaxUID"):
             counts["syntaxes"][syntax_name(syntax)] += 1
     return {name: dict(counter.most_common(12)) for name, counter in counts.items()}
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """Return a count with its noun.
+
+    >>> counted(1, "pair"), counted(2, "pair")
+    ('1 pair', '2 pairs')
+    """
+    return f"{count} {one if count == 1 else several or one + 's'}"
 
 
 def _line(group: Group, counted: bool = True) -> str:

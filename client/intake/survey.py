@@ -20,7 +20,7 @@ from client.intake.report import Listing, Report, make_report
 from client.intake.screening import SIDE, can_screen, words_in
 from client.intake.selection import Choice, Practice, choose
 from client.intake.sources import find
-from client.intake.twins import Twins
+from client.intake.twins import Twins, counted_pairs
 
 SIZE = 128
 """Pictures are decoded to this size."""
@@ -109,7 +109,7 @@ class _Seen:
 
 
 def _twins(pairs: Sequence[tuple[Record, Record]]) -> list[Caution]:
-    said = f"{len(pairs)} pairs of nearly the same pictures under two patients: one person with two ids?"
+    said = f"{counted_pairs(len(pairs))} of nearly the same pictures under two patients: one person with two ids?"
     return [Caution(said, tuple(record.path for pair in pairs for record in pair))] if pairs else []
 
 

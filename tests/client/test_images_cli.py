@@ -74,7 +74,7 @@ def test_adds_up(run: Run, source: Path, tmp_path: Path) -> None:
     assert found["kinds"]["syntaxes"] == {"Explicit VR Little Endian": 27}
     for line in ("expected: 29; read: 27; usable: 24", "1 ultrasound (as no. 29)", "epsilon", "Grouping is a privacy"):
         assert line in out
-    assert "1 pairs of nearly the same pictures under two patients" in out
+    assert "1 pair of nearly the same pictures under two patients" in out
 
 
 def test_owner_alone_self_contained(run: Run, source: Path, tmp_path: Path) -> None:
@@ -143,6 +143,12 @@ def test_import_says_the_same(run: Run, source: Path, tmp_path: Path) -> None:
     again = run(*arguments)[1]
     assert "new or changed: 0 images; unchanged: 29 files" in again
     assert "expected: 29; read: 27; usable: 24" in again
+    assert "1 pair of nearly the same pictures under two patients" in again
+    assert (
+        "unchanged: 29 files; kinds, parts made black, examples and other warnings below are of the files that were "
+        "opened now alone" in again
+    )
+    assert "unchanged" not in "\n".join(line for line in out.splitlines() if not line.startswith("new or changed"))
 
 
 def test_exit_codes(run: Run, source: Path, tmp_path: Path, write_dicom: WriteDicom) -> None:

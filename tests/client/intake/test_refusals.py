@@ -1,6 +1,6 @@
 """Reasons of refusal, and what helps."""
 
-from pydicom.uid import UID, HTJ2K, JPEG2000Lossless, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless
+from pydicom.uid import HTJ2K, UID, JPEG2000Lossless, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless
 
 from client.intake.importing import too_few
 from client.intake.refusals import DECODERS, Reason, remedies
