@@ -144,8 +144,8 @@ def twins_in(dataset: Dataset) -> int:
 def _report(done: Imported, practice: Practice, twins: int, show_files: bool) -> Report:
     warnings = [Caution(GROUPING), *cautions(done.found.records, done.choice, practice)]
     if twins:
-        said = f"{counted_pairs(twins)} of nearly the same pictures under two patients: one person with two ids? See `check`."
-        warnings.append(Caution(said))
+        said = f"{counted_pairs(twins)} of nearly the same pictures under two patients: one person with two ids?"
+        warnings.append(Caution(f"{said} See `check`."))
     root = practice.source if practice.source.is_dir() else practice.source.parent
     listing = Listing(done.found, root, show_files)
     return make_report(done.found, done.choice, done.lost, done.patients, done.refused, warnings, listing)

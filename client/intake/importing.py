@@ -22,7 +22,7 @@ from client.intake.dataset import Form
 from client.intake.decode import decode_records
 from client.intake.pixels import Square
 from client.intake.records import Record, Refusal, Scan, Stamp
-from client.intake.refusals import describe, for_want_of_an_extra, may_pass, remedies
+from client.intake.refusals import at_decoding, describe, for_want_of_an_extra, may_pass, remedies
 from client.intake.selection import Choice, Practice, choose, instance_of, other_labels
 from client.intake.sources import scan
 from client.intake.vault import ROW, SEGMENT_BYTES, Manifest, Seen, create_vault, read_manifest, write_manifest
@@ -194,7 +194,7 @@ def _decode(
     decoded = decode_records(records, form.size, form.channels, practice.rules)
     for done, (number, (record, square)) in enumerate(zip(todo, decoded, strict=True), 1):
         if isinstance(square, str):
-            lost.append(Refusal(record.path, record.member, square, record.stamp, record.beside))
+            lost.append(Refusal(record.path, record.member, at_decoding(square), record.stamp, record.beside))
         else:
             appender = _add(appender, vault, key, rows[number], square)
         if progress is not None:

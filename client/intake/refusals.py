@@ -114,9 +114,17 @@ def remedies(refused: Iterable[str]) -> list[str]:
     return said
 
 
+_AT_DECODING = ", found at decoding"
+
+
+def at_decoding(reason: str) -> str:
+    """Return how a refusal at decoding is counted: its header was read, whatever the same reason means in a scan."""
+    return reason if was_read(reason) else f"{reason}{_AT_DECODING}"
+
+
 def was_read(reason: str) -> bool:
-    """Return whether a refusal came after a header, or a row of an index, was read whole."""
-    return reason.startswith(_AFTER_READING)
+    """Return whether a refusal came after a header, or a row of an index, was read whole and named a patient."""
+    return reason.startswith(_AFTER_READING) or reason.endswith(_AT_DECODING)
 
 
 def may_pass(reason: str) -> bool:

@@ -41,8 +41,9 @@ class Report:
 
     Attributes:
         expected: Images, and files that hold none: all that is there, or that an index names.
-        read: Of these, whose header or row of an index is whole and names a patient.
-        usable: Of these, that are decoded, labelled and allowed: what is trained on.
+        read: Of these, whose header or row of an index is whole and names a patient; whatever the labels, and whatever
+            decoding finds.
+        usable: Of these, that are allowed, labelled and decoded: what is trained on.
         patients: Who has usable images.
         images_per_patient: Least, median and most.
         opened: Images of files that were opened this time, which kinds, blanked, examples and warnings are of.

@@ -86,6 +86,7 @@ def choose(
     Guarantees:
         - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used.
         - accounted: Every record is either chosen or refused with one reason.
+        - text_before_labels: An image that may show text is refused for that, labelled or not.
         - patients_adjacent: Records come by (issuer, id) of their patient, one patient's together.
     """
     ranks = practice.patients.ranks(record.patient for record in found.records)
@@ -136,11 +137,11 @@ def instance_of(record: Record) -> str:
 
 
 def _reason(record: Record, practice: Practice, classes: Sequence[str] | None) -> Reason | None:
+    if (doubtful := doubt(record, practice.allowed)) is not None:  # first: it tells whoever looks before labelling
+        return doubtful
     if record.label is None:
         return Reason.NO_LABEL
-    if classes is not None and record.label not in classes:
-        return Reason.OTHER_LABEL
-    return doubt(record, practice.allowed)
+    return Reason.OTHER_LABEL if classes is not None and record.label not in classes else None
 
 
 def _names(record: Record) -> list[object]:

@@ -15,7 +15,7 @@ from client.intake.decode import decode_records
 from client.intake.importing import Progress
 from client.intake.pixels import Square
 from client.intake.records import Record, Refusal, Scan
-from client.intake.refusals import was_read
+from client.intake.refusals import at_decoding, was_read
 from client.intake.report import Listing, Report, make_report
 from client.intake.screening import SIDE, can_screen, words_in
 from client.intake.selection import Choice, Practice, choose
@@ -118,7 +118,7 @@ def _decode(choice: Choice, practice: Practice, progress: Progress | None) -> _S
     draw = np.random.default_rng(0)
     for done, (record, square) in enumerate(decode_records(choice.records, SIZE, 1, practice.rules), 1):
         if isinstance(square, str):
-            seen.lost.append(Refusal(record.path, record.member, square))
+            seen.lost.append(Refusal(record.path, record.member, at_decoding(square)))
         else:
             place = len(seen.used)
             seen.twins.add(square, numbers.setdefault(record.patient, len(numbers)), place)

@@ -77,6 +77,23 @@ def test_adds_up(run: Run, source: Path, tmp_path: Path) -> None:
     assert "1 pair of nearly the same pictures under two patients" in out
 
 
+def test_text_before_labels_and_read_whatever_the_labels(
+    run: Run, source: Path, tmp_path: Path, write_dicom: WriteDicom
+) -> None:
+    dataset = dcmread(write_dicom(source / "nothing", **uid(61)))
+    del dataset.PixelData
+    dataset.save_as(source / "nothing")
+    found = {}
+    for label in ("auto", "none"):
+        run("check", source, "--label", label, "--json", tmp_path / "a.json", "--report", tmp_path / "seen")
+        found[label] = json.loads((tmp_path / "a.json").read_text())
+    assert [found[label]["read"] for label in ("auto", "none")] == [28, 28]
+    counts = {label: {one["said"]: one["count"] for one in found[label]["refused"]} for label in found}
+    assert counts["auto"]["ultrasound"] == counts["auto"]["text burned in, says the header"] == 1
+    assert counts["auto"]["no label"] == 26
+    assert counts["none"]["no image in the file, found at decoding"] == 1
+
+
 def test_owner_alone_self_contained(run: Run, source: Path, tmp_path: Path) -> None:
     run("check", source, "--label", "none", "--report", tmp_path / "seen")
     assert stat.S_IMODE((tmp_path / "seen").stat().st_mode) == 0o700
