@@ -24,12 +24,14 @@ from numpy.lib import format as npy
 
 from client.intake.archives import inflates_in_bounds, open_zip
 from client.intake.pixels import Levels, check_size, full_range
-from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag, stamp_of
+from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, stamp_of
 from client.intake.refusals import DAMAGED, Reason, Refused
 from common.errors import IntakeError
 
 MAX_DECODED_BYTES = 2 * 1024**3
 MAX_IMAGES = 4 * 1024**2
+_SHOWN = 3
+"""Rows without a patient that are named; there may be millions."""
 _HEADER_BYTES = 16 * 1024
 """Read of an array for its header: numpy takes none above 10,000 characters, but reads it whole before it says so."""
 
@@ -66,13 +68,15 @@ def scan_arrays(path: Path, label: LabelSource) -> Scan:
         sites = _column(archive, "site", count) if _has(archive, "site") else [""] * count
     named = zip(issuers, patients, labels, sites, strict=True)
     stamp = stamp_of(path)
-    records = tuple(
-        Record(path, row, (issuer, patient), name or None, site or None, stamp=stamp)
-        for row, (issuer, patient, name, site) in enumerate(named)
-        if patient
-    )
-    lost = count - len(records)
-    return Scan(records, {str(Reason.NO_PATIENT): lost} if lost else {})
+    records: list[Record] = []
+    lost: list[int] = []
+    for row, (issuer, patient, name, site) in enumerate(named):
+        if patient:
+            records.append(Record(path, row, (issuer, patient), name or None, site or None, stamp=stamp))
+        else:
+            lost.append(row)
+    shown = tuple(Refusal(path, None, Reason.NO_PATIENT, stamp, frame=row) for row in lost[:_SHOWN])
+    return Scan(tuple(records), {str(Reason.NO_PATIENT): len(lost)} if lost else {}, shown)
 
 
 def load_stack(path: Path) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
-from client.intake.records import Record
+from client.intake.records import Record, Refusal
 from client.intake.refusals import Reason
 from client.intake.selection import Choice, Practice
 
@@ -30,7 +30,7 @@ class Caution:
     """One warning: what, without naming anybody, and files to look at."""
 
     said: str
-    files: tuple[Path, ...] = field(default=(), repr=False)
+    files: tuple[Path | Record | Refusal, ...] = field(default=(), repr=False)
 
 
 def cautions(records: Sequence[Record], choice: Choice, practice: Practice) -> list[Caution]:
@@ -49,7 +49,7 @@ def cautions(records: Sequence[Record], choice: Choice, practice: Practice) -> l
     for record in records:
         groups[practice.patients.of(record.patient)].append(record)
     found = [*_examinations(groups), *_contradictions(groups), *_sizes(groups), *_issuers(groups)]
-    if twice := [refusal.path for refusal in choice.refusals if refusal.reason == Reason.DUPLICATE]:
+    if twice := [refusal for refusal in choice.refusals if refusal.reason == Reason.DUPLICATE]:
         found.append(Caution(f"{len(twice)} images are there a second time; the second is not used.", tuple(twice)))
     if unused := practice.patients.unused(record.patient for record in records):
         found.append(Caution(f"{unused} lines of the table of patients name nobody who is there."))

@@ -45,7 +45,7 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
         said = json.dumps([row.get("issuer", ""), row[patient], row[name] if name else ALL])
         lines.setdefault(row[file], []).append(said)
     beside = {name: "\n".join(said) for name, said in lines.items()}
-    for row in table.rows:
+    for row, line in zip(table.rows, table.lines, strict=True):
         path = root
         try:
             path = _inside(root, row[file])
@@ -53,13 +53,15 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
                 raise Refused(Reason.NO_PATIENT)
             frames = rules.chosen(Volume(path, rules).slices) if is_volume(path) else (None,)
         except Refused as refusal:
-            refusals.append(Refusal(path, None, refusal.reason, stamp_of(path), beside[row[file]]))
+            named = path if path != root else _named(root, row[file])
+            refusals.append(Refusal(named, None, refusal.reason, stamp_of(named), beside[row[file]], line=line))
             continue
         text, patients = row[name] if name else ALL, (row.get("issuer", ""), row[patient])
         for frame in frames:
             site = row.get("site") or None
             stamp = stamp_of(path)
-            records.append(Record(path, frame, patients, text or None, site, stamp=stamp, beside=beside[row[file]]))
+            said = beside[row[file]]
+            records.append(Record(path, frame, patients, text or None, site, stamp=stamp, beside=said, line=line))
     return scan_of(records, refusals)
 
 
@@ -91,6 +93,13 @@ def _levels(image: Image.Image) -> Levels:
     if image.mode.startswith(("I", "F")):
         return full_range(np.asarray(image))
     return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
+def _named(root: Path, name: str) -> Path:
+    """Return the place of a file that cannot be had; the folder itself where the name leads out of it or is none."""
+    relative = PurePosixPath(name)
+    inside = name and "\0" not in name and not relative.is_absolute() and ".." not in relative.parts
+    return root / relative if inside else root
 
 
 def _inside(root: Path, name: str) -> Path:

@@ -194,7 +194,7 @@ def _decode(
     decoded = decode_records(records, form.size, form.channels, practice.rules)
     for done, (number, (record, square)) in enumerate(zip(todo, decoded, strict=True), 1):
         if isinstance(square, str):
-            lost.append(Refusal(record.path, record.member, at_decoding(square), record.stamp, record.beside))
+            lost.append(record.refused(at_decoding(square)))
         else:
             appender = _add(appender, vault, key, rows[number], square)
         if progress is not None:

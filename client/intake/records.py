@@ -40,6 +40,7 @@ class Record:
         header: Of DICOM, the values of `client.intake.headers.FACTS` that are there, by keyword. Patients' data.
         beside: What a table beside the files (index.csv, labels.csv) says of the file; "" where there is none.
         blank: Parts that are made black before anything else is done with the image.
+        line: Of the index that names the image, from 1; 0 where no index does.
     """
 
     path: Path = field(repr=False)
@@ -52,18 +53,25 @@ class Record:
     header: Mapping[str, str] = field(default_factory=dict[str, str], repr=False, compare=False)
     beside: str = field(default="", repr=False)
     blank: tuple[Region, ...] = field(default=(), repr=False)
+    line: int = field(default=0, repr=False)
+
+    def refused(self, reason: str) -> "Refusal":
+        """Return that this image is not used."""
+        return Refusal(self.path, self.member, reason, self.stamp, self.beside, self.frame, self.line)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One file, member or row that is not used, and why. Its repr shows the reason alone."""
+    """One file, member, frame or row that is not used, and why. Its repr shows the reason alone."""
 
     path: Path = field(repr=False)
     member: str | None = field(repr=False)
     reason: str
     stamp: Stamp = field(default=(0, 0), repr=False)
     beside: str = field(default="", repr=False)
+    frame: int | None = field(default=None, repr=False)
+    line: int = field(default=0, repr=False)
 
 
 @final

@@ -15,6 +15,7 @@ from client.intake.cautions import Caution
 from client.intake.headers import syntax_name
 from client.intake.records import Record, Refusal, Scan
 from client.intake.refusals import remedies, was_read
+from client.intake.requests import is_npz
 from client.intake.selection import Choice
 
 EXAMPLES = 3
@@ -99,30 +100,55 @@ class Report:
 
 @final
 class Listing:
-    """Numbers of files in the order of the source, or their names."""
+    """Numbers of files in the order of the source, or their names; within a file, of what stands in it.
+
+    Frames and members count from 1, rows of an NPZ from 0, as NumPy does, and lines of an index as an editor does.
+
+    Guarantees:
+        - told_apart: Two images of one file, archive, NPZ or index are not shown alike.
+    """
 
     def __init__(self, found: Scan, root: Path, show_files: bool) -> None:
         """Number the files of a scan."""
-        paths = {item.path for item in (*found.records, *found.refusals)} | set(found.skipped)
+        items = (*found.records, *found.refusals)
+        paths = {item.path for item in items} | set(found.skipped)
         self._numbers = {path: number for number, path in enumerate(sorted(paths), 1)}
+        members = dict.fromkeys((item.path, item.member) for item in items if item.member is not None)
+        self._members: dict[tuple[Path, str | None], int] = {}
+        of_path = Counter[Path]()
+        for path, member in members:
+            of_path[path] += 1
+            self._members[path, member] = of_path[path]
         self._root, self._show = root, show_files
 
-    def number(self, path: Path) -> int:
-        """Return the number of a file, from 1; 0 where the scan did not name it."""
-        return self._numbers.get(path, 0)
+    def name(self, item: Record | Refusal | Path) -> str:
+        """Return how a file, or an image in it, is shown."""
+        path = item if isinstance(item, Path) else item.path
+        said = self._path(path) if self._show else f"no. {self._numbers.get(path, 0)}"
+        if isinstance(item, Path):
+            return said
+        if is_npz(path) and item.frame is not None:
+            return f"row {item.frame}"
+        if item.line:
+            said = f"{said}, line {item.line}" if self._show and said != "." else f"line {item.line}"
+        if item.member is not None:
+            said += f", {item.member}" if self._show else f", member {self._members.get((path, item.member), 0)}"
+        return said if item.frame is None else f"{said}, frame {item.frame + 1}"
 
-    def name(self, path: Path) -> str:
-        """Return how a file is shown."""
-        if not self._show:
-            return f"no. {self.number(path)}"
+    def examples(self, items: Iterable[Record | Refusal | Path]) -> tuple[str, ...]:
+        """Return how the first few that are shown differently are shown."""
+        named: dict[str, None] = {}
+        for item in items:
+            named[self.name(item)] = None
+            if len(named) == EXAMPLES:
+                break
+        return tuple(named)
+
+    def _path(self, path: Path) -> str:
         for root in (self._root, self._root.resolve()):
             if path.is_relative_to(root):
                 return str(path.relative_to(root))
         return str(path)
-
-    def examples(self, paths: Iterable[Path]) -> tuple[str, ...]:
-        """Return how the first few different files are shown."""
-        return tuple(self.name(path) for path in list(dict.fromkeys(paths))[:EXAMPLES])
 
 
 def make_report(
@@ -154,9 +180,9 @@ def make_report(
     """
     usable, gone = sum(patients), sum(refused.values())
     unread = sum(count for reason, count in refused.items() if not was_read(reason))
-    by_reason: dict[str, list[Path]] = {}
+    by_reason: dict[str, list[Refusal]] = {}
     for refusal in (*choice.refusals, *lost):
-        by_reason.setdefault(refusal.reason, []).append(refusal.path)
+        by_reason.setdefault(refusal.reason, []).append(refusal)
     groups = [
         Group(reason, count, listing.examples(by_reason.get(reason, ())))
         for reason, count in sorted(refused.items(), key=lambda item: (-item[1], item[0]))

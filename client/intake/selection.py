@@ -101,7 +101,7 @@ def choose(
                 reason = Reason.DUPLICATE
             once.update(names)
         if reason is not None:
-            refusals.append(Refusal(record.path, record.member, str(reason), record.stamp, record.beside))
+            refusals.append(record.refused(str(reason)))
             continue
         patient, blank = practice.patients.of(record.patient), practice.blank.regions(record)
         chosen.append(replace(record, patient=patient, blank=blank))

@@ -110,7 +110,7 @@ class _Seen:
 
 def _twins(pairs: Sequence[tuple[Record, Record]]) -> list[Caution]:
     said = f"{counted_pairs(len(pairs))} of nearly the same pictures under two patients: one person with two ids?"
-    return [Caution(said, tuple(record.path for pair in pairs for record in pair))] if pairs else []
+    return [Caution(said, tuple(record for pair in pairs for record in pair))] if pairs else []
 
 
 def _decode(choice: Choice, practice: Practice, progress: Progress | None) -> _Seen:
@@ -118,7 +118,7 @@ def _decode(choice: Choice, practice: Practice, progress: Progress | None) -> _S
     draw = np.random.default_rng(0)
     for done, (record, square) in enumerate(decode_records(choice.records, SIZE, 1, practice.rules), 1):
         if isinstance(square, str):
-            seen.lost.append(Refusal(record.path, record.member, at_decoding(square)))
+            seen.lost.append(record.refused(at_decoding(square)))
         else:
             place = len(seen.used)
             seen.twins.add(square, numbers.setdefault(record.patient, len(numbers)), place)
@@ -151,7 +151,7 @@ def _pictures(records: Sequence[Record], practice: Practice, size: int = SIZE) -
 
 
 def _named(pictures: Sequence[tuple[Record, Square]], listing: Listing) -> list[tuple[str, Square]]:
-    return [(listing.name(record.path), square) for record, square in pictures]
+    return [(listing.name(record), square) for record, square in pictures]
 
 
 def _screen(records: Sequence[Record], practice: Practice, listing: Listing) -> tuple[Caution, Row]:
@@ -169,4 +169,4 @@ def _screen(records: Sequence[Record], practice: Practice, listing: Listing) -> 
         f"{failed}. It misses much: look yourself."
     )
     row = Row("usable, with text by OCR", tuple(_named(_pictures(with_text, practice), listing)))
-    return Caution(said, tuple(record.path for record in with_text)), row
+    return Caution(said, tuple(with_text)), row
