@@ -115,7 +115,7 @@ def import_source(
             delete_unnamed(vault, manifest)
     refused = sum((Counter(one.refused) for one in seen.values()), Counter[str]())
     if few:
-        raise too_few(len(patients), min_patients, refused, other_labels(found, form.classes))
+        raise too_few(len(patients), min_patients, refused, other_labels(found, form.classes), kept=True)
     labels = tuple(np.bincount(rows["label"], minlength=len(form.classes)).tolist())
     return Imported(patients, labels, dict(sorted(refused.items())), len(kept), added, found, choice, lost)
 
@@ -221,7 +221,7 @@ def _alone(vault: Path) -> AbstractContextManager[None]:
 
 
 def too_few(
-    patients: int, least: int, refused: Mapping[str, int], others: str = ""
+    patients: int, least: int, refused: Mapping[str, int], others: str = "", *, kept: bool = False
 ) -> IntakeError | TooFewPatients | MissingExtra:
     """Return the error for a source with fewer usable patients than there have to be, perhaps none.
 
@@ -230,14 +230,15 @@ def too_few(
         least: How many there have to be.
         refused: Images that are not used, by reason.
         others: What `other_labels` says.
+        kept: Whether what was decoded is kept for the next import.
     """
-    said = describe(refused) or "nothing found"
     if patients:
         return TooFewPatients(
-            f"Expected at least min_patients={least} usable patients at this site, found {patients} ({said}). Add "
-            "patients, or lower privacy.min_patients and the policy's min_patients. What was read is kept for then."
-            + (others and f" {others}")
+            f"Expected at least min_patients={least} usable patients at this site, found {patients} "
+            f"({describe(refused) or 'no image was refused'}). Add patients, or lower privacy.min_patients and the "
+            "policy's min_patients." + (" What was read is kept for then." if kept else "") + (others and f" {others}")
         )
+    said = describe(refused) or "there is none"
     advice = "; ".join(remedies(refused)) or others or "Mend these and run again"
     missing = MissingExtra if any(map(for_want_of_an_extra, refused)) else IntakeError
     return missing(f"No image could be used ({said}). {advice.rstrip('.')}.")

@@ -121,7 +121,7 @@ def require_usable(found: Scan) -> None:
         )
     if not found.records:
         raise IntakeError(
-            f"No usable image ({describe(found.refused) or 'nothing found'}). Expected DICOM, PNG, "
+            f"No usable image ({describe(found.refused) or 'there is none'}). Expected DICOM, PNG, "
             "JPEG, TIFF or NIfTI with index.csv, or an NPZ."
         )
     if all(record.label is None for record in found.records):

@@ -16,6 +16,7 @@ from pydicom.uid import MPEG2MPML
 from client import cli, images, policy
 from client.agent import answer, open_site
 from client.home import Home, SiteConfig, create_home, vault_key
+from client.intake.importing import too_few
 from client.logs import log_to
 from client.policy import Policy
 from common.config import Proposal
@@ -172,8 +173,11 @@ def test_exit_codes(run: Run, source: Path, tmp_path: Path, write_dicom: WriteDi
     home = make_home(tmp_path, source, least=50)
     importing = ("import", home.folder, "--classes", "all", "--size", 28)
     checking = ("--label", "none", "--report", tmp_path / "seen")
-    assert run(*importing)[0] == ExitCode.TOO_FEW_PATIENTS
-    assert run("check", source, "--home", home.folder, "--report", tmp_path / "seen")[0] == ExitCode.TOO_FEW_PATIENTS
+    code, _, error = run(*importing)
+    assert (code, "What was read is kept" in error) == (ExitCode.TOO_FEW_PATIENTS, True)
+    code, _, error = run("check", source, "--home", home.folder, "--report", tmp_path / "seen")
+    assert (code, "kept" in error) == (ExitCode.TOO_FEW_PATIENTS, False)
+    assert "no image was refused" in str(too_few(14, 20, {}))
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "a.txt").write_text("no image")

@@ -13,10 +13,8 @@ from client.intake.survey import survey
 from tests.client.intake.conftest import WriteDicom
 
 
-def examples(
-    source: Path, label: str = "none", show_files: bool = False, **rules: object
-) -> dict[str, tuple[str, ...]]:
-    practice = Practice(source, label, IntakeRules.model_validate({"workers": 1, **rules}))
+def examples(source: Path, show_files: bool = False) -> dict[str, tuple[str, ...]]:
+    practice = Practice(source, "none", IntakeRules(workers=1))
     return {group.said: group.examples for group in survey(practice, show_files=show_files).report.refused}
 
 
@@ -51,15 +49,8 @@ def test_told_apart(index: Path, tmp_path: Path, write_dicom: WriteDicom) -> Non
             archive.write(file, f"NAME_{name}")
     assert shown(tmp_path / "z") == ["no. 1, member 1", "no. 1, member 2", "no. 1, member 3"]
     many = np.random.default_rng(0).integers(0, 4096, (3, 16, 16)).astype(np.uint16)
-    write_dicom(
-        tmp_path / "m" / "one",
-        Rows=16,
-        Columns=16,
-        SamplesPerPixel=1,
-        NumberOfFrames=3,
-        PhotometricInterpretation="MONOCHROME2",
-        PixelData=many.tobytes(),
-    )
+    first = {"Rows": 16, "Columns": 16, "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"}
+    write_dicom(tmp_path / "m" / "one", many[0], **first, NumberOfFrames=3, PixelData=many.tobytes())
     assert shown(tmp_path / "m", frames="all") == ["no. 1, frame 1", "no. 1, frame 2", "no. 1, frame 3"]
 
 
