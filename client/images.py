@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from client.intake import Dataset
 from client.intake.cautions import GROUPING, Caution, cautions
 from client.intake.importing import Imported, Progress, too_few
 from client.intake.page import save_page
-from client.intake.records import parse_label
+from client.intake.records import counted, parse_label
 from client.intake.refusals import Reason
-from client.intake.report import Listing, Report, counted, make_report
-from client.intake.selection import Practice, other_labels
+from client.intake.report import Listing, Report, make_report
+from client.intake.selection import Practice, other_labels, shown_labels
 from client.intake.sources import require_usable
 from client.intake.survey import survey
 from client.intake.twins import Twins, counted_pairs
@@ -58,8 +59,10 @@ def check(
     practice, minimum = _practice(path, home, label)
     names = [name.strip() for name in classes.split(",")] if classes is not None else None
     found = survey(practice, names, show_files, ocr, progress())
-    said = replace(found.report, cost=tuple(cost(found.report.patients)))
+    said = replace(found.report, cost=tuple(cost(found.report.patients)), min_patients=minimum)
     print("\n".join(said.lines()))
+    if said.classes is None and found.labels:
+        print(f"by label, on this terminal alone: {shown_labels(Counter(found.labels))}")
     for written in save_page(report, said, found.rows):
         print(f"to look at, and to delete then: {written}")
     _write_json(json_file, said)
@@ -89,12 +92,11 @@ def import_(
     names = [name.strip() for name in classes.split(",")]
     done = import_images(opened, names, size, minimum, channels, progress())
     counts = dict(zip(names, done.labels, strict=True))
-    by_class = ", ".join(f"{name} {count}" for name, count in counts.items())
-    print(f"imported {counted(done.images, 'image')} of {counted(len(done.patients), 'patient')}; by class: {by_class}")
+    print(f"imported {counted(done.images, 'image')} of {counted(len(done.patients), 'patient')}")
     unopened = counted(done.unchanged, "file")
     print(f"new or changed: {counted(done.added, 'image')}; unchanged: {unopened} that were not opened")
     twins = twins_in(load_images(opened, names, size, channels))
-    said = _report(done, practice_of(opened), twins, show_files)
+    said = replace(_report(done, practice_of(opened), twins, counts, show_files), min_patients=minimum)
     print("\n".join(said.lines()))
     _write_json(json_file, said)
     _warn_of_labels(_others(done, names))
@@ -141,14 +143,14 @@ def twins_in(dataset: Dataset) -> int:
     return len(twins.pairs())
 
 
-def _report(done: Imported, practice: Practice, twins: int, show_files: bool) -> Report:
+def _report(done: Imported, practice: Practice, twins: int, classes: Mapping[str, int], show_files: bool) -> Report:
     warnings = [Caution(GROUPING), *cautions(done.found.records, done.choice, practice)]
     if twins:
         said = f"{counted_pairs(twins)} of nearly the same pictures under two patients: one person with two ids?"
         warnings.append(Caution(f"{said} See `check`."))
     root = practice.source if practice.source.is_dir() else practice.source.parent
     listing = Listing(done.found, root, show_files)
-    return make_report(done.found, done.choice, done.lost, done.patients, done.refused, warnings, listing)
+    return make_report(done.found, done.choice, done.lost, done.patients, classes, done.refused, warnings, listing)
 
 
 def _practice(path: Path, home: Path | None, label: str) -> tuple[Practice, int]:

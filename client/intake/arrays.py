@@ -61,18 +61,20 @@ def scan_arrays(path: Path, label: LabelSource) -> Scan:
     with _opened(path) as archive:
         stack = _stack_name(archive)
         _check_sizes(archive, [stack, _label_name(label, stack), "patient_id", "issuer", "site"])
-        count = _count(_header(archive, stack)[0])
+        shape = _header(archive, stack)[0]
+        count = _count(shape)
         labels = _labels(archive, label, stack, count)
         patients = _patients(archive, stack, count)
         issuers = _column(archive, "issuer", count) if _has(archive, "issuer") else [""] * count
         sites = _column(archive, "site", count) if _has(archive, "site") else [""] * count
+    size = _sides(shape)[::-1]
     named = zip(issuers, patients, labels, sites, strict=True)
     stamp = stamp_of(path)
     records: list[Record] = []
     lost: list[int] = []
     for row, (issuer, patient, name, site) in enumerate(named):
         if patient:
-            records.append(Record(path, row, (issuer, patient), name or None, site or None, stamp=stamp))
+            records.append(Record(path, row, (issuer, patient), name or None, site or None, stamp=stamp, size=size))
         else:
             lost.append(row)
     shown = tuple(Refusal(path, None, Reason.NO_PATIENT, stamp, frame=row) for row in lost[:_SHOWN])
@@ -185,19 +187,21 @@ def _stack_name(archive: zipfile.ZipFile) -> str:
 
 def _count(shape: tuple[int, ...]) -> int:
     """Return how many images an array of this shape holds."""
-    if len(shape) == 4 and (shape[3] in (1, 3) or shape[1] == 1):
-        rows, columns = shape[1:3] if shape[3] in (1, 3) else shape[2:4]
-    elif len(shape) == 3:
-        rows, columns = shape[1:3]
-    else:
+    if not (len(shape) == 3 or (len(shape) == 4 and (shape[3] in (1, 3) or shape[1] == 1))):
         raise IntakeError(f"Expected images of shape (N,H,W), (N,H,W,1), (N,H,W,3) or (N,1,H,W), got {shape}.")
     if not 1 <= shape[0] <= MAX_IMAGES:
         raise IntakeError(f"Expected 1 to {MAX_IMAGES} images in an NPZ, got {shape[0]}.")
     try:
-        check_size(rows, columns)
+        check_size(*_sides(shape))
     except Refused as refusal:
         raise IntakeError(f"Expected images of a pixel or more in the NPZ, got {shape}: {refusal}.") from refusal
     return shape[0]
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return rows and columns of the images of an array."""
+    first = 2 if len(shape) == 4 and shape[3] not in (1, 3) else 1
+    return shape[first], shape[first + 1]
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> _Header:

@@ -15,6 +15,7 @@ from client.intake.pixels import Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
+from client.intake.sizes import Size, size_of
 from client.intake.table import Table, read_table
 from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
@@ -51,7 +52,7 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
             path = _inside(root, row[file])
             if not row[patient]:
                 raise Refused(Reason.NO_PATIENT)
-            frames = rules.chosen(Volume(path, rules).slices) if is_volume(path) else (None,)
+            frames, size = _frames(path, rules)
         except Refused as refusal:
             named = path if path != root else _named(root, row[file])
             refusals.append(Refusal(named, None, refusal.reason, stamp_of(named), beside[row[file]], line=line))
@@ -61,7 +62,9 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
             site = row.get("site") or None
             stamp = stamp_of(path)
             said = beside[row[file]]
-            records.append(Record(path, frame, patients, text or None, site, stamp=stamp, beside=said, line=line))
+            records.append(
+                Record(path, frame, patients, text or None, site, stamp=stamp, beside=said, line=line, size=size)
+            )
     return scan_of(records, refusals)
 
 
@@ -93,6 +96,18 @@ def _levels(image: Image.Image) -> Levels:
     if image.mode.startswith(("I", "F")):
         return full_range(np.asarray(image))
     return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
+def _frames(path: Path, rules: IntakeRules) -> tuple[tuple[int | None, ...], Size | None]:
+    """Return which slices of a file are read, None for a file of one image, and the size that it states."""
+    if is_volume(path):
+        volume = Volume(path, rules)
+        return rules.chosen(volume.slices), volume.size
+    try:
+        with path.open("rb") as handle:
+            return (None,), size_of(handle)
+    except OSError as error:
+        raise Refused(Reason.MISSING) from error
 
 
 def _named(root: Path, name: str) -> Path:

@@ -41,6 +41,7 @@ class Record:
         beside: What a table beside the files (index.csv, labels.csv) says of the file; "" where there is none.
         blank: Parts that are made black before anything else is done with the image.
         line: Of the index that names the image, from 1; 0 where no index does.
+        size: Columns and rows as the file states them, for reports; None where they are in `header`, or not stated.
     """
 
     path: Path = field(repr=False)
@@ -54,6 +55,13 @@ class Record:
     beside: str = field(default="", repr=False)
     blank: tuple[Region, ...] = field(default=(), repr=False)
     line: int = field(default=0, repr=False)
+    size: tuple[int, int] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def stated_size(self) -> tuple[int, int] | None:
+        """Return columns and rows as the file states them."""
+        rows, columns = (self.header.get(name, "") for name in ("Rows", "Columns"))
+        return (int(columns), int(rows)) if rows.isdecimal() and columns.isdecimal() else self.size
 
     def refused(self, reason: str) -> "Refusal":
         """Return that this image is not used."""
@@ -144,3 +152,12 @@ def refuse_tag(label: LabelSource) -> None:
         raise ConfigError(
             f"--label {label.kind}:{label.name} reads DICOM, and this source is not DICOM. Use column:NAME."
         )
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """Return a count with its noun.
+
+    >>> counted(1, "pair"), counted(2, "pair")
+    ('1 pair', '2 pairs')
+    """
+    return f"{count} {one if count == 1 else several or one + 's'}"

@@ -13,7 +13,7 @@ from typing import Any, final
 
 from client.intake.cautions import Caution
 from client.intake.headers import syntax_name
-from client.intake.records import Record, Refusal, Scan
+from client.intake.records import Record, Refusal, Scan, counted
 from client.intake.refusals import remedies, was_read
 from client.intake.requests import is_npz
 from client.intake.selection import Choice
@@ -47,6 +47,7 @@ class Report:
         usable: Of these, that are allowed, labelled and decoded: what is trained on.
         patients: Who has usable images.
         images_per_patient: Least, median and most.
+        classes: Usable images of each class; None where the labels are values of headers and no class was named.
         opened: Images of files that were opened this time, which kinds, blanked, examples and warnings are of.
         unopened: Files that were known and not opened: of their images only counts are known.
         kinds: Modalities, sizes and transfer syntaxes with their counts.
@@ -55,6 +56,7 @@ class Report:
         remedies: What makes images readable for which there is no decoder.
         warnings: About patients and pictures.
         cost: What a typical run costs.
+        min_patients: Fewer patients take no part, by the site's policy.
     """
 
     expected: int
@@ -62,6 +64,7 @@ class Report:
     usable: int
     patients: int
     images_per_patient: tuple[int, float, int]
+    classes: Mapping[str, int] | None
     opened: int
     unopened: int
     kinds: Mapping[str, Mapping[str, int]]
@@ -70,6 +73,7 @@ class Report:
     remedies: tuple[str, ...]
     warnings: tuple[Group, ...]
     cost: tuple[str, ...] = field(default=())
+    min_patients: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return it for a JSON file."""
@@ -87,14 +91,16 @@ class Report:
                 f"unchanged: {counted(self.unopened, 'file')}; kinds, parts made black, examples and other warnings "
                 "below are of the files that were opened now alone: `check` shows them of all"
             )
+        if self.classes:
+            said.append(f"by class: {named_counts(self.classes)}")
         for name, counts in self.kinds.items() if self.opened else ():
-            said.append(f"{name}: {', '.join(f'{kind} {count}' for kind, count in counts.items()) or 'not stated'}")
+            said.append(f"{name}: {named_counts(counts)}")
         if self.blanked:
             said.append(f"blanked: {counted(self.blanked, 'image')} in part")
         said.append("refused: " + ("" if self.refused else "nothing"))
         said += [f"  {_line(group)}" for group in self.refused]
         said += [f"for want of a decoder: {line}" for line in self.remedies]
-        said += [f"warning: {_line(group, counted=False)}" for group in self.warnings]
+        said += [f"warning: {_line(group, with_count=False)}" for group in self.warnings]
         return [*said, *self.cost]
 
 
@@ -156,10 +162,10 @@ def make_report(
     choice: Choice,
     lost: Sequence[Refusal],
     patients: Sequence[int],
+    classes: Mapping[str, int] | None,
     refused: Mapping[str, int],
     warnings: Sequence[Caution],
     listing: Listing,
-    cost: Sequence[str] = (),
 ) -> Report:
     """Count.
 
@@ -168,15 +174,15 @@ def make_report(
         choice: What was made of it.
         lost: What decoding refused.
         patients: Usable images of each patient.
+        classes: Usable images of each class, where they may be named.
         refused: All refusals by reason, those of files that were not opened included.
         warnings: To be shown.
         listing: How files are shown.
-        cost: Lines about a run.
 
     Guarantees:
         - adds_up: `expected` is `usable` and all refused together.
-        - no_identifier: Without `show_files` no name of a file and no value of a header but modality, size and
-          registered transfer syntax is in it.
+        - no_identifier: Without `show_files` no name of a file and no value of a header but modality, size,
+          registered transfer syntax and the classes that the caller gives is in it.
     """
     usable, gone = sum(patients), sum(refused.values())
     unread = sum(count for reason, count in refused.items() if not was_read(reason))
@@ -194,6 +200,7 @@ def make_report(
         usable,
         len(patients),
         (each[0], float(median(each)), each[-1]),
+        classes,
         len(found.records),
         len(found.skipped),
         kinds_of(found.records),
@@ -201,7 +208,6 @@ def make_report(
         tuple(groups),
         tuple(remedies(refused)),
         tuple(Group(one.said, len(one.files), listing.examples(one.files)) for one in warnings),
-        tuple(cost),
     )
 
 
@@ -209,25 +215,24 @@ def kinds_of(records: Iterable[Record]) -> Mapping[str, Mapping[str, int]]:
     """Count modalities, sizes and transfer syntaxes; text that no standard lists is not shown."""
     counts = {name: Counter[str]() for name in ("modalities", "sizes", "syntaxes")}
     for record in records:
-        header = record.header
-        if modality := header.get("Modality"):
+        if modality := record.header.get("Modality"):
             counts["modalities"][modality if modality in MODALITIES else "other"] += 1
-        if header.get("Rows", "").isdigit() and header.get("Columns", "").isdigit():
-            counts["sizes"][f"{header['Columns']} x {header['Rows']}"] += 1
-        if syntax := header.get("TransferSyntaxUID"):
+        if size := record.stated_size:
+            counts["sizes"][f"{size[0]} x {size[1]}"] += 1
+        if syntax := record.header.get("TransferSyntaxUID"):
             counts["syntaxes"][syntax_name(syntax)] += 1
-    return {name: dict(counter.most_common(12)) for name, counter in counts.items()}
+    return {name: dict(counter.most_common(12)) for name, counter in counts.items() if counter}
 
 
-def counted(count: int, one: str, several: str = "") -> str:
-    """Return a count with its noun.
+def named_counts(counts: Mapping[str, int]) -> str:
+    """Return counts with their names, as one phrase.
 
-    >>> counted(1, "pair"), counted(2, "pair")
-    ('1 pair', '2 pairs')
+    >>> named_counts({"CT": 2, "MR": 1})
+    'CT 2, MR 1'
     """
-    return f"{count} {one if count == 1 else several or one + 's'}"
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def _line(group: Group, counted: bool = True) -> str:
+def _line(group: Group, with_count: bool = True) -> str:
     examples = f" (as {', '.join(group.examples)})" if group.examples else ""
-    return f"{group.count} {group.said}{examples}" if counted else f"{group.said}{examples}"
+    return f"{group.count} {group.said}{examples}" if with_count else f"{group.said}{examples}"

@@ -13,7 +13,7 @@ from typing import final
 
 from client.intake.deidentify import BlankRules, doubt
 from client.intake.patients import PatientTable
-from client.intake.records import Record, Refusal, Scan, parse_label
+from client.intake.records import Record, Refusal, Scan, counted, parse_label
 from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
 from client.logs import printable
@@ -122,11 +122,25 @@ def other_labels(found: Scan, classes: Sequence[str]) -> str:
     others = Counter(record.label for record in found.records if record.label not in (None, *classes))
     if not others:
         return ""
-    named = ", ".join(f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in others.most_common(_SHOWN))
-    more = f" and {len(others) - _SHOWN} labels more" if len(others) > _SHOWN else ""
     return (
-        f"{others.total()} images have labels that are no class of the run: {named}{more}. Spelling and capitals "
+        f"{counted(others.total(), 'image has a label that is', 'images have labels that are')} no class of the run: "
+        f"{shown_labels(others)}. Spelling and capitals "
         "count: if one of these is meant, run again with --classes as the labels are spelled, or map them with rules."
+    )
+
+
+def shown_labels(labels: Counter[str | None]) -> str:
+    """Return the most frequent labels with their counts, cut and printable. For a terminal alone."""
+    named = ", ".join(f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in labels.most_common(_SHOWN))
+    return named + (f" and {len(labels) - _SHOWN} labels more" if len(labels) > _SHOWN else "")
+
+
+def of_headers(found: Scan, practice: Practice) -> bool:
+    """Return whether labels are values of DICOM headers, and not of a table, an array or rules of the site."""
+    kind = parse_label(practice.label).kind
+    return kind in ("auto", "tag") and any(
+        record.label is not None and "TransferSyntaxUID" in record.header and not record.beside
+        for record in found.records
     )
 
 

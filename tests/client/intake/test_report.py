@@ -1,14 +1,17 @@
 """How files and what stands in them are named, and what is counted."""
 
+import io
 import zipfile
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
 from client.intake import IntakeRules
 from client.intake.selection import Practice
+from client.intake.sizes import size_of
 from client.intake.survey import survey
 from tests.client.intake.conftest import WriteDicom
 
@@ -70,3 +73,48 @@ def test_rows_of_an_npz_without_a_patient_can_be_found(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=stack, patient_id=["a", *[""] * 6, "b", "c"])
     found = survey(Practice(tmp_path / "a.npz", "none", IntakeRules(workers=1))).report
     assert [(one.count, one.examples) for one in found.refused] == [(6, ("row 1", "row 2", "row 3"))]
+
+
+def test_sizes_are_those_that_files_state(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30), np.uint8))
+    for name in ("a.png", "b.jpg", "c.tif"):
+        picture.save(tmp_path / name)
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((11, 12, 3)), np.eye(4)), tmp_path / "d.nii.gz")
+    rows = [f"{path.name},P{number}" for number, path in enumerate(sorted(tmp_path.iterdir()))]
+    (tmp_path / "index.csv").write_text("\n".join(["file,patient", *rows]))
+    found = survey(Practice(tmp_path, "none", IntakeRules(workers=1))).report
+    assert found.kinds == {"sizes": {"30 x 20": 3, "11 x 12": 1}}
+    stack = np.random.default_rng(0).integers(0, 255, (3, 1, 16, 18), np.uint8)
+    np.savez(tmp_path / "a.npz", images=stack, patient_id=["a", "b", "c"])
+    assert survey(Practice(tmp_path / "a.npz", "none", IntakeRules(workers=1))).report.kinds["sizes"] == {"18 x 16": 3}
+
+
+def test_a_size_is_looked_for_within_bounds() -> None:
+    jpeg = b"\xff\xd8" + b"\xff\xe0\0\2" * 999
+    for data in (b"", b"\x89PNG", jpeg, b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"):
+        assert size_of(io.BytesIO(data)) is None
+
+
+def test_pictures_of_each_reason_with_the_reason(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    for number in range(60):
+        kind = {"Modality": "US"} if number < 50 else {"BurnedInAnnotation": "YES"} if number < 59 else {}
+        pixels = np.random.default_rng(number).integers(0, 4096, (16, 16)).astype(np.uint16)
+        write_dicom(tmp_path / f"{number:02d}", pixels, SOPInstanceUID=f"1.2.{number}", **kind)
+    rows = {row.title: len(row.pictures) for row in survey(Practice(tmp_path, "none", IntakeRules(workers=1))).rows}
+    assert rows == {
+        "usable, drawn at random": 1,
+        "not used: ultrasound": 8,
+        "not used: text burned in, says the header": 8,
+    }
+
+
+def test_labels_that_are_values_of_headers_stay_on_the_terminal(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    for number in range(3):
+        write_dicom(tmp_path / str(number), SOPInstanceUID=f"1.{number}", StudyDescription=f"of {number % 2}")
+    practice = Practice(tmp_path, "tag:StudyDescription", IntakeRules(workers=1))
+    assert survey(practice).report.classes is None
+    assert survey(practice).labels == {"of 0": 2, "of 1": 1}
+    assert survey(practice, ["of 1", "none"]).report.classes == {"of 1": 1, "none": 0}
+    (tmp_path / "rules.toml").write_text('[[label]]\nclass = "a"\ntag = "StudyDescription"\nmatches = "1"\n')
+    by_rule = Practice(tmp_path, f"rules:{tmp_path / 'rules.toml'}", IntakeRules(workers=1))
+    assert survey(by_rule).report.classes == {"a": 1}
