@@ -31,8 +31,8 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem
 .numbers b { display: block; font-size: 1.5rem }
 table { border-collapse: collapse; width: 100% } tr { border-bottom: 1px solid #e5e5e5 }
 td, th { text-align: left; padding: .3rem .8rem .3rem 0; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 5rem }
-td.f, .muted { color: #666 } .scroll { overflow-x: auto } h3 { font-size: 1rem; margin: 1.2rem 0 .5rem }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 3rem }
+td.f, .muted { color: #666 } td.f { width: 30% } h3 { font-size: 1rem; margin: 1.2rem 0 .5rem }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: .8rem }
 figure { margin: 0 } figcaption { color: #555; font-size: .8rem; overflow-wrap: anywhere }
 img { width: 100%; max-width: 256px; border: 1px solid #999 }
