@@ -4,7 +4,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +14,10 @@ import typer
 
 from client import policy
 from client.home import Home, import_images, load_images, practice_of
-from client.intake import Dataset
+from client.intake import Dataset, Form
 from client.intake.cautions import GROUPING, Caution, cautions
-from client.intake.importing import Imported, Progress, too_few
+from client.intake.chunks import chunk_images
+from client.intake.importing import DECODED, Imported, Progress, too_few
 from client.intake.page import save_page
 from client.intake.records import counted, parse_label
 from client.intake.refusals import Reason
@@ -90,7 +92,8 @@ def import_(
     _require_places(home, json_file)
     minimum = policy.load(opened.policy).min_patients
     names = [name.strip() for name in classes.split(",")]
-    done = import_images(opened, names, size, minimum, channels, progress())
+    with _stoppable(Form(tuple(names), size, channels), progress()) as telling:
+        done = import_images(opened, names, size, minimum, channels, telling)
     counts = dict(zip(names, done.labels, strict=True))
     print(f"imported {counted(done.images, 'image')} of {counted(len(done.patients), 'patient')}")
     unopened = counted(done.unchanged, "file")
@@ -185,22 +188,50 @@ def _write_json(path: Path | None, report: Report) -> None:
 
 
 def progress() -> Progress:
-    """Return what tells on stderr how far reading is and how long it will take."""
-    terminal = sys.stderr.isatty()
-    started = last = time.monotonic()
+    """Return what tells on stderr how far reading is and how long it will take; the clock starts anew with each phase.
 
-    def tell(done: int, total: int) -> None:
-        nonlocal last
+    Guarantees:
+        - each_phase_has_its_clock: What was done before a phase makes it look neither slower nor longer.
+    """
+    terminal = sys.stderr.isatty()
+    phase, before, began, last = "", 0, 0.0, 0.0
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal phase, before, began, last
         now = time.monotonic()
+        if what != phase:
+            phase, before, began, last = what, done - 1, now, now
         finished = done == total and terminal
         if not finished and now - last < (_EVERY_S if terminal else _EVERY_S_IN_A_LOG):
             return
         last = now
-        rate = done / max(now - started, 1e-9)
-        line = f"read {done} of {total} images, {rate:.0f} a second, {_duration((total - done) / rate)} left"
+        rate = (done - before) / max(now - began, 1e-3)
+        left = f" of {total}, {rate:.0f} a second, {_duration((total - done) / rate)} left" if total else ""
+        line = f"{what}: {done}{left or f', {rate:.0f} a second'}"
         print(f"\r{line:<70}" if terminal else line, end="" if terminal and not finished else "\n", file=sys.stderr)
 
     return tell
+
+
+@contextmanager
+def _stoppable(form: Form, progress: Progress) -> Generator[Progress]:
+    """Say on Ctrl-C how much of an import is kept."""
+    decoded, of = 0, 0
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal decoded, of
+        if what == DECODED:
+            decoded, of = done, total
+        progress(what, done, total)
+
+    try:
+        yield tell
+    except KeyboardInterrupt:
+        kept = "no image had been read"
+        if decoded:
+            kept = f"{decoded} of {of} images were read, and are kept but for the last {chunk_images(form)} at most"
+        print(f"\n{kept}; run the same command again to go on", file=sys.stderr)
+        raise
 
 
 def _duration(seconds: float) -> str:

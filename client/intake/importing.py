@@ -21,7 +21,7 @@ from client.intake.chunks import Appender, compact, delete_unnamed, recover
 from client.intake.dataset import Form
 from client.intake.decode import decode_records
 from client.intake.pixels import Square
-from client.intake.records import Record, Refusal, Scan, Stamp
+from client.intake.records import Record, Refusal, Scan, Skip, Stamp
 from client.intake.refusals import at_decoding, describe, for_want_of_an_extra, may_pass, remedies
 from client.intake.selection import Choice, Practice, choose, instance_of, other_labels
 from client.intake.sources import scan
@@ -30,8 +30,10 @@ from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatient
 from common.lock import alone as alone_on
 from common.sealing import PSEUDONYM_BYTES, SealingKey
 
-Progress = Callable[[int, int], None]
-"""Told how many images are decoded, and of how many."""
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much; 0 where that is not known."""
+
+LOOKED_AT, DECODED = "files looked at", "images read"
 
 
 @final
@@ -82,7 +84,7 @@ def import_source(
         form: What the images shall be.
         practice: How they are read.
         min_patients: With fewer the vault gives no images, and what was decoded is kept for the next import.
-        progress: Told after each image.
+        progress: Told before each file that is listed and after each image.
         alone: Held while the vault changes from one state to the next.
 
     Raises:
@@ -101,7 +103,7 @@ def import_source(
     with _alone(vault):
         manifest = recover(vault, key, _opened(vault, key, form))
         names = _Names(key, practice.source, practice.digest())
-        found = scan(practice.source, practice.label, practice.rules, names.skip(manifest))
+        found = scan(practice.source, practice.label, practice.rules, told_of_files(progress, names.skip(manifest)))
         kept = {names.file(path) for path in found.skipped}
         choice = choose(found, practice, form.classes, _Instances(key, manifest, kept))
         manifest, lost, added = _decode(vault, names, manifest, choice, practice, progress)
@@ -118,6 +120,20 @@ def import_source(
         raise too_few(len(patients), min_patients, refused, other_labels(found, form.classes), kept=True)
     labels = tuple(np.bincount(rows["label"], minlength=len(form.classes)).tolist())
     return Imported(patients, labels, dict(sorted(refused.items())), len(kept), added, found, choice, lost)
+
+
+def told_of_files(progress: Progress | None, skip: Skip | None = None) -> Skip:
+    """Return what a scan asks about each file, so that it is told too."""
+    done = 0
+
+    def ask(path: Path, stamp: Stamp, beside: str) -> bool:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(LOOKED_AT, done, 0)
+        return skip is not None and skip(path, stamp, beside)
+
+    return ask
 
 
 @final
@@ -198,7 +214,7 @@ def _decode(
         else:
             appender = _add(appender, vault, key, rows[number], square)
         if progress is not None:
-            progress(done, len(todo))
+            progress(DECODED, done, len(todo))
     return appender.finish(), tuple(lost), len(todo) - len(lost)
 
 

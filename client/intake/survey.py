@@ -12,7 +12,7 @@ import numpy as np
 
 from client.intake.cautions import GROUPING, Caution, cautions
 from client.intake.decode import decode_records
-from client.intake.importing import Progress
+from client.intake.importing import DECODED, Progress, told_of_files
 from client.intake.pixels import Square
 from client.intake.records import Record, Refusal, Scan
 from client.intake.refusals import at_decoding
@@ -66,12 +66,12 @@ def survey(
         classes: Those of a run; None: any label will do.
         show_files: Show files by name, not by number.
         ocr: Look for text in some pictures.
-        progress: Told after each image.
+        progress: Told before each file that is listed, and after each image and each picture that OCR looked at.
 
     Raises:
         UnreadableSource, IntakeError, ConfigError: The source cannot be listed at all.
     """
-    found = find(practice.source, practice.label, practice.rules)
+    found = find(practice.source, practice.label, practice.rules, told_of_files(progress))
     choice = choose(found, practice, classes)
     listing = Listing(found, practice.source if practice.source.is_dir() else practice.source.parent, show_files)
     seen = _decode(choice, practice, progress)
@@ -90,7 +90,7 @@ def survey(
     for reason, kept in _not_used(found, choice).items():
         rows.append(Row(f"not used: {reason}", tuple(_named(_pictures(kept, practice), listing))))
     if ocr:
-        cautious, row = _screen([record for record, _ in seen.sample[:SCREENED]], practice, listing)
+        cautious, row = _screen([record for record, _ in seen.sample[:SCREENED]], practice, listing, progress)
         warnings.append(cautious)
         rows.append(row)
     patients = tuple(Counter(seen.patients).values())
@@ -135,7 +135,7 @@ def _decode(choice: Choice, practice: Practice, progress: Progress | None) -> _S
             if record.blank and len(seen.blanked) < SHOWN:
                 seen.blanked.append((record, square))
         if progress is not None:
-            progress(done, len(choice.records))
+            progress(DECODED, done, len(choice.records))
     return seen
 
 
@@ -176,13 +176,18 @@ def _named(pictures: Sequence[tuple[Record, Square]], listing: Listing) -> list[
     return [(listing.name(record), square) for record, square in pictures]
 
 
-def _screen(records: Sequence[Record], practice: Practice, listing: Listing) -> tuple[Caution, Row]:
+def _screen(
+    records: Sequence[Record], practice: Practice, listing: Listing, progress: Progress | None
+) -> tuple[Caution, Row]:
     if not can_screen():
         return Caution("OCR was asked for, and tesseract is not installed: apt-get install tesseract-ocr"), Row("", ())
     with_text: list[Record] = []
     failed = 0
-    for record, square in _pictures(records, practice, SIDE):
+    pictures = _pictures(records, practice, SIDE)
+    for done, (record, square) in enumerate(pictures, 1):
         words = words_in(square)
+        if progress is not None:
+            progress("pictures looked at by OCR", done, len(pictures))
         failed += words is None
         if words:
             with_text.append(record)

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,9 @@ from client import cli, images, policy
 from client.agent import answer, open_site
 from client.home import Home, SiteConfig, create_home, vault_key
 from client.intake.importing import too_few
+from client.intake.records import Record
+from client.intake.selection import Practice
+from client.intake.survey import survey
 from client.logs import log_to
 from client.policy import Policy
 from common.config import Proposal
@@ -243,13 +246,44 @@ def test_a_full_disk(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest
     assert (code, "Free space" in error) == (ExitCode.STORAGE, True)
 
 
-def test_progress_says_how_long(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 40.0, 41.0])
+def test_each_phase_has_its_clock(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 40.0, 5000.0, 5010.0, 5040.0, 5041.0])
     monkeypatch.setattr(images.time, "monotonic", lambda: next(clock))
     tell = images.progress()
-    for done in (10, 40, 41):
-        tell(done, 1000)
-    assert capsys.readouterr().err == "read 40 of 1000 images, 1 a second, 16.0 min left\n"
+    for done in (1, 80):
+        tell("files looked at", done, 0)
+    for done in (1, 10, 40, 41):
+        tell("images read", done, 1000)
+    said = ["files looked at: 80, 2 a second", "images read: 40 of 1000, 1 a second, 16.0 min left"]
+    assert capsys.readouterr().err.splitlines() == said
+
+
+def test_all_phases_are_told(source: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    survey(Practice(source, "none"), progress=lambda *state: told.append(state))
+    assert [state for state in told if state[0] == "files looked at"] == [
+        ("files looked at", number, 0) for number in range(1, 30)
+    ]
+    assert told[-1] == ("images read", 25, 25)
+
+
+def test_an_interrupted_import_says_what_is_kept(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = make_home(tmp_path, source)
+
+    def interrupted(records: Iterable[Record], *_: object) -> Iterator[tuple[Record, np.ndarray]]:
+        for number, record in enumerate(records):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield record, np.zeros((1, 28, 28), np.uint8)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("client.intake.importing.decode_records", interrupted)
+        code, _, error = run("import", home.folder, "--classes", "all", "--size", 28)
+    assert code == ExitCode.INTERRUPTED
+    assert "3 of 25 images were read, and are kept but for the last " in error
+    assert "run the same command again to go on" in error
 
 
 CANARIES = [f"CANARY{number:03d}" for number in range(200)]

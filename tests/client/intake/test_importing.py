@@ -194,7 +194,7 @@ from client.intake.importing import import_source
 from client.intake.selection import Practice
 from common.sealing import SealingKey
 chunks.CHUNK_BYTES = 28 * 28 * 4
-def told(done, total):
+def told(what, done, total):
     print(done, flush=True)
 import_source(Path(sys.argv[1]), SealingKey(bytes(range(32))), Form(("all",), 28, 1), Practice(Path(sys.argv[2])),
               progress=told)
