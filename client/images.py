@@ -17,6 +17,7 @@ from client.home import Home, import_images, load_images, practice_of
 from client.intake import Dataset, Form
 from client.intake.cautions import GROUPING, Caution, cautions
 from client.intake.chunks import chunk_images
+from client.intake.cost import estimate
 from client.intake.importing import DECODED, Imported, Progress, too_few
 from client.intake.page import save_page
 from client.intake.records import counted, parse_label
@@ -27,13 +28,10 @@ from client.intake.sources import require_usable
 from client.intake.survey import survey
 from client.intake.twins import Twins, counted_pairs
 from client.policy import Policy
-from common.config_text import build_config
 from common.errors import ConfigError
 from common.files import require_outside, write_atomic
-from common.plan import plan
-from common.privacy import Charge, epsilon
 
-_UNNAMED = ("all",)
+_LEAST: int = Policy.model_fields["min_patients"].default
 _BLOCK = 1024
 _EVERY_S = 0.5
 _EVERY_S_IN_A_LOG = 30.0
@@ -58,10 +56,12 @@ def check(
     installed, 14 with too few patients, 15 where the images cannot be reached, 7 where the report cannot be written.
     """
     _require_places(home, json_file, report)
-    practice, minimum = _practice(path, home, label)
+    practice, rules = _practice(path, home, label)
+    minimum = _LEAST if rules is None else rules.min_patients
     names = [name.strip() for name in classes.split(",")] if classes is not None else None
     found = survey(practice, names, show_files, ocr, progress())
-    said = replace(found.report, cost=tuple(cost(found.report.patients)), min_patients=minimum)
+    cost = estimate(found.report.patients, None if rules is None else rules.declared_patients)
+    said = replace(found.report, cost=cost, min_patients=minimum)
     print("\n".join(said.lines()))
     if said.classes is None and found.labels:
         print(f"by label, on this terminal alone: {shown_labels(Counter(found.labels))}")
@@ -99,7 +99,7 @@ def import_(
     unopened = counted(done.unchanged, "file")
     print(f"new or changed: {counted(done.added, 'image')}; unchanged: {unopened} that were not opened")
     twins = twins_in(load_images(opened, names, size, channels))
-    said = replace(_report(done, practice_of(opened), twins, counts, show_files), min_patients=minimum)
+    said = _report(done, practice_of(opened), twins, counts, show_files)
     print("\n".join(said.lines()))
     _write_json(json_file, said)
     _warn_of_labels(_others(done, names))
@@ -117,24 +117,6 @@ def _warn_of_labels(others: str) -> None:
     """Say on this terminal alone which labels are no class: neither the JSON nor the page holds them."""
     if others:
         print(f"warning: {others}", file=sys.stderr)
-
-
-def cost(patients: int) -> list[str]:
-    """Say what a run of the default configuration costs a patient of a site with so many, and what it takes."""
-    declared = patients // 10 * 10
-    if declared < 2:
-        return ["cost of a run: too few patients for one"]
-    config = build_config({}, {"image.classes": _UNNAMED})
-    agreed, rounds = plan(config, declared), config.federation.rounds
-    delta = min(config.privacy.delta, 0.1 / declared)
-    alone = epsilon([Charge(1.0, agreed.sample_rate, agreed.steps)], delta)
-    return [
-        f"cost of a run: with {declared} declared patients the default run ({rounds} rounds, {agreed.steps} private "
-        f"steps, {config.privacy.batch_patients} patients a step) with noise multiplier 1.0 costs epsilon {alone:.2f} "
-        f"at delta {delta:g}",
-        f"to stay within epsilon {config.privacy.epsilon:g}, warm-up included, it takes a noise multiplier of "
-        f"{agreed.train_noise_multiplier:.2f} in training: the more patients, the less",
-    ]
 
 
 def twins_in(dataset: Dataset) -> int:
@@ -156,13 +138,13 @@ def _report(done: Imported, practice: Practice, twins: int, classes: Mapping[str
     return make_report(done.found, done.choice, done.lost, done.patients, classes, done.refused, warnings, listing)
 
 
-def _practice(path: Path, home: Path | None, label: str) -> tuple[Practice, int]:
+def _practice(path: Path, home: Path | None, label: str) -> tuple[Practice, Policy | None]:
     parse_label(label)
     if home is None:
-        return Practice(path, label), Policy.model_fields["min_patients"].default
+        return Practice(path, label), None
     practice = practice_of(Home(home))
     chosen = practice.label if label == "auto" else label
-    return replace(practice, source=path, label=chosen), policy.load(Home(home).policy).min_patients
+    return replace(practice, source=path, label=chosen), policy.load(Home(home).policy)
 
 
 def _require_places(home: Path | None, json_file: Path | None, report: Path | None = None) -> None:

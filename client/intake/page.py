@@ -68,7 +68,7 @@ this page with --classes.</p>{% else %}<p>No image is usable.</p>{% endif %}
 <tr><td>{{ g.said }}</td><td class="f">{{ g.examples | join(", ") }}</td></tr>
 {% endfor %}</table>
 <h2>What a typical run costs</h2>
-{% for line in r.cost %}<p>{{ line }}</p>{% endfor %}
+{% for line in r.cost_lines() %}<p>{{ line }}</p>{% endfor %}
 <h2>Kinds</h2>
 <table>{% for name, counts in r.kinds.items() %}
 <tr><td>{{ name }}</td><td>{% for kind, count in counts.items() %}

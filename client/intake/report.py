@@ -6,12 +6,13 @@ Out of scope: the page itself (client/intake/page).
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, final
 
 from client.intake.cautions import Caution
+from client.intake.cost import Cost
 from client.intake.headers import syntax_name
 from client.intake.records import Record, Refusal, Scan, counted
 from client.intake.refusals import remedies, was_read
@@ -55,7 +56,7 @@ class Report:
         refused: Reasons with counts and examples.
         remedies: What makes images readable for which there is no decoder.
         warnings: About patients and pictures.
-        cost: What a typical run costs.
+        cost: What a typical run costs; None with too few patients, or where nobody asked.
         min_patients: Fewer patients take no part, by the site's policy.
     """
 
@@ -72,7 +73,7 @@ class Report:
     refused: tuple[Group, ...]
     remedies: tuple[str, ...]
     warnings: tuple[Group, ...]
-    cost: tuple[str, ...] = field(default=())
+    cost: Cost | None = None
     min_patients: int | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -101,7 +102,13 @@ class Report:
         said += [f"  {_line(group)}" for group in self.refused]
         said += [f"for want of a decoder: {line}" for line in self.remedies]
         said += [f"warning: {_line(group, with_count=False)}" for group in self.warnings]
-        return [*said, *self.cost]
+        return [*said, *self.cost_lines()]
+
+    def cost_lines(self) -> list[str]:
+        """Return what a typical run costs, as text; empty where that was not asked for."""
+        if self.cost is None:
+            return [] if self.min_patients is None else ["cost of a run: too few patients for one"]
+        return self.cost.lines()
 
 
 @final
