@@ -20,13 +20,14 @@ from client.intake.chunks import chunk_images
 from client.intake.cost import estimate
 from client.intake.importing import DECODED, Imported, Progress, too_few
 from client.intake.page import save_page
-from client.intake.records import counted, parse_label
+from client.intake.records import parse_label
 from client.intake.refusals import Reason
 from client.intake.report import Listing, Report, make_report
 from client.intake.selection import Practice, other_labels, shown_labels
 from client.intake.sources import require_usable
 from client.intake.survey import survey
 from client.intake.twins import Twins, counted_pairs
+from client.logs import counted
 from client.policy import Policy
 from common.errors import ConfigError
 from common.files import require_outside, write_atomic

@@ -152,12 +152,3 @@ def refuse_tag(label: LabelSource) -> None:
         raise ConfigError(
             f"--label {label.kind}:{label.name} reads DICOM, and this source is not DICOM. Use column:NAME."
         )
-
-
-def counted(count: int, one: str, several: str = "") -> str:
-    """Return a count with its noun.
-
-    >>> counted(1, "pair"), counted(2, "pair")
-    ('1 pair', '2 pairs')
-    """
-    return f"{count} {one if count == 1 else several or one + 's'}"

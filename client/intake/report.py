@@ -14,10 +14,11 @@ from typing import Any, final
 from client.intake.cautions import Caution
 from client.intake.cost import Cost
 from client.intake.headers import syntax_name
-from client.intake.records import Record, Refusal, Scan, counted
+from client.intake.records import Record, Refusal, Scan
 from client.intake.refusals import remedies, was_read
 from client.intake.requests import is_npz
 from client.intake.selection import Choice
+from client.logs import counted
 
 EXAMPLES = 3
 MODALITIES = frozenset(

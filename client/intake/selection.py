@@ -13,10 +13,10 @@ from typing import final
 
 from client.intake.deidentify import BlankRules, doubt
 from client.intake.patients import PatientTable
-from client.intake.records import Record, Refusal, Scan, counted, parse_label
+from client.intake.records import Record, Refusal, Scan, parse_label
 from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
-from client.logs import printable
+from client.logs import counted, printable
 from client.policy import Doubtful
 
 _SHOWN, _SHOWN_CHARS = 8, 48

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from client.logs import log_to
+from client.logs import counted, log_to
 from client.pull.archive import Archive
 from client.pull.asked import read_list
 from client.pull.inbox import Inbox, load_key
@@ -79,7 +79,10 @@ def _run(source: Source, inbox: Inbox, state: Path, asked: Path | None, *, dry_r
         pace = Pace(source.window, source.per_minute)
         work = Pull(archive, inbox, State(state), pace, say, show_ids=show_ids)
         found = work.resolve(rows)
-        _say(f"{len(rows)} lines of the list: {work.tally.series} series, {work.tally.expected} instances")
+        _say(
+            f"{counted(len(rows), 'line')} of the list: {work.tally.series} series, "
+            f"{counted(work.tally.expected, 'instance')}"
+        )
         if dry_run:
             work.describe(rows, found)
             work.tell_failures()
