@@ -27,10 +27,10 @@ from client.intake.selection import Practice, other_labels, shown_labels
 from client.intake.sources import require_usable
 from client.intake.survey import survey
 from client.intake.twins import Twins, counted_pairs
-from client.logs import counted
 from client.policy import Policy
 from common.errors import ConfigError
 from common.files import require_outside, write_atomic
+from common.wording import counted
 
 _LEAST: int = Policy.model_fields["min_patients"].default
 _BLOCK = 1024

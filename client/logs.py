@@ -50,12 +50,3 @@ def log_to(path: Path) -> None:
         handlers=[handler], level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it notes every question for a message
-
-
-def counted(count: int, one: str, several: str = "") -> str:
-    """Return a count with its noun.
-
-    >>> counted(1, "pair"), counted(2, "pair")
-    ('1 pair', '2 pairs')
-    """
-    return f"{count} {one if count == 1 else several or one + 's'}"

@@ -14,7 +14,7 @@ from client.intake.records import Record, Refusal, Region
 from client.intake.refusals import Reason
 from client.intake.requests import is_npz
 from client.intake.selection import Choice, Practice
-from client.logs import counted
+from common.wording import counted
 
 GROUPING = (
     "Grouping is a privacy parameter: the guarantee holds for each (issuer, id) as counted here. For a person under "

@@ -34,7 +34,7 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
         ConfigError: The labels are asked of a DICOM tag.
     """
     refuse_tag(label)
-    table = read_table(index)
+    table = read_table(index, f"The index {index.name}")
     file = table.column("file")
     patient = _patient_column(table)
     name = "" if label.kind == "none" else table.column(label.name or "label")

@@ -18,7 +18,7 @@ from client.intake.records import Record, Refusal, Scan
 from client.intake.refusals import remedies, was_read
 from client.intake.requests import is_npz
 from client.intake.selection import Choice
-from client.logs import counted
+from common.wording import counted
 
 EXAMPLES = 3
 MODALITIES = frozenset(

@@ -16,8 +16,9 @@ from client.intake.patients import PatientTable
 from client.intake.records import Record, Refusal, Scan, parse_label
 from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
-from client.logs import counted, printable
+from client.logs import printable
 from client.policy import Doubtful
+from common.wording import counted
 
 _SHOWN, _SHOWN_CHARS = 8, 48
 """Labels that are shown, and characters of each."""

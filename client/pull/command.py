@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from client.logs import counted, log_to
+from client.logs import log_to
 from client.pull.archive import Archive
 from client.pull.asked import read_list
 from client.pull.inbox import Inbox, load_key
@@ -19,6 +19,7 @@ from client.pull.state import State
 from common.command import run_command
 from common.errors import ConfigError, ExitCode, FedmedganError, MissingExtra
 from common.lock import alone
+from common.wording import counted
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 LOG = logging.getLogger("fedmedgan.pull")

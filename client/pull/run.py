@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar, final
 
-from client.logs import counted
 from client.pull.archive import ADVICE, Archive, Reason, Refused, Series
 from client.pull.asked import Row
 from client.pull.delivery import Delivery, Verdict
@@ -13,6 +12,7 @@ from client.pull.inbox import Inbox
 from client.pull.pace import Pace
 from client.pull.state import Count, State
 from common.errors import ExitCode, PacsError
+from common.wording import counted
 
 RETRIES_S: Final = (5.0, 30.0)
 """Waits before a series whose connection broke off is asked for again."""
