@@ -249,7 +249,7 @@ def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], s
         if label.kind == "column":
             raise IntakeError(f"--label column:{label.name} needs {LABELS_FILE} (file, {label.name}) beside the DICOM.")
         return {}, ""
-    table = read_table(path)
+    table = read_table(path, LABELS_FILE)
     file = table.column("file")
     by_file = {PurePosixPath(row[file]).as_posix(): row for row in table.rows}
     if len(by_file) != len(table.rows):

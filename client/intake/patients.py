@@ -62,7 +62,7 @@ def read_patient_table(path: Path) -> PatientTable:
     Raises:
         IntakeError: It cannot be read, lacks a column, gives one patient two meanings, or a chain of them.
     """
-    table = read_table(path)
+    table = read_table(path, f"The table of patients {path}")
     for name in ("patient", "to"):
         if name not in table.columns:
             raise IntakeError(

@@ -18,6 +18,7 @@ from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
 from client.logs import printable
 from client.policy import Doubtful
+from common.wording import counted
 
 _SHOWN, _SHOWN_CHARS = 8, 48
 """Labels that are shown, and characters of each."""
@@ -86,6 +87,7 @@ def choose(
     Guarantees:
         - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used.
         - accounted: Every record is either chosen or refused with one reason.
+        - text_before_labels: An image that may show text is refused for that, labelled or not.
         - patients_adjacent: Records come by (issuer, id) of their patient, one patient's together.
     """
     ranks = practice.patients.ranks(record.patient for record in found.records)
@@ -100,7 +102,7 @@ def choose(
                 reason = Reason.DUPLICATE
             once.update(names)
         if reason is not None:
-            refusals.append(Refusal(record.path, record.member, str(reason), record.stamp, record.beside))
+            refusals.append(record.refused(str(reason)))
             continue
         patient, blank = practice.patients.of(record.patient), practice.blank.regions(record)
         chosen.append(replace(record, patient=patient, blank=blank))
@@ -118,14 +120,30 @@ def other_labels(found: Scan, classes: Sequence[str]) -> str:
 
     For the terminal of whoever imports, and nothing else: a label is the value of a header.
     """
-    others = Counter(record.label for record in found.records if record.label not in (None, *classes))
+    others: Counter[str | None] = Counter(
+        record.label for record in found.records if record.label not in (None, *classes)
+    )
     if not others:
         return ""
-    named = ", ".join(f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in others.most_common(_SHOWN))
-    more = f" and {len(others) - _SHOWN} labels more" if len(others) > _SHOWN else ""
     return (
-        f"{others.total()} images have labels that are no class of the run: {named}{more}. Spelling and capitals "
+        f"{counted(others.total(), 'image has a label that is', 'images have labels that are')} no class of the run: "
+        f"{shown_labels(others)}. Spelling and capitals "
         "count: if one of these is meant, run again with --classes as the labels are spelled, or map them with rules."
+    )
+
+
+def shown_labels(labels: Counter[str | None]) -> str:
+    """Return the most frequent labels with their counts, cut and printable. For a terminal alone."""
+    named = ", ".join(f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in labels.most_common(_SHOWN))
+    return named + (f" and {len(labels) - _SHOWN} labels more" if len(labels) > _SHOWN else "")
+
+
+def of_headers(found: Scan, practice: Practice) -> bool:
+    """Return whether labels are values of DICOM headers, and not of a table, an array or rules of the site."""
+    kind = parse_label(practice.label).kind
+    return kind in ("auto", "tag") and any(
+        record.label is not None and "TransferSyntaxUID" in record.header and not record.beside
+        for record in found.records
     )
 
 
@@ -136,11 +154,11 @@ def instance_of(record: Record) -> str:
 
 
 def _reason(record: Record, practice: Practice, classes: Sequence[str] | None) -> Reason | None:
+    if (doubtful := doubt(record, practice.allowed)) is not None:  # first: it tells whoever looks before labelling
+        return doubtful
     if record.label is None:
         return Reason.NO_LABEL
-    if classes is not None and record.label not in classes:
-        return Reason.OTHER_LABEL
-    return doubt(record, practice.allowed)
+    return Reason.OTHER_LABEL if classes is not None and record.label not in classes else None
 
 
 def _names(record: Record) -> list[object]:
