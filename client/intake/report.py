@@ -105,8 +105,9 @@ class Listing:
 
     def name(self, path: Path) -> str:
         """Return how a file is shown."""
-        if not self._show:
-            return f"no. {self.number(path)}"
+        return escaped(self._name(path)) if self._show else f"no. {self.number(path)}"
+
+    def _name(self, path: Path) -> str:
         for root in (self._root, self._root.resolve()):
             if path.is_relative_to(root):
                 return str(path.relative_to(root))
@@ -181,6 +182,15 @@ def kinds_of(records: Iterable[Record]) -> Mapping[str, Mapping[str, int]]:
         if syntax := header.get("TransferSyntaxUID"):
             counts["syntaxes"][syntax_name(syntax)] += 1
     return {name: dict(counter.most_common(12)) for name, counter in counts.items()}
+
+
+def escaped(name: str) -> str:
+    r"""Return a name whose every letter can be written and shown: it may be no UTF-8, or command a terminal.
+
+    >>> print(escaped("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def _line(group: Group, counted: bool = True) -> str:

@@ -74,8 +74,8 @@ def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | 
     if dicom or suffix == ".zip":
         return scan_file(path, label, rules, skip)
     raise IntakeError(
-        f"Expected an NPZ file or a folder, a zip archive, a DICOMDIR or a DICOM file, got a file of type {suffix!r}. "
-        "Give its folder."
+        "Expected an NPZ file or a folder, a zip archive, a DICOMDIR or a DICOM file, got a file of another kind. Give "
+        "its folder."
     )
 
 
