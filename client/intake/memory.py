@@ -35,7 +35,7 @@ def within(size_bytes: int) -> Generator[None, None, None]:
     if now == resource.RLIM_INFINITY:
         yield
         return
-    with open("/proc/self/statm", "rb", buffering=0) as pages:  # Path takes longer
+    with open("/proc/self/statm", "rb", buffering=0) as pages:  # noqa: PTH123 - a Path takes longer
         taken = int(pages.read(64).split()[0]) * _PAGE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (min(now, taken + size_bytes), most))
     try:
