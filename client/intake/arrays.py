@@ -164,7 +164,9 @@ def _column(archive: zipfile.ZipFile, name: str, count: int) -> list[str]:
     if shape not in ((count,), (count, 1)):
         raise IntakeError(f"Expected one entry of {name} for each of {count} images, got the shape {shape}.")
     if name == "patient_id" and kind.kind not in "USiu":
-        raise IntakeError(f"Expected patient_id as text or integers, got {kind}: other types do not keep ids apart.")
+        raise IntakeError(
+            f"Expected patient_id as text or integers, got {kind.name}: other types do not keep ids apart."
+        )
     return [_text(value) for value in _read(archive, name).reshape(-1).tolist()]
 
 
@@ -214,9 +216,12 @@ def _header(archive: zipfile.ZipFile, name: str) -> _Header:
     version = npy.read_magic(start)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, kind = read(start)
+    # Only a type's `name` is shown: as text it would name its fields, which are text of the file.
     pixels = (kind.kind == "u" and kind.itemsize <= 2) or kind.kind == "f"
     if not (pixels if name in _STACKS else kind.kind in "USiubf") or kind.itemsize == 0:
-        raise IntakeError(f"Expected uint8, uint16 or float images and text or numbers beside, got {kind} in {name}.")
+        raise IntakeError(
+            f"Expected uint8, uint16 or float images and text or numbers beside, got {kind.name} in {name}."
+        )
     return shape, kind
 
 

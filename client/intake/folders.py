@@ -18,10 +18,9 @@ from pydicom.datadict import tag_for_keyword
 
 from client.intake.archives import Archive
 from client.intake.directory import named_files
-from client.intake.headers import Header
 from client.intake.isolation import DecoderPool
 from client.intake.labels import Labelling, TagLabel, read_label_rules
-from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, Skip, Stamp, scan_of, stamp_of
+from client.intake.records import ALL, Header, LabelSource, Record, Refusal, Scan, Skip, Stamp, scan_of, stamp_of
 from client.intake.refusals import Reason, Refused
 from client.intake.requests import Asked, ask_header
 from client.intake.rules import IntakeRules

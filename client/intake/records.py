@@ -76,6 +76,26 @@ class Record:
 
 
 @final
+@dataclass(frozen=True)
+class Header:
+    """What the scan needs of a header. Its repr shows nothing.
+
+    Attributes:
+        patient: (issuer, id).
+        label: Of the tag or by the rules that labels are read from; "" for none.
+        frames: Number of frames; None where the file does not say, so that it is one.
+        facts: See `client.intake.headers.FACTS`.
+        seen: What tells a later reader that the file is the same.
+    """
+
+    patient: tuple[str, str] = field(repr=False)
+    label: str = field(repr=False)
+    frames: int | None = field(repr=False)
+    facts: Mapping[str, str] = field(repr=False)
+    seen: Seen = field(repr=False)
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """One file, member, frame or row that is not used, and why. Its repr shows the reason alone."""

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     NO_PREAMBLE = "DICOM data set without the preamble and file meta of PS3.10"
     NO_SYNTAX = "transfer syntax not stated"
     INDEX = "DICOMDIR, an index of files"
+    SOP_CLASS = "SOP class of the header is not that of the file meta"
     NO_PICTURE = "segmentation, map of labels or dose, not a picture"
     ARCHIVE = "archive damaged, encrypted or in another one"
     ARCHIVE_LIMITS = "archive expands beyond the limits"

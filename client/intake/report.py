@@ -141,7 +141,7 @@ class Listing:
     def name(self, item: Record | Refusal | Path) -> str:
         """Return how a file, or an image in it, is shown."""
         path = item if isinstance(item, Path) else item.path
-        said = self._path(path) if self._show else f"no. {self._numbers.get(path, 0)}"
+        said = escaped(self._path(path)) if self._show else f"no. {self._numbers.get(path, 0)}"
         if isinstance(item, Path):
             return said
         if is_npz(path) and item.frame is not None:
@@ -149,7 +149,8 @@ class Listing:
         if item.line:
             said = f"{said}, line {item.line}" if self._show and said != "." else f"line {item.line}"
         if item.member is not None:
-            said += f", {item.member}" if self._show else f", member {self._members.get((path, item.member), 0)}"
+            member = escaped(item.member) if self._show else f"member {self._members.get((path, item.member), 0)}"
+            said += f", {member}"
         return said if item.frame is None else f"{said}, frame {item.frame + 1}"
 
     def examples(self, items: Iterable[Record | Refusal | Path]) -> tuple[str, ...]:
@@ -243,6 +244,15 @@ def named_counts(counts: Mapping[str, int]) -> str:
     'CT 2, MR 1'
     """
     return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def escaped(name: str) -> str:
+    r"""Return a name whose every letter can be written and shown: it may be no UTF-8, or command a terminal.
+
+    >>> print(escaped("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def _line(group: Group, with_count: bool = True) -> str:

@@ -12,10 +12,10 @@ from typing import Generic, TypeVar, final
 
 import numpy as np
 
-from client.intake.headers import FACTS, Header
+from client.intake.headers import FACTS
 from client.intake.labels import Labelling
 from client.intake.pixels import Square
-from client.intake.records import Region, Seen
+from client.intake.records import Header, Region, Seen
 from client.intake.rules import IntakeRules
 
 MAX_REASON_BYTES = 200

@@ -93,8 +93,8 @@ def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | 
     if dicom or suffix == ".zip":
         return replace(scan_file(path, label, rules, skip), kind="DICOM file" if dicom else "zip archive of DICOM")
     raise IntakeError(
-        f"Expected an NPZ file or a folder, an index CSV, a zip archive, a DICOMDIR or a DICOM file, got a file of "
-        f"type {suffix!r}. Give its folder."
+        "Expected an NPZ file or a folder, an index CSV, a zip archive, a DICOMDIR or a DICOM file, got a file of "
+        "another kind. Give its folder."
     )
 
 

@@ -1,3 +1,4 @@
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,14 @@ import pytest
 from PIL import Image
 
 from client.intake import IntakeRules, Reason, folders, scan, worker
+from client.intake.folders import scan_folder
 from client.intake.labels import TagLabel
+from client.intake.page import save_page
+from client.intake.records import LabelSource
+from client.intake.report import Listing
 from client.intake.requests import ask_header as real
+from client.intake.selection import Practice
+from client.intake.survey import Row, survey
 from common.errors import ConfigError, IntakeError, UnreadableSource
 from tests.client.intake.pictures import read
 
@@ -223,3 +230,23 @@ def test_a_file_that_cannot_be_read_is_not_missing(permissions: Path, write_dico
     (permissions / "b.png").chmod(0)
     refused = scan(permissions, "none").refused
     assert (refused[Reason.NOT_READABLE], refused[Reason.MISSING]) == (1, 1)
+
+
+def test_the_ending_of_a_name_is_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "report.doe_john_19500101"
+    path.write_text("no image")
+    with pytest.raises(IntakeError, match="Expected an NPZ file") as caught:
+        scan(path, "none")
+    assert "doe" not in str(caught.value)
+
+
+def test_names_are_shown_in_letters_that_can_be_written(tmp_path: Path) -> None:
+    """A name may be no UTF-8, or hold what commands a terminal."""
+    path = tmp_path / os.fsdecode(b"\xe9\x1b[2Jbild\xc3\xa9.txt")
+    path.write_text("no image")
+    found = scan_folder(tmp_path, LabelSource("none"), IntakeRules())
+    assert Listing(found, tmp_path, show_files=True).name(path) == "\\udce9\\x1b[2Jbildé.txt"
+    shown = survey(Practice(tmp_path, "none"), show_files=True)
+    assert "bildé" in shown.report.refused[0].examples[0]
+    save_page(tmp_path / "page", shown.report, [Row("all", (("é", np.zeros((1, 128, 128), np.uint8)),))])
+    "\n".join(shown.report.lines()).encode()
