@@ -67,7 +67,8 @@ def scan_arrays(path: Path, label: LabelSource) -> Scan:
         patients = _patients(archive, stack, count)
         issuers = _column(archive, "issuer", count) if _has(archive, "issuer") else [""] * count
         sites = _column(archive, "site", count) if _has(archive, "site") else [""] * count
-    size = _sides(shape)[::-1]
+    rows, columns = _sides(shape)
+    size = columns, rows
     named = zip(issuers, patients, labels, sites, strict=True)
     stamp = stamp_of(path)
     records: list[Record] = []
