@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -67,7 +66,7 @@ def check(
     said = replace(found.report, cost=cost, min_patients=minimum)
     print("\n".join(said.lines()))
     if said.classes is None and found.labels:
-        print(f"by label, on this terminal alone: {shown_labels(Counter(found.labels))}")
+        print(f"by label, on this terminal alone: {shown_labels(found.labels)}")
     for written in save_page(report, said, found.rows):
         print(f"to look at, and to delete then: {written}")
     _write_json(json_file, said)

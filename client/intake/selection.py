@@ -6,7 +6,7 @@ Out of scope: finding them (client/intake/sources), decoding them (client/intake
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
@@ -132,9 +132,11 @@ def other_labels(found: Scan, classes: Sequence[str]) -> str:
     )
 
 
-def shown_labels(labels: Counter[str | None]) -> str:
+def shown_labels(labels: Mapping[str | None, int] | Mapping[str, int]) -> str:
     """Return the most frequent labels with their counts, cut and printable. For a terminal alone."""
-    named = ", ".join(f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in labels.most_common(_SHOWN))
+    named = ", ".join(
+        f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in Counter(labels).most_common(_SHOWN)
+    )
     return named + (f" and {len(labels) - _SHOWN} labels more" if len(labels) > _SHOWN else "")
 
 
