@@ -15,7 +15,7 @@ from typing import final
 
 import numpy as np
 
-from client.intake.chunks import Appender, compact, delete_unnamed, recover
+from client.intake.chunks import Appender, compact, delete_unnamed, recover, verify
 from client.intake.dataset import Form
 from client.intake.decode import decode_records
 from client.intake.pixels import Square
@@ -114,10 +114,13 @@ def import_source(
         - not_reached_is_not_gone: Images of files that could not be reached stay, while the site's rules are the same
           and no table says otherwise.
         - order_of_patients: A first import numbers patients by (issuer, id), whatever the key.
+        - damage_shows: Every chunk of the vault is opened first, so that a changed bit is an error also where nothing
+          is new.
         - pseudonyms_only: Nothing of a header or a name is written but keyed pseudonyms and class numbers.
     """
     with alone_in(vault):
         before = _opened(vault, key, form)
+        verify(vault, key, before)
         manifest = recover(vault, key, before)
         names = Names(key, practice.source, practice.digest())
         looked = _look(names, before, manifest, practice)

@@ -248,6 +248,34 @@ def test_gone_from_all(tmp_path: Path, source: Path) -> None:
     assert run(other, source, form=form).taken_up == 0
 
 
+def test_a_file_that_is_named_twice_is_used_once(tmp_path: Path, source: Path) -> None:
+    """However it is spelled; the second is refused as a duplicate, and nothing is decoded again."""
+    (source / "index.csv").write_text(
+        "file,patient,label\n0000.png,a,all\n./0000.png,b,all\n0001.png,b,all\n.//0001.png,b,all\n"
+    )
+    first, again = run(tmp_path / "vault", source), run(tmp_path / "vault", source)
+    for found in (first, again):
+        assert (found.images, found.patients) == (2, (1, 1))
+        assert found.refused == {Reason.DUPLICATE: 2, Reason.NOT_OF_SOURCE: 10}
+    assert (first.added, again.added, again.gone) == (2, 0, (0, 0))
+
+
+def test_damage_shows(tmp_path: Path, source: Path) -> None:
+    """Also where nothing is new: every chunk is opened."""
+    run(tmp_path / "vault", source)
+    path = tmp_path / "vault" / "pixels-00000"
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole + b"\0", whole[:3] + b"\1" + whole[4:], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(content)
+        with pytest.raises(StorageError, match="damaged"):
+            run(tmp_path / "vault", source)
+    path.unlink()
+    with pytest.raises(StorageError, match="damaged"):
+        run(tmp_path / "vault", source)
+    path.write_bytes(whole)
+    assert run(tmp_path / "vault", source).added == 0
+
+
 def test_nothing_usable(tmp_path: Path, source: Path) -> None:
     with pytest.raises(IntakeError, match="12 label not among the classes"):
         run(tmp_path / "vault", source, form=Form(("other",), 28, 1))
