@@ -157,7 +157,10 @@ def twins_in(dataset: Dataset) -> int:
 
 
 def _report(done: Imported, practice: Practice, twins: int, show_files: bool) -> Report:
-    warnings = [Caution(GROUPING), *cautions(done.found.records, done.choice, practice)]
+    warnings = [
+        Caution(GROUPING),
+        *cautions(done.found.records, done.choice, practice, bool(done.unchanged or done.held)),
+    ]
     if twins:
         said = f"{twins} pairs of nearly the same pictures under two patients: one person with two ids? See `check`."
         warnings.append(Caution(said))

@@ -51,7 +51,7 @@ class Practice:
         label = parse_label(self.label)
         label_rules = Path(label.name).read_text(encoding="utf-8") if label.kind == "rules" else ""
         rules = self.rules.model_dump(exclude={"workers", "decode_seconds"})
-        merged = sorted(self.patients.merged.items())
+        merged = [sorted(self.patients.merged.items()), sorted(self.patients.by_id.items())]
         said = [_PIXELS, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 

@@ -19,10 +19,14 @@ Row = Mapping[str, str]
 @final
 @dataclass(frozen=True)
 class Table:
-    """A CSV file: lower-case column names and the stripped values of every row. Its repr shows no row."""
+    """A CSV file: lower-case column names and the stripped values of every row. Its repr shows no row.
+
+    `lines` are the numbers of the rows' last lines in the file, from 1.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...] = field(repr=False)
+    lines: tuple[int, ...] = field(repr=False)
 
     def column(self, name: str) -> str:
         """Return the key of a column that must be there.
@@ -48,13 +52,15 @@ def read_table(path: Path) -> Table:
         if path.stat().st_size > MAX_TABLE_BYTES:
             raise IntakeError(f"Expected a CSV file of at most {MAX_TABLE_BYTES} bytes, got more. Split the folder.")
         text = path.read_bytes().decode("utf-8-sig")
-        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        lines = [(reader.line_num, line) for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error):  # the cause quotes the file, so it is dropped
         raise IntakeError("The CSV file could not be read. Expected UTF-8 text with commas and a header.") from None
-    columns = tuple(name.strip().lower() for name in lines[0]) if lines else ()
+    columns = tuple(name.strip().lower() for name in lines[0][1]) if lines else ()
     if len(set(columns)) != len(columns):
         raise IntakeError("The CSV file has two columns of one name (capitals do not count). Rename one.")
-    return Table(columns, tuple(_row(columns, line) for line in lines[1:] if line))
+    kept = [(number, line) for number, line in lines[1:] if line]
+    return Table(columns, tuple(_row(columns, line) for _, line in kept), tuple(number for number, _ in kept))
 
 
 def columns_of(path: Path) -> tuple[str, ...]:
