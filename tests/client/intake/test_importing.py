@@ -23,6 +23,7 @@ from client.intake.importing import Imported, import_source
 from client.intake.patients import PatientTable
 from client.intake.sealed import open_dataset
 from client.intake.selection import Practice
+from client.intake.survey import survey
 from client.intake.vault import read_manifest
 from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatients
 from common.sealing import SealingKey
@@ -274,6 +275,24 @@ def test_damage_shows(tmp_path: Path, source: Path) -> None:
         run(tmp_path / "vault", source)
     path.write_bytes(whole)
     assert run(tmp_path / "vault", source).added == 0
+
+
+def test_a_damaged_copy_does_not_hide_a_whole_one(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """An image counts as there once a copy has decoded; the next import of the same files gives the same."""
+    folder, pixels = tmp_path / "source", np.random.default_rng(0).integers(0, 4096, (32, 32)).astype(np.uint16)
+    write_dicom(folder / "p", pixels, PatientID="other", SOPInstanceUID="1.2.1")
+    for name in ("a", "b", "c", "d"):
+        whole = write_dicom(folder / name, pixels, SOPInstanceUID="1.2.3").read_bytes()
+        if name in "ab":
+            (folder / name).write_bytes(whole[:-1000])
+    practice = Practice(folder, "none")
+    seen = survey(practice).report
+    assert (seen.usable, seen.patients, seen.expected) == (2, 2, 5)
+    for added in (2, 0):
+        found = import_source(tmp_path / "vault", KEY, FORM, practice)
+        assert (found.images, found.added, found.gone) == (2, added, (0, 0))
+        assert found.refused == {Reason.PIXELS: 2, Reason.DUPLICATE: 1}
+        assert {group.said: group.count for group in seen.refused} == found.refused
 
 
 def test_nothing_usable(tmp_path: Path, source: Path) -> None:
