@@ -1,8 +1,7 @@
 """Where DICOM files stand: a folder tree, zip archives in it or alone, or what a DICOMDIR names. Headers only.
 
-A tree is walked whole, whatever a DICOMDIR in it says; files that this one names and that are not there are counted.
-Labels come from tags, or from `labels.csv` beside the files: `file` is relative to the folder, of a member of an
-archive `ARCHIVE.zip/MEMBER`.
+A tree is walked whole; files that a DICOMDIR in it names and that are not there are counted. Labels come from tags, or
+from `labels.csv`: `file` is relative to the folder, of a member `ARCHIVE.zip/MEMBER`.
 """
 
 import errno
@@ -32,6 +31,7 @@ from common.errors import ConfigError, IntakeError
 
 LABELS_FILE = "labels.csv"
 AUTO_TAG = "AdmittingDiagnosesDescription"
+_LINK_TO_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 Found = Record | Refusal
 
@@ -50,6 +50,7 @@ class _Search:
     beside: Mapping[str, str] = field(repr=False)
     skip: Skip | None
     skipped: list[Path] = field(repr=False)
+    met: set[str] = field(default_factory=set[str], repr=False)
 
 
 def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
@@ -130,8 +131,7 @@ def _no_file(path: Path) -> Reason | None:
     try:
         return None if stat.S_ISREG(path.stat().st_mode) else Reason.NOT_A_FILE
     except OSError as error:
-        broken = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link to nowhere
-        return Reason.NOT_A_FILE if error.errno in broken else Reason.NOT_READABLE
+        return Reason.NOT_A_FILE if error.errno in _LINK_TO_NOWHERE else Reason.NOT_READABLE
 
 
 def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:
@@ -180,12 +180,13 @@ def _scan(paths: Iterable[Path | Refusal], folder: Path, search: _Search, in_tre
             if in_tree and header == Reason.INDEX:
                 found.extend(_missing(file.path, search.rules))
     take_others()
+    found.extend(_rows_without_files(folder, search))
     records = [item for item in found if isinstance(item, Record)]
     return scan_of(records, (item for item in found if isinstance(item, Refusal)), search.skipped)
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     """A file that is opened; `place` is its path within the folder, `beside` what the table says of it."""
 
@@ -201,6 +202,7 @@ class _File:
 def _known(path: Path, folder: Path, search: _Search) -> _File | None:
     """Return a file that is to be opened; None for one that the caller knows."""
     place = path.relative_to(folder).as_posix()
+    search.met.add(place)
     file = _File(path, place, stamp_of(path), search.beside.get(place, ""))
     if search.skip is None or not search.skip(path, file.stamp, file.beside):
         return file
@@ -236,6 +238,7 @@ def _in_archive(file: _File, search: _Search) -> Iterator[Found]:
 
 def _records(file: _File, member: str | None, header: Header, search: _Search) -> Iterator[Record]:
     place = file.place if member is None else f"{file.place}/{member}"
+    search.met.add(place)
     label, site = _label(header.values, place, search)
     frames = (None,) if header.frames is None else search.rules.chosen(header.frames)
     for frame in frames:
@@ -252,6 +255,24 @@ def _label(values: Mapping[str, str], place: str, search: _Search) -> tuple[str 
     else:
         text = row.get(search.column) if search.column else values[search.keywords[0]]
     return text or None, row.get("site") or None
+
+
+def _rows_without_files(folder: Path, search: _Search) -> Iterator[Refusal]:
+    """Yield a refusal for each row of the table that names no file; of an archive that is known none can be told.
+
+    Raises:
+        IntakeError: No row names a file.
+    """
+    if not search.column or not search.table:
+        return
+    known = tuple(f"{path.relative_to(folder).as_posix()}/" for path in search.skipped if is_archive(path))
+    rows = [place for place in search.table if place not in search.met and not place.startswith(known)]
+    if len(rows) == len(search.table) and search.met:
+        raise IntakeError(
+            f"None of {len(rows)} rows of {LABELS_FILE} names a file that is there. Give files as folder/file.dcm, "
+            "from the folder of the images on, and members of an archive as folder/archive.zip/member."
+        )
+    yield from [Refusal(path := folder / LABELS_FILE, None, Reason.MISSING, stamp_of(path))] * len(rows)
 
 
 def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:

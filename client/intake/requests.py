@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import intern
 from typing import Generic, TypeVar, final
 
 import numpy as np
@@ -127,7 +128,8 @@ def _unpack_header(reply: bytes, _answers: int) -> list[Header | str]:
     known = all(isinstance(text, str) for text in texts) and facts.keys() <= _FACTS
     if not known or not (frames is None or (type(frames) is int and frames > 1)):
         raise ValueError("not a header")
-    return [Header((issuer, patient), values, frames, facts)]
+    shared = {intern(name): intern(text) for name, text in facts.items()}  # most are the same in thousands of files
+    return [Header((intern(issuer), intern(patient)), values, frames, shared)]
 
 
 _FACTS = {*FACTS, "TransferSyntaxUID"}

@@ -9,6 +9,7 @@ from PIL import Image
 
 from client.intake import IntakeRules, Reason, folders, scan, worker
 from client.intake.requests import ask_header as real
+from client.intake.sources import find
 from common.errors import ConfigError, IntakeError, UnreadableSource
 from tests.client.intake.pictures import read
 
@@ -221,3 +222,21 @@ def test_a_file_that_cannot_be_read_is_not_missing(permissions: Path, write_dico
     (permissions / "b.png").chmod(0)
     refused = scan(permissions, "none").refused
     assert (refused[Reason.NOT_READABLE], refused[Reason.MISSING]) == (1, 1)
+
+
+def test_rows_of_labels_without_a_file_are_counted(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Also where the files that the others name are known and not opened; where no row fits, that is said."""
+    write_dicom(tmp_path / "a")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.write(tmp_path / "a", "in")
+    rows = "file,label\na,x\nb.zip/in,x\nb.zip/gone,x\nnowhere,x\n../a,x\n"
+    (tmp_path / "labels.csv").write_text(rows)
+    found = scan(tmp_path)
+    assert (len(found.records), found.refused) == (2, {Reason.MISSING: 3})
+    assert find(tmp_path, "auto", skip=lambda path, _stamp, _beside: path.name == "a").refused == {Reason.MISSING: 3}
+    known = find(tmp_path, "auto", skip=lambda *_: True)  # members of an archive that is not opened are not looked at
+    assert known.refused == {Reason.MISSING: 2}
+    (tmp_path / "labels.csv").write_text("file,label\nimages/a,x\n")
+    with pytest.raises(IntakeError, match=r"None of 1 rows of labels.csv names a file that is there"):
+        scan(tmp_path)
+    assert len(scan(tmp_path, "none").records) == 2
