@@ -148,7 +148,8 @@ def twins_in(dataset: Dataset) -> int:
 
 
 def _report(done: Imported, practice: Practice, twins: int, classes: Mapping[str, int], show_files: bool) -> Report:
-    warnings = [Caution(GROUPING), *cautions(done.found.records, done.choice, practice)]
+    partial = bool(done.unchanged or done.held)
+    warnings = [Caution(GROUPING), *cautions(done.found.records, done.choice, practice, partial)]
     if twins:
         said = f"{counted_pairs(twins)} of nearly the same pictures under two patients: one person with two ids?"
         warnings.append(Caution(f"{said} See `check`."))

@@ -6,7 +6,7 @@ Out of scope: how ids are normalised and corrected (client/intake/patients).
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
 
@@ -24,6 +24,8 @@ MANY_IMAGES = 2000
 """Under one id: more than a person has."""
 _SHARE = 0.1
 _FEW = 20
+_LINES = 10
+"""Of a table that are named."""
 
 
 @final
@@ -35,28 +37,38 @@ class Caution:
     files: tuple[Path | Record | Refusal, ...] = field(default=(), repr=False)
 
 
-def cautions(records: Sequence[Record], choice: Choice, practice: Practice) -> list[Caution]:
+def cautions(records: Sequence[Record], choice: Choice, practice: Practice, partial: bool = False) -> list[Caution]:
     """Return the warnings about the patients of a scan.
 
     Args:
         records: Of the scan, with patients as the files state them.
         choice: What was made of them.
         practice: The site's.
+        partial: Whether files that are used were not opened, so that nothing can be said of the whole.
 
     Guarantees:
+        - nothing_false_of_a_part: Where only some files were opened, each warning says so, and what only the whole can
+          show is not said.
         - black_by_rule, rows_as_people, accession_like, several_birth_dates_or_sexes, thousands_under_one_id,
           same_instance_twice, several_issuers: Each is warned of where it is so, and not where it is not.
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         groups[practice.patients.of(record.patient)].append(record)
-    found = [*_examinations(groups), *_contradictions(groups), *_sizes(groups), *_issuers(groups)]
+    found = [*_contradictions(groups), *_issuers(groups)]
+    if not partial:
+        found = [*_examinations(groups), *found, *_sizes(groups)]
     if twice := [refusal for refusal in choice.refusals if refusal.reason == Reason.DUPLICATE]:
         said = f"{counted(len(twice), 'image is', 'images are')} there a second time; the second is not used."
         found.append(Caution(said, tuple(twice)))
     found += [*_black(choice.records), *_rows_as_people(records)]
-    if unused := practice.patients.unused(record.patient for record in records):
-        found.append(Caution(f"{counted(unused, 'line')} of the table of patients: nobody of that id is there."))
+    if not partial and (unused := practice.patients.unused(record.patient for record in records)):
+        lines = ", ".join(map(str, unused[:_LINES])) + (", ..." if len(unused) > _LINES else "")
+        said = f"{counted(len(unused), 'line')} of the table of patients: nobody of that id is there (line {lines})."
+        found.append(Caution(said))
+    if partial:
+        found = [replace(one, said=f"Of the files that were opened now: {one.said}") for one in found]
+        found.append(Caution("Files that were not opened were not looked at for these warnings; `check` looks at all."))
     return found
 
 

@@ -15,14 +15,14 @@ from typing import final
 
 import numpy as np
 
-from client.intake.chunks import Appender, compact, delete_unnamed, recover
+from client.intake.chunks import Appender, compact, delete_unnamed, recover, verify
 from client.intake.dataset import Form
 from client.intake.decode import decode_records
 from client.intake.pixels import Square
 from client.intake.pseudonyms import Instances, Names
-from client.intake.records import Refusal, Scan, Skip, Stamp
+from client.intake.records import Record, Refusal, Scan, Skip, Stamp
 from client.intake.refusals import at_decoding
-from client.intake.selection import Choice, Practice, choose, other_labels
+from client.intake.selection import Choice, Practice, choose, other_copies, other_labels
 from client.intake.shortage import STAYS, too_few
 from client.intake.sources import scan
 from client.intake.vault import ROW, SEGMENT_BYTES, Manifest, Rows, create_vault, read_manifest, write_manifest
@@ -110,15 +110,18 @@ def import_source(
         - not_reached_is_not_gone: Images of files that could not be reached stay, while the site's rules are the same
           and no table says otherwise.
         - order_of_patients: A first import numbers patients by (issuer, id), whatever the key.
+        - damage_shows: Every chunk of the vault is opened first, so that a changed bit is an error also where nothing
+          is new.
         - pseudonyms_only: Nothing of a header or a name is written but keyed pseudonyms and class numbers.
     """
     with alone_in(vault):
         before = _opened(vault, key, form)
+        verify(vault, key, before)
         manifest = recover(vault, key, before)
         names = Names(key, practice.source, practice.digest())
         looked = _look(names, before, manifest, practice, progress)
-        manifest, lost, added = _decode(vault, names, manifest, looked.choice, practice, progress)
-        seen = names.seen(looked.found, looked.choice, lost) | {file: manifest.seen[file] for file in looked.known()}
+        manifest, choice, lost, added = _decode(vault, names, manifest, looked.choice, practice, progress)
+        seen = names.seen(looked.found, choice, lost) | {file: manifest.seen[file] for file in looked.known()}
         manifest = replace(manifest, seen=seen, folders=names.folders(manifest, seen), practice=names.practice)
         rows = manifest.rows[manifest.current()]
         taken_up = int(manifest.current()[len(before.rows) :].sum()) - added
@@ -139,7 +142,7 @@ def import_source(
         len(looked.kept),
         added,
         looked.found,
-        looked.choice,
+        choice,
         lost,
         taken_up,
         _gone(before, rows),
@@ -201,25 +204,29 @@ def _gone(before: Manifest, rows: Rows) -> tuple[int, int]:
 
 def _decode(
     vault: Path, names: Names, manifest: Manifest, choice: Choice, practice: Practice, progress: Progress | None
-) -> tuple[Manifest, tuple[Refusal, ...], int]:
-    """Decode what is not in the vault yet and append it; return the manifest with it, the refusals and the count."""
+) -> tuple[Manifest, Choice, tuple[Refusal, ...], int]:
+    """Decode what is not in the vault yet and append it; return the manifest, choice, refusals and count."""
     form, key = manifest.form, names.key
     numbers = {name: number for number, name in enumerate(form.classes)}
-    rows = [names.row(record, numbers[str(record.label)]) for record in choice.records]
     there = set(manifest.images())
-    todo = [number for number, row in enumerate(rows) if row[:3] not in there]
     lost: list[Refusal] = []
-    appender = Appender(vault, key, manifest)
-    records = (choice.records[number] for number in todo)
-    decoded = decode_records(records, form.size, form.channels, practice.rules)
-    for done, (number, (record, square)) in enumerate(zip(todo, decoded, strict=True), 1):
-        if isinstance(square, str):
-            lost.append(record.refused(at_decoding(square)))
-        else:
-            appender = _add(appender, vault, key, rows[number], square)
-        if progress is not None:
-            progress(DECODED, done, len(todo))
-    return appender.finish(), tuple(lost), len(todo) - len(lost)
+    appender, records, added = Appender(vault, key, manifest), choice.records, 0
+    while records:
+        rows = [names.row(record, numbers[str(record.label)]) for record in records]
+        todo = [number for number, row in enumerate(rows) if row[:3] not in there]
+        asked, failed = (records[number] for number in todo), list[Record]()
+        decoded = decode_records(asked, form.size, form.channels, practice.rules)
+        for done, (number, (record, square)) in enumerate(zip(todo, decoded, strict=True), 1):
+            if isinstance(square, str):
+                lost.append(record.refused(at_decoding(square)))
+                failed.append(record)
+            else:
+                appender = _add(appender, vault, key, rows[number], square)
+            if progress is not None:
+                progress(DECODED, done, len(todo))
+        added += len(todo) - len(failed)
+        choice, records = other_copies(choice, failed)
+    return appender.finish(), choice, tuple(lost), added
 
 
 def _add(appender: Appender, vault: Path, key: SealingKey, row: tuple[object, ...], square: Square) -> Appender:

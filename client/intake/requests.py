@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import intern
 from typing import Generic, TypeVar, final
 
 import numpy as np
@@ -141,7 +142,8 @@ def _unpack_header(reply: bytes, _answers: int) -> list[Header | str]:
     known = all(isinstance(text, str) for text in texts) and facts.keys() <= _FACTS
     if not known or not (frames is None or (type(frames) is int and frames > 1)):
         raise ValueError("not a header")
-    return [Header((issuer, patient), label, frames, facts, (state, digest))]
+    shared = {intern(name): intern(text) for name, text in facts.items()}  # most are the same in thousands of files
+    return [Header((intern(issuer), intern(patient)), intern(label), frames, shared, (state, digest))]
 
 
 def _unpack_directory(reply: bytes, _answers: int) -> list[FileIds | str]:

@@ -6,7 +6,7 @@ Out of scope: finding them (client/intake/sources), decoding them (client/intake
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
@@ -52,7 +52,7 @@ class Practice:
         label = parse_label(self.label)
         label_rules = Path(label.name).read_text(encoding="utf-8") if label.kind == "rules" else ""
         rules = self.rules.model_dump(exclude={"workers", "decode_seconds"})
-        merged = sorted(self.patients.merged.items())
+        merged = [sorted(self.patients.merged.items()), sorted(self.patients.by_id.items())]
         said = [_PIXELS, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -66,11 +66,13 @@ class Choice:
         records: In the order of patients, by (issuer, id); each with its patient as normalised and corrected.
         refusals: Those of the scan and the ones made here.
         uncounted: Refusals that the scan only counted, by reason.
+        copies: Refused as the same image as another of the scan; used where that one does not decode.
     """
 
     records: tuple[Record, ...] = field(repr=False)
     refusals: tuple[Refusal, ...] = field(repr=False)
     uncounted: tuple[tuple[str, int], ...] = field(repr=False)
+    copies: tuple[Record, ...] = field(default=(), repr=False)
 
 
 def choose(
@@ -85,7 +87,8 @@ def choose(
         instances: DICOM instances that are in use already.
 
     Guarantees:
-        - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used.
+        - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used; by
+          `other_copies` the first of the instance that decodes.
         - accounted: Every record is either chosen or refused with one reason.
         - text_before_labels: An image that may show text is refused for that, labelled or not.
         - patients_adjacent: Records come by (issuer, id) of their patient, one patient's together.
@@ -93,18 +96,21 @@ def choose(
     ranks = practice.patients.ranks(record.patient for record in found.records)
     chosen: list[Record] = []
     refusals = list(found.refusals)
+    copies: list[Record] = []
     once: set[object] = set()
     for record in found.records:
         reason = _reason(record, practice, classes)
+        patient, blank = practice.patients.of(record.patient), practice.blank.regions(record)
         if reason is None:
             names = _names(record)
+            if names[0] not in once and names[-1] in once:
+                copies.append(replace(record, patient=patient, blank=blank))
             if any(name in once for name in names) or instance_of(record) in instances:
                 reason = Reason.DUPLICATE
             once.update(names)
         if reason is not None:
             refusals.append(record.refused(str(reason)))
             continue
-        patient, blank = practice.patients.of(record.patient), practice.blank.regions(record)
         chosen.append(replace(record, patient=patient, blank=blank))
     by_rank = {practice.patients.of(stated): rank for stated, rank in ranks.items()}
     chosen.sort(key=lambda record: by_rank[record.patient])
@@ -112,7 +118,38 @@ def choose(
     for refusal in found.refusals:
         counted[refusal.reason] = counted.get(refusal.reason, 0) + 1
     rest = {reason: count - counted.get(reason, 0) for reason, count in found.refused.items()}
-    return Choice(tuple(chosen), tuple(refusals), tuple((reason, count) for reason, count in rest.items() if count > 0))
+    uncounted = tuple((reason, count) for reason, count in rest.items() if count > 0)
+    return Choice(tuple(chosen), tuple(refusals), uncounted, tuple(copies))
+
+
+def other_copies(choice: Choice, lost: Iterable[Record]) -> tuple[Choice, tuple[Record, ...]]:
+    """Choose for each image that did not decode another copy of the same instance, where there is one.
+
+    Returns:
+        What is chosen then, and the copies.
+    """
+    wanted = {name for record in lost if (name := instance_of(record))}
+    if not wanted or not choice.copies:
+        return choice, ()
+    first: dict[str, Record] = {}
+    rest: list[Record] = []
+    for copy in choice.copies:
+        name = instance_of(copy)
+        if name in wanted and name not in first:
+            first[name] = copy
+        else:
+            rest.append(copy)
+    taken = Counter((copy.path, copy.member) for copy in first.values())
+    refusals: list[Refusal] = []
+    for refusal in choice.refusals:
+        place = (refusal.path, refusal.member)
+        if refusal.reason == Reason.DUPLICATE and taken[place]:
+            taken[place] -= 1
+        else:
+            refusals.append(refusal)
+    copies = tuple(first.values())
+    chosen = replace(choice, records=(*choice.records, *copies), refusals=tuple(refusals), copies=tuple(rest))
+    return chosen, copies
 
 
 def other_labels(found: Scan, classes: Sequence[str]) -> str:
@@ -120,9 +157,7 @@ def other_labels(found: Scan, classes: Sequence[str]) -> str:
 
     For the terminal of whoever imports, and nothing else: a label is the value of a header.
     """
-    others: Counter[str | None] = Counter(
-        record.label for record in found.records if record.label not in (None, *classes)
-    )
+    others = Counter(record.label for record in found.records if record.label not in (None, *classes))
     if not others:
         return ""
     return (

@@ -18,7 +18,7 @@ from client.intake.records import Record, Refusal, Scan
 from client.intake.refusals import at_decoding
 from client.intake.report import Listing, Report, make_report
 from client.intake.screening import SIDE, can_screen, words_in
-from client.intake.selection import Choice, Practice, choose, of_headers
+from client.intake.selection import Choice, Practice, choose, of_headers, other_copies
 from client.intake.sources import find
 from client.intake.twins import Twins, counted_pairs
 
@@ -74,7 +74,7 @@ def survey(
     found = find(practice.source, practice.label, practice.rules, told_of_files(progress))
     choice = choose(found, practice, classes)
     listing = Listing(found, practice.source if practice.source.is_dir() else practice.source.parent, show_files)
-    seen = _decode(choice, practice, progress)
+    choice, seen = _decode(choice, practice, progress)
     pairs = [(seen.used[one], seen.used[other]) for one, other in seen.twins.pairs()]
     warnings = [Caution(GROUPING), *cautions(found.records, choice, practice), *_twins(pairs)]
     rows = [Row("usable, drawn at random", tuple(_named(seen.sample, listing)))]
@@ -118,25 +118,33 @@ def _twins(pairs: Sequence[tuple[Record, Record]]) -> list[Caution]:
     return [Caution(said, tuple(record for pair in pairs for record in pair))] if pairs else []
 
 
-def _decode(choice: Choice, practice: Practice, progress: Progress | None) -> _Seen:
-    seen, numbers = _Seen(), dict[tuple[str, str], int]()
+def _decode(choice: Choice, practice: Practice, progress: Progress | None) -> tuple[Choice, _Seen]:
+    seen, numbers, records = _Seen(), dict[tuple[str, str], int](), choice.records
     draw = np.random.default_rng(0)
-    for done, (record, square) in enumerate(decode_records(choice.records, SIZE, 1, practice.rules), 1):
-        if isinstance(square, str):
-            seen.lost.append(record.refused(at_decoding(square)))
-        else:
-            place = len(seen.used)
-            seen.twins.add(square, numbers.setdefault(record.patient, len(numbers)), place)
-            seen.patients.append(record.patient)
-            seen.used.append(replace(record, header={}))
-            spot = place if place < SHOWN else int(draw.integers(place + 1))
-            if spot < SHOWN:
-                seen.sample[spot : spot + 1] = [(record, square)]
-            if record.blank and len(seen.blanked) < SHOWN:
-                seen.blanked.append((record, square))
-        if progress is not None:
-            progress(DECODED, done, len(choice.records))
-    return seen
+    while records:
+        failed: list[Record] = []
+        for done, (record, square) in enumerate(decode_records(records, SIZE, 1, practice.rules), 1):
+            if isinstance(square, str):
+                seen.lost.append(record.refused(at_decoding(square)))
+                failed.append(record)
+            else:
+                _keep(seen, record, square, numbers.setdefault(record.patient, len(numbers)), draw)
+            if progress is not None:
+                progress(DECODED, done, len(records))
+        choice, records = other_copies(choice, failed)
+    return choice, seen
+
+
+def _keep(seen: _Seen, record: Record, square: Square, patient: int, draw: np.random.Generator) -> None:
+    place = len(seen.used)
+    seen.twins.add(square, patient, place)
+    seen.patients.append(record.patient)
+    seen.used.append(replace(record, header={}))
+    spot = place if place < SHOWN else int(draw.integers(place + 1))
+    if spot < SHOWN:
+        seen.sample[spot : spot + 1] = [(record, square)]
+    if record.blank and len(seen.blanked) < SHOWN:
+        seen.blanked.append((record, square))
 
 
 def _by_class(labels: Counter[str | None], classes: Sequence[str] | None, of_headers: bool) -> Mapping[str, int] | None:

@@ -21,6 +21,7 @@ from client.intake.importing import Imported, import_source
 from client.intake.patients import PatientTable
 from client.intake.sealed import open_dataset
 from client.intake.selection import Practice
+from client.intake.survey import survey
 from client.intake.vault import read_manifest
 from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatients
 from common.sealing import SealingKey
@@ -244,6 +245,52 @@ def test_gone_from_all(tmp_path: Path, source: Path) -> None:
     with pytest.raises(IntakeError, match="fewer patients"):
         open_dataset(other, KEY)
     assert run(other, source, form=form).taken_up == 0
+
+
+def test_a_file_that_is_named_twice_is_used_once(tmp_path: Path, source: Path) -> None:
+    """However it is spelled; the second is refused as a duplicate, and nothing is decoded again."""
+    (source / "index.csv").write_text(
+        "file,patient,label\n0000.png,a,all\n./0000.png,b,all\n0001.png,b,all\n.//0001.png,b,all\n"
+    )
+    first, again = run(tmp_path / "vault", source), run(tmp_path / "vault", source)
+    for found in (first, again):
+        assert (found.images, found.patients) == (2, (1, 1))
+        assert found.refused == {Reason.DUPLICATE: 2, Reason.NOT_OF_SOURCE: 10}
+    assert (first.added, again.added, again.gone) == (2, 0, (0, 0))
+
+
+def test_damage_shows(tmp_path: Path, source: Path) -> None:
+    """Also where nothing is new: every chunk is opened."""
+    run(tmp_path / "vault", source)
+    path = tmp_path / "vault" / "pixels-00000"
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole + b"\0", whole[:3] + b"\1" + whole[4:], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(content)
+        with pytest.raises(StorageError, match="damaged"):
+            run(tmp_path / "vault", source)
+    path.unlink()
+    with pytest.raises(StorageError, match="damaged"):
+        run(tmp_path / "vault", source)
+    path.write_bytes(whole)
+    assert run(tmp_path / "vault", source).added == 0
+
+
+def test_a_damaged_copy_does_not_hide_a_whole_one(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """An image counts as there once a copy has decoded; the next import of the same files gives the same."""
+    folder, pixels = tmp_path / "source", np.random.default_rng(0).integers(0, 4096, (32, 32)).astype(np.uint16)
+    write_dicom(folder / "p", pixels, PatientID="other", SOPInstanceUID="1.2.1")
+    for name in ("a", "b", "c", "d"):
+        whole = write_dicom(folder / name, pixels, SOPInstanceUID="1.2.3").read_bytes()
+        if name in "ab":
+            (folder / name).write_bytes(whole[:-1000])
+    practice = Practice(folder, "none")
+    seen = survey(practice).report
+    assert (seen.usable, seen.patients, seen.expected) == (2, 2, 5)
+    for added in (2, 0):
+        found = import_source(tmp_path / "vault", KEY, FORM, practice)
+        assert (found.images, found.added, found.gone) == (2, added, (0, 0))
+        assert found.refused == {Reason.PIXELS: 2, Reason.DUPLICATE: 1}
+        assert {group.said: group.count for group in seen.refused} == found.refused
 
 
 def test_nothing_usable(tmp_path: Path, source: Path) -> None:

@@ -46,7 +46,50 @@ def test_the_table_merges(tmp_path: Path) -> None:
     assert table.of(("", "p1")) == ("", "p1")
     ranks = table.ranks([("W", "p2"), ("W", "p1"), ("A", "z")])
     assert ranks == {("A", "z"): 0, ("W", "p1"): 1, ("W", "p2"): 1}
-    assert "1 line of the table of patients: nobody" in said([record(1, "p1", "W")], table)
+    assert "1 line of the table of patients: nobody of that id is there (line 3)." in said(
+        [record(1, "p1", "W")], table
+    )
+    assert "nobody of that id" not in said([record(1, "p1", "W"), record(2, "x", "Q")], table)
+
+
+def test_any_issuer(tmp_path: Path) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text("patient,to\n\np1,P2\nx,y\n")
+    table = read_patient_table(path)
+    assert table.of(("HOSP", "P1")) == table.of(("", "p1")) == table.of(("hosp", "p2")) == table.of(("", "P2"))
+    assert table.of(("HOSP", "p3")) == ("hosp", "p3")
+    assert "nobody of that id is there (line 4)." in said([record(1, "p1", "HOSP"), record(2, "y", "H")], table)
+    path.write_text("patient,to,to_issuer\np1,P2,Z\n")
+    assert read_patient_table(path).of(("HOSP", "p1")) == ("z", "p2") == read_patient_table(path).of(("z", "p2"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("W,p1,a,\n,p1,b,", "Line 2 .*ambiguous"),
+        (",a,b,\n,b,c,", "another patient by another line"),
+        (",a,b,\nW,b,c,", "ambiguous|another patient"),
+        ("W,a,b,\nW,b,c,", "another patient by another line"),
+        ("W,a,b,\n,b,c,", "another patient by another line"),
+        (",a,b,\n,A,c,", "Line 3 .*two meanings"),
+    ],
+)
+def test_one_meaning(tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "patients.csv").write_text(f"issuer,patient,to,to_issuer\n{lines}\n")
+    with pytest.raises(IntakeError, match=message):
+        read_patient_table(tmp_path / "patients.csv")
+
+
+def test_nothing_false_of_a_part() -> None:
+    """A birth date of another file is not known, so that what is said is said of these files alone."""
+    records = [record(number, f"A{number}", AccessionNumber=f"A{number}", StudyInstanceUID="1") for number in range(30)]
+    table, both = PatientTable({("", "z"): ("", "y")}, {}, {"z": 2}), [*records, record(31, "A1", PatientSex="F")]
+    both.append(record(32, "A1", PatientSex="M"))
+    practice = Practice(Path(), patients=table)
+    found = [one.said for one in cautions(both, choose(Scan(tuple(both), {}), practice, None), practice, partial=True)]
+    assert len(found) == 2
+    assert found[0].startswith("Of the files that were opened now: 1 id has more than one sex")
+    assert "not looked at" in found[1]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from client.intake.records import LabelSource
 from client.intake.report import Listing
 from client.intake.requests import ask_header as real
 from client.intake.selection import Practice
+from client.intake.sources import find
 from client.intake.survey import Row, survey
 from common.errors import ConfigError, IntakeError, UnreadableSource
 from tests.client.intake.pictures import read
@@ -250,3 +251,21 @@ def test_names_are_shown_in_letters_that_can_be_written(tmp_path: Path) -> None:
     assert "bildé" in shown.report.refused[0].examples[0]
     save_page(tmp_path / "page", shown.report, [Row("all", (("é", np.zeros((1, 128, 128), np.uint8)),))])
     "\n".join(shown.report.lines()).encode()
+
+
+def test_rows_of_labels_without_a_file_are_counted(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Also where the files that the others name are known and not opened; where no row fits, that is said."""
+    write_dicom(tmp_path / "a")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.write(tmp_path / "a", "in")
+    rows = "file,label\na,x\nb.zip/in,x\nb.zip/gone,x\nnowhere,x\n../a,x\n"
+    (tmp_path / "labels.csv").write_text(rows)
+    found = scan(tmp_path)
+    assert (len(found.records), found.refused) == (2, {Reason.MISSING: 3})
+    assert find(tmp_path, "auto", skip=lambda path, _stamp, _beside: path.name == "a").refused == {Reason.MISSING: 3}
+    known = find(tmp_path, "auto", skip=lambda *_: True)  # members of an archive that is not opened are not looked at
+    assert known.refused == {Reason.MISSING: 2}
+    (tmp_path / "labels.csv").write_text("file,label\nimages/a,x\n")
+    with pytest.raises(IntakeError, match=r"None of 1 rows of labels.csv names a file that is there"):
+        scan(tmp_path)
+    assert len(scan(tmp_path, "none").records) == 2
