@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,26 +13,27 @@ import typer
 
 from client import policy
 from client.home import Home, forget_elsewhere, import_images, load_images, practice_of
-from client.intake import Dataset
+from client.intake import Dataset, Form
 from client.intake.cautions import GROUPING, Caution, cautions
+from client.intake.chunks import chunk_images
+from client.intake.cost import estimate
 from client.intake.forgetting import Forgotten
-from client.intake.importing import Imported, Progress, too_few
+from client.intake.importing import DECODED, Imported, Progress
 from client.intake.page import save_page
 from client.intake.records import parse_label
 from client.intake.refusals import Reason
 from client.intake.report import Listing, Report, make_report
-from client.intake.selection import Practice, other_labels
+from client.intake.selection import Practice, other_labels, shown_labels
+from client.intake.shortage import too_few
 from client.intake.sources import require_usable
 from client.intake.survey import survey
-from client.intake.twins import Twins
+from client.intake.twins import Twins, counted_pairs
 from client.policy import Policy
-from common.config_text import build_config
 from common.errors import ConfigError
 from common.files import require_outside, write_atomic
-from common.plan import plan
-from common.privacy import Charge, epsilon
+from common.wording import counted
 
-_UNNAMED = ("all",)
+_LEAST: int = Policy.model_fields["min_patients"].default
 _BLOCK = 1024
 _EVERY_S = 0.5
 _EVERY_S_IN_A_LOG = 30.0
@@ -52,14 +54,19 @@ def check(
 ) -> None:
     """Read everything as `import` would and keep nothing: counts, reasons, warnings, and pictures to look at.
 
-    Page and contact sheet show patients. Exits 4 where nothing is usable, 9 where that is for want of a decoder, 14
-    with too few patients, 15 where the images cannot be reached, 7 where the report cannot be written.
+    Page and contact sheet show patients. Exits 4 where nothing is usable, 9 where a decoder is missing that can be
+    installed, 14 with too few patients, 15 where the images cannot be reached, 7 where the report cannot be written.
     """
-    practice, minimum = _practice(path, home, label)
+    _require_places(home, json_file, report)
+    practice, rules = _practice(path, home, label)
+    minimum = _LEAST if rules is None else rules.min_patients
     names = [name.strip() for name in classes.split(",")] if classes is not None else None
     found = survey(practice, names, show_files, ocr, progress())
-    said = replace(found.report, cost=tuple(cost(found.report.patients)))
+    cost = estimate(found.report.patients, None if rules is None else rules.declared_patients)
+    said = replace(found.report, cost=cost, min_patients=minimum)
     print("\n".join(said.lines()))
+    if said.classes is None and found.labels:
+        print(f"by label, on this terminal alone: {shown_labels(found.labels)}")
     for written in save_page(report, said, found.rows):
         print(f"to look at, and to delete then: {written}")
     _write_json(json_file, said)
@@ -84,18 +91,17 @@ def import_(
     Run again it reads what is new or changed, and forgets what is gone. Exits as `check`; 7 also with a full disk.
     """
     opened = Home(home)
-    if json_file is not None:
-        require_outside(home, json_file)
+    _require_places(home, json_file)
     minimum = policy.load(opened.policy).min_patients
     names = [name.strip() for name in classes.split(",")]
-    done = import_images(opened, names, size, minimum, channels, progress())
+    with _stoppable(Form(tuple(names), size, channels), progress()) as telling:
+        done = import_images(opened, names, size, minimum, channels, telling)
     counts = dict(zip(names, done.labels, strict=True))
-    by_class = ", ".join(f"{name} {count}" for name, count in counts.items())
-    print(f"imported {done.images} images of {len(done.patients)} patients; by class: {by_class}")
+    print(f"imported {counted(done.images, 'image')} of {counted(len(done.patients), 'patient')}")
     forgotten = forget_elsewhere(opened, done, opened.vault(names, size, channels), minimum)
     print("\n".join(_what_changed(done, forgotten)))
-    twins = twins_in(load_images(opened, names, size, channels)) if done.added else 0
-    said = _report(done, practice_of(opened), twins, show_files)
+    twins = twins_in(load_images(opened, names, size, channels))
+    said = _report(done, practice_of(opened), twins, counts, show_files)
     print("\n".join(said.lines()))
     _write_json(json_file, said)
     _warn_of_labels(_others(done, names))
@@ -105,15 +111,18 @@ def import_(
 
 def _what_changed(done: Imported, forgotten: Sequence[Forgotten]) -> list[str]:
     taken_up = f", and {done.taken_up} that an earlier import had decoded" if done.taken_up else ""
-    said = [f"new or changed: {done.added} images{taken_up}; unchanged: {done.unchanged} files that were not opened"]
+    unopened = f"{counted(done.unchanged, 'file')} that were not opened"
+    said = [f"new or changed: {counted(done.added, 'image')}{taken_up}; unchanged: {unopened}"]
     if done.gone[0]:
-        said.append(f"gone: {done.gone[0]} images of {done.gone[1]} files that are no longer there or no longer used")
+        images, files = counted(done.gone[0], "image"), counted(done.gone[1], "file")
+        said.append(f"gone: {images} of {files} no longer there or no longer used")
     if done.held:
-        said.append(f"kept: {done.held} files that could not be reached; mend the permissions and import again")
+        said.append(f"kept: {counted(done.held, 'file')} out of reach; mend the permissions and import again")
     for other in forgotten:
         state = "" if other.usable else "; too few patients are left for its use, import it again"
         named = f"{other.form.size} px x {other.form.channels} ({', '.join(other.form.classes)})"
-        said.append(f"also gone: {other.images} images of the set of {named}, whose files are gone or changed{state}")
+        images = counted(other.images, "image")
+        said.append(f"also gone: {images} of the set of {named}, whose files are gone or changed{state}")
     return said
 
 
@@ -129,24 +138,6 @@ def _warn_of_labels(others: str) -> None:
         print(f"warning: {others}", file=sys.stderr)
 
 
-def cost(patients: int) -> list[str]:
-    """Say what a run of the default configuration costs a patient of a site with so many, and what it takes."""
-    declared = patients // 10 * 10
-    if declared < 2:
-        return ["cost of a run: too few patients for one"]
-    config = build_config({}, {"image.classes": _UNNAMED})
-    agreed, rounds = plan(config, declared), config.federation.rounds
-    delta = min(config.privacy.delta, 0.1 / declared)
-    alone = epsilon([Charge(1.0, agreed.sample_rate, agreed.steps)], delta)
-    return [
-        f"cost of a run: with {declared} declared patients the default run ({rounds} rounds, {agreed.steps} private "
-        f"steps, {config.privacy.batch_patients} patients a step) with noise multiplier 1.0 costs epsilon {alone:.2f} "
-        f"at delta {delta:g}",
-        f"to stay within epsilon {config.privacy.epsilon:g}, warm-up included, it takes a noise multiplier of "
-        f"{agreed.train_noise_multiplier:.2f} in training: the more patients, the less",
-    ]
-
-
 def twins_in(dataset: Dataset) -> int:
     """Count pairs of nearly the same pictures of two patients in a training set."""
     twins = Twins()
@@ -156,51 +147,93 @@ def twins_in(dataset: Dataset) -> int:
     return len(twins.pairs())
 
 
-def _report(done: Imported, practice: Practice, twins: int, show_files: bool) -> Report:
-    warnings = [Caution(GROUPING), *cautions(done.found.records, done.choice, practice)]
+def _report(done: Imported, practice: Practice, twins: int, classes: Mapping[str, int], show_files: bool) -> Report:
+    partial = bool(done.unchanged or done.held)
+    warnings = [Caution(GROUPING), *cautions(done.found.records, done.choice, practice, partial)]
     if twins:
-        said = f"{twins} pairs of nearly the same pictures under two patients: one person with two ids? See `check`."
-        warnings.append(Caution(said))
+        said = f"{counted_pairs(twins)} of nearly the same pictures under two patients: one person with two ids?"
+        warnings.append(Caution(f"{said} See `check`."))
     root = practice.source if practice.source.is_dir() else practice.source.parent
     listing = Listing(done.found, root, show_files)
-    return make_report(done.found, done.choice, done.lost, done.patients, done.refused, warnings, listing)
+    return make_report(done.found, done.choice, done.lost, done.patients, classes, done.refused, warnings, listing)
 
 
-def _practice(path: Path, home: Path | None, label: str) -> tuple[Practice, int]:
+def _practice(path: Path, home: Path | None, label: str) -> tuple[Practice, Policy | None]:
     parse_label(label)
     if home is None:
-        return Practice(path, label), Policy.model_fields["min_patients"].default
+        return Practice(path, label), None
     practice = practice_of(Home(home))
     chosen = practice.label if label == "auto" else label
-    return replace(practice, source=path, label=chosen), policy.load(Home(home).policy).min_patients
+    return replace(practice, source=path, label=chosen), policy.load(Home(home).policy)
+
+
+def _require_places(home: Path | None, json_file: Path | None, report: Path | None = None) -> None:
+    """Refuse places for what is written before hours of reading, and all that stand in the home.
+
+    Raises:
+        ConfigError: One stands in the home, or the JSON file cannot stand where it is asked for.
+    """
+    for place in (json_file, report):
+        if home is not None and place is not None:
+            require_outside(home, place)
+    if json_file is not None and json_file.is_dir():
+        raise ConfigError(f"Expected --json {json_file} to be a file, it is a folder. Name a file in it.")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"Expected the folder of --json {json_file} to be there. Make it first.")
 
 
 def _write_json(path: Path | None, report: Report) -> None:
     if path is None:
         return
-    if path.is_dir():
-        raise ConfigError(f"Expected --json {path} to be a file, it is a folder. Name a file in it.")
     tree: Mapping[str, Any] = report.as_json()
     write_atomic(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(), 0o600)
 
 
 def progress() -> Progress:
-    """Return what tells on stderr how far reading is and how long it will take."""
-    terminal = sys.stderr.isatty()
-    started = last = time.monotonic()
+    """Return what tells on stderr how far reading is and how long it will take; the clock starts anew with each phase.
 
-    def tell(done: int, total: int) -> None:
-        nonlocal last
+    Guarantees:
+        - each_phase_has_its_clock: What was done before a phase makes it look neither slower nor longer.
+    """
+    terminal = sys.stderr.isatty()
+    phase, before, began, last = "", 0, 0.0, 0.0
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal phase, before, began, last
         now = time.monotonic()
+        if what != phase:
+            phase, before, began, last = what, done - 1, now, now
         finished = done == total and terminal
         if not finished and now - last < (_EVERY_S if terminal else _EVERY_S_IN_A_LOG):
             return
         last = now
-        rate = done / max(now - started, 1e-9)
-        line = f"read {done} of {total} images, {rate:.0f} a second, {_duration((total - done) / rate)} left"
+        rate = (done - before) / max(now - began, 1e-3)
+        left = f" of {total}, {rate:.0f} a second, {_duration((total - done) / rate)} left" if total else ""
+        line = f"{what}: {done}{left or f', {rate:.0f} a second'}"
         print(f"\r{line:<70}" if terminal else line, end="" if terminal and not finished else "\n", file=sys.stderr)
 
     return tell
+
+
+@contextmanager
+def _stoppable(form: Form, progress: Progress) -> Generator[Progress]:
+    """Say on Ctrl-C how much of an import is kept."""
+    decoded, of = 0, 0
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal decoded, of
+        if what == DECODED:
+            decoded, of = done, total
+        progress(what, done, total)
+
+    try:
+        yield tell
+    except KeyboardInterrupt:
+        kept = "no image had been read"
+        if decoded:
+            kept = f"{decoded} of {of} images were read, and are kept but for the last {chunk_images(form)} at most"
+        print(f"\n{kept}; run the same command again to go on", file=sys.stderr)
+        raise
 
 
 def _duration(seconds: float) -> str:

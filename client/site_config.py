@@ -14,6 +14,7 @@ from client.intake import IntakeRules
 from client.paths import Home
 from common.config import GradientEngine
 from common.errors import ConfigError
+from common.wording import wrong_values
 
 
 @final
@@ -55,12 +56,16 @@ def read_site_config(home: Home) -> SiteConfig:
     try:
         return SiteConfig.model_validate(tomllib.loads((home.folder / "site.toml").read_text(encoding="utf-8")))
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"Expected other values in site.toml of the home folder: {wrong}.") from error
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"Could not read site.toml in the home folder: {type(error).__name__}. Write it anew: data = PATH"
+            f"Expected other values in site.toml of the home folder: {wrong_values(error.errors())}."
         ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"Could not read site.toml in the home folder {home.folder}: {error.strerror}. Name the folder that "
+            "`fedmedgan-site init` made, or mend its permissions."
+        ) from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise ConfigError(f"site.toml in the home folder is not TOML: {error}. Write it anew: data = PATH") from error
 
 
 def head_copy(home: Home) -> Path | None:

@@ -19,11 +19,16 @@ def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, interr
         interrupted: What to say on Ctrl-C.
     """
     app.suggest_commands = False  # click suggests the same beside it
+    command = typer.main.get_command(app)
+    _leave_paths_to_commands(command)
     try:
-        code = app(arguments, standalone_mode=False)
+        code = command(arguments, standalone_mode=False)
     except FedmedganError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
+    except PermissionError as error:
+        print(f"error: No permission for {error.filename}. Mend it, or run as the user whose it is.", file=sys.stderr)
+        code = ExitCode.STORAGE
     except click.ClickException as error:
         error.show()
         code = ExitCode.USAGE
@@ -32,3 +37,13 @@ def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, interr
     if code == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this code and says nothing
         print(interrupted, file=sys.stderr)
     sys.exit(code or ExitCode.OK)
+
+
+def _leave_paths_to_commands(command: click.Command) -> None:
+    """Keep click from looking whether paths can be read: the command says it better, and with its own exit code."""
+    for parameter in command.params:
+        if isinstance(parameter.type, click.Path):
+            parameter.type.readable = False
+    if isinstance(command, click.Group):
+        for one in command.commands.values():
+            _leave_paths_to_commands(one)

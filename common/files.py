@@ -38,7 +38,7 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
     except OSError as error:
         raise StorageError(
             f"Could not write {path.name} ({len(content)} bytes) in {path.parent}: {error.strerror}. "
-            "Free space or make the folder writable, then go on (a simulation: with --resume)."
+            "Free space or make the folder writable, then go on."
         ) from error
     finally:
         if temporary is not None:
@@ -157,7 +157,7 @@ def append_durably(path: Path, line: bytes, mode: int = 0o600) -> None:
     except OSError as error:
         raise StorageError(
             f"Could not append {len(line)} bytes to {path}: {error.strerror}. "
-            "Free space or make the file writable, then go on (a simulation: with --resume)."
+            "Free space or make the file writable, then go on."
         ) from error
 
 

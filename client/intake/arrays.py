@@ -25,12 +25,14 @@ from numpy.lib import format as npy
 
 from client.intake.archives import inflates_in_bounds, open_zip
 from client.intake.pixels import Levels, check_size, full_range
-from client.intake.records import ALL, LabelSource, Record, Scan, refuse_tag, state_of
+from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, state_of
 from client.intake.refusals import DAMAGED, Reason, Refused
 from common.errors import IntakeError
 
 MAX_DECODED_BYTES = 2 * 1024**3
 MAX_IMAGES = 4 * 1024**2
+_SHOWN = 3
+"""Rows without a patient that are named; there may be millions."""
 _HEADER_BYTES = 16 * 1024
 """Read of an array for its header: numpy takes none above 10,000 characters, but reads it whole before it says so."""
 
@@ -61,20 +63,25 @@ def scan_arrays(path: Path, label: LabelSource) -> Scan:
         about = os.fstat(handle.fileno())
         stack = _stack_name(archive)
         _check_sizes(archive, [stack, _label_name(label, stack), "patient_id", "issuer", "site"])
-        count = _count(_header(archive, stack)[0])
+        shape = _header(archive, stack)[0]
+        count = _count(shape)
         labels = _labels(archive, label, stack, count)
         patients = _patients(archive, stack, count)
         issuers = _column(archive, "issuer", count) if _has(archive, "issuer") else [""] * count
         sites = _column(archive, "site", count) if _has(archive, "site") else [""] * count
+    rows, columns = _sides(shape)
     named = zip(issuers, patients, labels, sites, strict=True)
-    stamp, seen = (about.st_size, about.st_mtime_ns), (state_of(about), "")
-    records = tuple(
-        Record(path, row, (issuer, patient), name or None, site or None, stamp=stamp, seen=seen)
-        for row, (issuer, patient, name, site) in enumerate(named)
-        if patient
-    )
-    lost = count - len(records)
-    return Scan(records, {str(Reason.NO_PATIENT): lost} if lost else {})
+    stamp, seen, size = (about.st_size, about.st_mtime_ns), (state_of(about), ""), (columns, rows)
+    records: list[Record] = []
+    lost: list[int] = []
+    for row, (issuer, patient, name, site) in enumerate(named):
+        if patient:
+            who = issuer, patient
+            records.append(Record(path, row, who, name or None, site or None, stamp=stamp, seen=seen, size=size))
+        else:
+            lost.append(row)
+    shown = tuple(Refusal(path, None, Reason.NO_PATIENT, stamp, frame=row) for row in lost[:_SHOWN])
+    return Scan(tuple(records), {str(Reason.NO_PATIENT): len(lost)} if lost else {}, shown)
 
 
 def load_stack(handle: BinaryIO) -> npt.NDArray[Any]:
@@ -157,7 +164,9 @@ def _column(archive: zipfile.ZipFile, name: str, count: int) -> list[str]:
     if shape not in ((count,), (count, 1)):
         raise IntakeError(f"Expected one entry of {name} for each of {count} images, got the shape {shape}.")
     if name == "patient_id" and kind.kind not in "USiu":
-        raise IntakeError(f"Expected patient_id as text or integers, got {kind}: other types do not keep ids apart.")
+        raise IntakeError(
+            f"Expected patient_id as text or integers, got {kind.name}: other types do not keep ids apart."
+        )
     return [_text(value) for value in _read(archive, name).reshape(-1).tolist()]
 
 
@@ -183,19 +192,21 @@ def _stack_name(archive: zipfile.ZipFile) -> str:
 
 def _count(shape: tuple[int, ...]) -> int:
     """Return how many images an array of this shape holds."""
-    if len(shape) == 4 and (shape[3] in (1, 3) or shape[1] == 1):
-        rows, columns = shape[1:3] if shape[3] in (1, 3) else shape[2:4]
-    elif len(shape) == 3:
-        rows, columns = shape[1:3]
-    else:
+    if not (len(shape) == 3 or (len(shape) == 4 and (shape[3] in (1, 3) or shape[1] == 1))):
         raise IntakeError(f"Expected images of shape (N,H,W), (N,H,W,1), (N,H,W,3) or (N,1,H,W), got {shape}.")
     if not 1 <= shape[0] <= MAX_IMAGES:
         raise IntakeError(f"Expected 1 to {MAX_IMAGES} images in an NPZ, got {shape[0]}.")
     try:
-        check_size(rows, columns)
+        check_size(*_sides(shape))
     except Refused as refusal:
         raise IntakeError(f"Expected images of a pixel or more in the NPZ, got {shape}: {refusal}.") from refusal
     return shape[0]
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return rows and columns of the images of an array."""
+    first = 2 if len(shape) == 4 and shape[3] not in (1, 3) else 1
+    return shape[first], shape[first + 1]
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> _Header:
@@ -205,9 +216,12 @@ def _header(archive: zipfile.ZipFile, name: str) -> _Header:
     version = npy.read_magic(start)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, kind = read(start)
+    # Only a type's `name` is shown: as text it would name its fields, which are text of the file.
     pixels = (kind.kind == "u" and kind.itemsize <= 2) or kind.kind == "f"
     if not (pixels if name in _STACKS else kind.kind in "USiubf") or kind.itemsize == 0:
-        raise IntakeError(f"Expected uint8, uint16 or float images and text or numbers beside, got {kind} in {name}.")
+        raise IntakeError(
+            f"Expected uint8, uint16 or float images and text or numbers beside, got {kind.name} in {name}."
+        )
     return shape, kind
 
 

@@ -21,6 +21,7 @@ from client.intake.vault import (
     Manifest,
     Rows,
     Segment,
+    chunk_bytes,
     damaged,
     image_bytes,
     open_chunk,
@@ -120,6 +121,20 @@ def recover(vault: Path, key: SealingKey, manifest: Manifest) -> Manifest:
     return replace(manifest, next=after, segments=tuple(segments), rows=np.concatenate(rows))
 
 
+def verify(vault: Path, key: SealingKey, manifest: Manifest) -> None:
+    """Open every chunk that a manifest names.
+
+    Raises:
+        StorageError: One is gone, was changed, or is not what the manifest says.
+    """
+    place = 0
+    for segment in manifest.segments:
+        for rows, _ in _chunks(vault, key, manifest, segment):
+            if rows.tobytes() != manifest.rows[place : place + len(rows)].tobytes():
+                raise damaged()
+            place += len(rows)
+
+
 def compact(
     vault: Path, key: SealingKey, manifest: Manifest, kept_rows: npt.NDArray[np.bool_] | None = None
 ) -> Manifest:
@@ -188,16 +203,17 @@ def _chunks(
     vault: Path, key: SealingKey, manifest: Manifest, segment: Segment
 ) -> Iterator[tuple[Rows, UInt8[np.ndarray, "images channels size size"]]]:
     try:
-        content = memoryview(segment_path(vault, segment.number).read_bytes())
+        with segment_path(vault, segment.number).open("rb") as handle:
+            if os.fstat(handle.fileno()).st_size != segment.size_bytes:
+                raise damaged()
+            for index, count in enumerate(segment.counts):
+                size = chunk_bytes(manifest.form, count)
+                rows, pixels = open_chunk(key, manifest, (segment.number, index), memoryview(handle.read(size)))
+                if len(rows) != count:
+                    raise damaged()
+                yield rows, pixels
     except OSError as error:
         raise damaged() from error
-    offset = 0
-    for index, count in enumerate(segment.counts):
-        rows, pixels = open_chunk(key, manifest, (segment.number, index), content[offset:])
-        if len(rows) != count:
-            raise damaged()
-        yield rows, pixels
-        offset += 4 + struct.unpack_from("<I", content, offset)[0]
 
 
 def _whole_chunks(path: Path, key: SealingKey, manifest: Manifest, number: int) -> Iterator[tuple[Rows, int]]:

@@ -1,8 +1,7 @@
 """Where DICOM files stand: a folder tree, zip archives in it or alone, or what a DICOMDIR names. Headers only.
 
-A tree is walked whole, whatever a DICOMDIR in it says; files that this one names and that are not there are counted.
-Labels come from tags, or from `labels.csv` beside the files: `file` is relative to the folder, of a member of an
-archive `ARCHIVE.zip/MEMBER`.
+A tree is walked whole; files that a DICOMDIR in it names and that are not there are counted. Labels come from tags, or
+from `labels.csv`: `file` is relative to the folder, of a member `ARCHIVE.zip/MEMBER`.
 """
 
 import errno
@@ -18,10 +17,9 @@ from pydicom.datadict import tag_for_keyword
 
 from client.intake.archives import Archive
 from client.intake.directory import named_files
-from client.intake.headers import Header
 from client.intake.isolation import DecoderPool
 from client.intake.labels import Labelling, TagLabel, read_label_rules
-from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, Skip, Stamp, scan_of, stamp_of
+from client.intake.records import ALL, Header, LabelSource, Record, Refusal, Scan, Skip, Stamp, scan_of, stamp_of
 from client.intake.refusals import Reason, Refused
 from client.intake.requests import Asked, ask_header
 from client.intake.rules import IntakeRules
@@ -31,6 +29,7 @@ from common.errors import ConfigError, IntakeError
 
 LABELS_FILE = "labels.csv"
 AUTO_TAG = "AdmittingDiagnosesDescription"
+_LINK_TO_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 Found = Record | Refusal
 
@@ -48,6 +47,7 @@ class _Search:
     beside: Mapping[str, str] = field(repr=False)
     skip: Skip | None
     skipped: list[Path] = field(repr=False)
+    met: set[str] = field(default_factory=set[str], repr=False)
 
 
 def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
@@ -128,8 +128,7 @@ def _no_file(path: Path) -> Reason | None:
     try:
         return None if stat.S_ISREG(path.stat().st_mode) else Reason.NOT_A_FILE
     except OSError as error:
-        broken = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link to nowhere
-        return Reason.NOT_A_FILE if error.errno in broken else Reason.NOT_READABLE
+        return Reason.NOT_A_FILE if error.errno in _LINK_TO_NOWHERE else Reason.NOT_READABLE
 
 
 def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:
@@ -171,13 +170,15 @@ def _scan(paths: Iterable[Path | Refusal], folder: Path, search: _Search, in_tre
             found.extend([item.refusal(header)] if isinstance(header, str) else _records(item, header, search))
             if in_tree and item.member is None and header == Reason.INDEX:
                 found.extend(_missing(item.path, search.rules))
+    found += [item for item in items if isinstance(item, Refusal)]
+    found.extend(_rows_without_files(folder, search))
     records = [item for item in found if isinstance(item, Record)]
-    refusals = [item for item in (*found, *items) if isinstance(item, Refusal)]
+    refusals = [item for item in found if isinstance(item, Refusal)]
     return scan_of(records, refusals, search.skipped)
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     """A file or member that is opened; `place` is its path within the folder, `beside` what the table says of it."""
 
@@ -194,13 +195,16 @@ class _File:
 def _items(path: Path, folder: Path, search: _Search) -> Iterator[_File | Refusal]:
     """Yield what of a file is to be opened, itself or its members, and what of it is refused before."""
     place = path.relative_to(folder).as_posix()
+    search.met.add(place)
     file = _File(path, place, stamp_of(path), search.beside.get(place, ""))
     if search.skip is not None and search.skip(path, file.stamp, file.beside):
         search.skipped.append(path)
     elif not is_archive(path):
         yield file
     else:
-        yield from _members(file)
+        for member in _members(file):
+            search.met.add(f"{place}/{member.member}")
+            yield member
 
 
 def _members(file: _File) -> Iterator[_File | Refusal]:
@@ -232,6 +236,24 @@ def _label(header: Header, place: str, search: _Search) -> tuple[str | None, str
     return text or None, row.get("site") or None
 
 
+def _rows_without_files(folder: Path, search: _Search) -> Iterator[Refusal]:
+    """Yield a refusal for each row of the table that names no file; of an archive that is known none can be told.
+
+    Raises:
+        IntakeError: No row names a file.
+    """
+    if not search.column or not search.table:
+        return
+    known = tuple(f"{path.relative_to(folder).as_posix()}/" for path in search.skipped if is_archive(path))
+    rows = [place for place in search.table if place not in search.met and not place.startswith(known)]
+    if len(rows) == len(search.table) and search.met:
+        raise IntakeError(
+            f"None of {len(rows)} rows of {LABELS_FILE} names a file that is there. Give files as folder/file.dcm, "
+            "from the folder of the images on, and members of an archive as folder/archive.zip/member."
+        )
+    yield from [Refusal(path := folder / LABELS_FILE, None, Reason.MISSING, stamp_of(path))] * len(rows)
+
+
 def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:
     """Yield a refusal for each file that a DICOMDIR names and that cannot be had."""
     try:
@@ -249,7 +271,7 @@ def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], s
         if label.kind == "column":
             raise IntakeError(f"--label column:{label.name} needs {LABELS_FILE} (file, {label.name}) beside the DICOM.")
         return {}, ""
-    table = read_table(path)
+    table = read_table(path, LABELS_FILE)
     file = table.column("file")
     by_file = {PurePosixPath(row[file]).as_posix(): row for row in table.rows}
     if len(by_file) != len(table.rows):

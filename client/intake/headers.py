@@ -11,11 +11,10 @@ import hashlib
 import io
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, final
+from typing import Any, BinaryIO
 
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
@@ -36,7 +35,7 @@ from pydicom.uid import (
 from client.intake.labels import Labelling
 from client.intake.memory import header_bytes, within
 from client.intake.pixels import check_size
-from client.intake.records import Seen
+from client.intake.records import Header
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 
@@ -84,26 +83,6 @@ _LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
 _NO_PICTURES = (SegmentationStorage, _LABEL_MAP_STORAGE, RTDoseStorage)
 
 
-@final
-@dataclass(frozen=True)
-class Header:
-    """What the scan needs of a header. Its repr shows nothing.
-
-    Attributes:
-        patient: (issuer, id).
-        label: Of the tag or by the rules that labels are read from; "" for none.
-        frames: Number of frames; None where the file does not say, so that it is one.
-        facts: See `FACTS`.
-        seen: What tells a later reader that the file is the same.
-    """
-
-    patient: tuple[str, str] = field(repr=False)
-    label: str = field(repr=False)
-    frames: int | None = field(repr=False)
-    facts: Mapping[str, str] = field(repr=False)
-    seen: Seen = field(repr=False)
-
-
 def is_dicom(path: Path) -> bool:
     """Return whether a file has the DICOM preamble.
 
@@ -132,6 +111,7 @@ def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRul
             seen = (state, digest_of(dataset))
             frames = check_header(dataset, rules)
             said = {element.keyword: as_text(element.value) for element in dataset}
+            said["SOPClassUID"] = sop_class(dataset)
         facts = {name: text for name in FACTS if (text := said.get(name))}
         facts["TransferSyntaxUID"] = str(dataset.file_meta.TransferSyntaxUID)
     except DAMAGED_DICOM as error:
@@ -244,7 +224,7 @@ def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
     Raises:
         Refused: With the reason.
     """
-    if dataset.get("SOPClassUID") in _NO_PICTURES:
+    if sop_class(dataset) in _NO_PICTURES:
         raise Refused(Reason.NO_PICTURE)
     rows, columns = dataset.get("Rows"), dataset.get("Columns")
     if rows is None or columns is None:
@@ -261,6 +241,18 @@ def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
     if frames > rules.max_frames:
         raise Refused(Reason.TOO_MANY_FRAMES)
     return frames if frames > 1 else None
+
+
+def sop_class(dataset: Dataset) -> str:
+    """Return what kind of object a file holds, by its data set or, where that does not say, by its file meta.
+
+    Raises:
+        Refused: They name two.
+    """
+    names = {as_text(dataset.get("SOPClassUID")), as_text(dataset.file_meta.get("MediaStorageSOPClassUID"))} - {""}
+    if len(names) > 1:
+        raise Refused(Reason.SOP_CLASS)
+    return names.pop() if names else ""
 
 
 def parse(data: bytes, rules: IntakeRules) -> tuple[Dataset, str]:

@@ -20,6 +20,7 @@ from client.intake.pixels import Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of, state_of
 from client.intake.refusals import DAMAGED, Reason, Refused, unopened
 from client.intake.rules import IntakeRules
+from client.intake.sizes import Size, size_of
 from client.intake.table import Table, read_table
 from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
@@ -41,7 +42,7 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
         ConfigError: The labels are asked of a DICOM tag.
     """
     refuse_tag(label)
-    table = read_table(index)
+    table = read_table(index, f"The index {index.name}")
     file = table.column("file")
     patient = _patient_column(table)
     name = "" if label.kind == "none" else table.column(label.name or "label")
@@ -53,22 +54,24 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
         said = json.dumps([row.get("issuer", ""), row[patient], row[name] if name else ALL])
         lines.setdefault(_normal(row[file]), []).append(said)
     beside = {name: "\n".join(said) for name, said in lines.items()}
-    for row in table.rows:
+    for row, line in zip(table.rows, table.lines, strict=True):
         path, said = root, beside[_normal(row[file])]
         try:
             path = _inside(root, row[file])
             _look_at(path)
             if not row[patient]:
                 raise Refused(Reason.NO_PATIENT)
-            frames, about = _look(path, rules)
+            frames, size, about = _look(path, rules)
         except Refused as refusal:
-            refusals.append(Refusal(path, None, refusal.reason, stamp_of(path), said))
+            named = path if path != root else _named(root, row[file])
+            refusals.append(Refusal(named, None, refusal.reason, stamp_of(named), said, line=line))
             continue
-        text, patients = row[name] if name else ALL, (row.get("issuer", ""), row[patient])
-        for frame in frames:
-            site = row.get("site") or None
-            stamp, seen = (about.st_size, about.st_mtime_ns), (state_of(about), "")
-            records.append(Record(path, frame, patients, text or None, site, stamp=stamp, beside=said, seen=seen))
+        text, who, site = row[name] if name else ALL, (row.get("issuer", ""), row[patient]), row.get("site") or None
+        stamp, seen = (about.st_size, about.st_mtime_ns), (state_of(about), "")
+        records += (
+            Record(path, frame, who, text or None, site, stamp=stamp, beside=said, seen=seen, line=line, size=size)
+            for frame in frames
+        )
     return scan_of(records, refusals)
 
 
@@ -110,6 +113,13 @@ def _normal(name: str) -> str:
     return PurePosixPath(name).as_posix()
 
 
+def _named(root: Path, name: str) -> Path:
+    """Return the place of a file that cannot be had; the folder itself where the name leads out of it or is none."""
+    relative = PurePosixPath(name)
+    inside = name and "\0" not in name and not relative.is_absolute() and ".." not in relative.parts
+    return root / relative if inside else root
+
+
 def _inside(root: Path, name: str) -> Path:
     """Return the path that the index means, refusing every way out of the folder."""
     if not name:
@@ -138,18 +148,20 @@ def _look_at(path: Path) -> None:
         raise (Refused(Reason.MISSING) if error.errno == errno.ENAMETOOLONG else unopened(error)) from error
 
 
-def _look(path: Path, rules: IntakeRules) -> tuple[Sequence[int | None], os.stat_result]:
-    """Return which frames of a file are used, and what the file system says of it."""
+def _look(path: Path, rules: IntakeRules) -> tuple[Sequence[int | None], Size | None, os.stat_result]:
+    """Return which frames of a file are used, the size that it states, and what the file system says of it."""
     try:
         with path.open("rb") as handle:
             about = os.fstat(handle.fileno())
             if is_volume(path):
-                return rules.chosen(Volume(handle, rules).slices), about
+                volume = Volume(handle, rules)
+                return rules.chosen(volume.slices), volume.size, about
             if not handle.read(8).startswith(_MAGIC):
                 raise Refused(Reason.NOT_PNG_JPEG)
+            handle.seek(0)
+            return (None,), size_of(handle), about
     except OSError as error:
         raise unopened(error) from error
-    return (None,), about
 
 
 def _patient_column(table: Table) -> str:

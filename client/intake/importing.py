@@ -15,29 +15,25 @@ from typing import final
 
 import numpy as np
 
-from client.intake.chunks import Appender, compact, delete_unnamed, recover
+from client.intake.chunks import Appender, compact, delete_unnamed, recover, verify
 from client.intake.dataset import Form
 from client.intake.decode import decode_records
 from client.intake.pixels import Square
 from client.intake.pseudonyms import Instances, Names
-from client.intake.records import Refusal, Scan
-from client.intake.refusals import Reason, describe
-from client.intake.selection import Choice, Practice, choose, other_labels
+from client.intake.records import Record, Refusal, Scan, Skip, Stamp
+from client.intake.refusals import at_decoding
+from client.intake.selection import Choice, Practice, choose, other_copies, other_labels
+from client.intake.shortage import STAYS, too_few
 from client.intake.sources import scan
 from client.intake.vault import ROW, SEGMENT_BYTES, Manifest, Rows, create_vault, read_manifest, write_manifest
-from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatients
+from common.errors import IntakeError, StorageError
 from common.lock import alone as alone_on
 from common.sealing import SealingKey
 
-Progress = Callable[[int, int], None]
-"""Told how many images are decoded, and of how many."""
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much; 0 where that is not known."""
 
-STAYS = (
-    "The images imported before stay in use as they were, those of patients who are gone too: if they were taken out "
-    "on purpose, delete the folder of the vault (vault-* in the home)."
-)
-
-DECODERS = 'pip install "fedmedgan[decoders]"'
+LOOKED_AT, DECODED = "files looked at", "images read"
 
 
 @final
@@ -96,13 +92,13 @@ def import_source(
         form: What the images shall be.
         practice: How they are read.
         min_patients: With fewer the vault stays as it was, and what was decoded is kept for the next import.
-        progress: Told after each image.
+        progress: Told before each file that is listed and after each image.
         alone: Held while the vault changes from one state to the next.
 
     Raises:
         IntakeError: Nothing is usable.
         TooFewPatients: There are fewer than `min_patients`.
-        MissingExtra: Nothing is usable, and a decoder is missing.
+        MissingExtra: Nothing is usable, and a decoder is missing that can be installed.
         StorageError: The disk is full, the vault is damaged, or another import is running.
 
     Guarantees:
@@ -114,15 +110,18 @@ def import_source(
         - not_reached_is_not_gone: Images of files that could not be reached stay, while the site's rules are the same
           and no table says otherwise.
         - order_of_patients: A first import numbers patients by (issuer, id), whatever the key.
+        - damage_shows: Every chunk of the vault is opened first, so that a changed bit is an error also where nothing
+          is new.
         - pseudonyms_only: Nothing of a header or a name is written but keyed pseudonyms and class numbers.
     """
     with alone_in(vault):
         before = _opened(vault, key, form)
+        verify(vault, key, before)
         manifest = recover(vault, key, before)
         names = Names(key, practice.source, practice.digest())
-        looked = _look(names, before, manifest, practice)
-        manifest, lost, added = _decode(vault, names, manifest, looked.choice, practice, progress)
-        seen = names.seen(looked.found, looked.choice, lost) | {file: manifest.seen[file] for file in looked.known()}
+        looked = _look(names, before, manifest, practice, progress)
+        manifest, choice, lost, added = _decode(vault, names, manifest, looked.choice, practice, progress)
+        seen = names.seen(looked.found, choice, lost) | {file: manifest.seen[file] for file in looked.known()}
         manifest = replace(manifest, seen=seen, folders=names.folders(manifest, seen), practice=names.practice)
         rows = manifest.rows[manifest.current()]
         taken_up = int(manifest.current()[len(before.rows) :].sum()) - added
@@ -130,7 +129,7 @@ def import_source(
         patients = tuple(Counter(rows["patient"].tolist()).values())
         if len(patients) < max(1, min_patients):
             others, there = other_labels(looked.found, form.classes), bool(before.current().any())
-            raise too_few(len(patients), min_patients, refused, others, there)
+            raise too_few(len(patients), min_patients, refused, others, kept=True, there=there)
         with alone or nullcontext():
             manifest = compact(vault, key, manifest)
             write_manifest(vault, key, manifest)
@@ -143,13 +142,27 @@ def import_source(
         len(looked.kept),
         added,
         looked.found,
-        looked.choice,
+        choice,
         lost,
         taken_up,
         _gone(before, rows),
         len(looked.held),
         {file: names.state_of(seen[file].stamp) for file in states},
     )
+
+
+def told_of_files(progress: Progress | None, skip: Skip | None = None) -> Skip:
+    """Return what a scan asks about each file, so that it is told too."""
+    done = 0
+
+    def ask(path: Path, stamp: Stamp, beside: str) -> bool:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(LOOKED_AT, done, 0)
+        return skip is not None and skip(path, stamp, beside)
+
+    return ask
 
 
 @final
@@ -166,9 +179,9 @@ class _Looked:
         return self.kept | self.held
 
 
-def _look(names: Names, before: Manifest, manifest: Manifest, practice: Practice) -> _Looked:
+def _look(names: Names, before: Manifest, manifest: Manifest, practice: Practice, progress: Progress | None) -> _Looked:
     try:
-        found = scan(practice.source, practice.label, practice.rules, names.skip(manifest))
+        found = scan(practice.source, practice.label, practice.rules, told_of_files(progress, names.skip(manifest)))
     except IntakeError as error:
         if not before.current().any():
             raise
@@ -191,25 +204,29 @@ def _gone(before: Manifest, rows: Rows) -> tuple[int, int]:
 
 def _decode(
     vault: Path, names: Names, manifest: Manifest, choice: Choice, practice: Practice, progress: Progress | None
-) -> tuple[Manifest, tuple[Refusal, ...], int]:
-    """Decode what is not in the vault yet and append it; return the manifest with it, the refusals and the count."""
+) -> tuple[Manifest, Choice, tuple[Refusal, ...], int]:
+    """Decode what is not in the vault yet and append it; return the manifest, choice, refusals and count."""
     form, key = manifest.form, names.key
     numbers = {name: number for number, name in enumerate(form.classes)}
-    rows = [names.row(record, numbers[str(record.label)]) for record in choice.records]
     there = set(manifest.images())
-    todo = [number for number, row in enumerate(rows) if row[:3] not in there]
     lost: list[Refusal] = []
-    appender = Appender(vault, key, manifest)
-    records = (choice.records[number] for number in todo)
-    decoded = decode_records(records, form.size, form.channels, practice.rules)
-    for done, (number, (record, square)) in enumerate(zip(todo, decoded, strict=True), 1):
-        if isinstance(square, str):
-            lost.append(Refusal(record.path, record.member, square, record.stamp, record.beside))
-        else:
-            appender = _add(appender, vault, key, rows[number], square)
-        if progress is not None:
-            progress(done, len(todo))
-    return appender.finish(), tuple(lost), len(todo) - len(lost)
+    appender, records, added = Appender(vault, key, manifest), choice.records, 0
+    while records:
+        rows = [names.row(record, numbers[str(record.label)]) for record in records]
+        todo = [number for number, row in enumerate(rows) if row[:3] not in there]
+        asked, failed = (records[number] for number in todo), list[Record]()
+        decoded = decode_records(asked, form.size, form.channels, practice.rules)
+        for done, (number, (record, square)) in enumerate(zip(todo, decoded, strict=True), 1):
+            if isinstance(square, str):
+                lost.append(record.refused(at_decoding(square)))
+                failed.append(record)
+            else:
+                appender = _add(appender, vault, key, rows[number], square)
+            if progress is not None:
+                progress(DECODED, done, len(todo))
+        added += len(todo) - len(failed)
+        choice, records = other_copies(choice, failed)
+    return appender.finish(), choice, tuple(lost), added
 
 
 def _add(appender: Appender, vault: Path, key: SealingKey, row: tuple[object, ...], square: Square) -> Appender:
@@ -233,28 +250,3 @@ def alone_in(vault: Path) -> AbstractContextManager[int]:
         StorageError: Another import holds it.
     """
     return alone_on(vault / "lock", "import")
-
-
-def too_few(
-    patients: int, least: int, refused: Mapping[str, int], others: str = "", there: bool = False
-) -> IntakeError | TooFewPatients | MissingExtra:
-    """Return the error for a source with fewer usable patients than there have to be, perhaps none.
-
-    Args:
-        patients: How many are usable.
-        least: How many there have to be.
-        refused: Images that are not used, by reason.
-        others: What `other_labels` says.
-        there: Whether the vault holds images of an import before.
-    """
-    said = describe(refused) or "nothing found"
-    others = " ".join(part for part in (others, STAYS if there else "") if part)
-    if patients:
-        return TooFewPatients(
-            f"Expected at least min_patients={least} usable patients at this site, found {patients} ({said}). Add "
-            "patients, or lower privacy.min_patients and the policy's min_patients. What was read is kept for then."
-            + (others and f" {others}")
-        )
-    if any(reason.startswith(Reason.NO_DECODER) for reason in refused):
-        return MissingExtra(f"No image could be used ({said}). Install the decoders: {DECODERS}")
-    return IntakeError(f"No image could be used ({said}). {others or 'Mend these and run again.'}")

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from common.errors import ConfigError
 from common.files import read_bounded
+from common.wording import wrong_values
 
 MAX_RULES_BYTES = 1024**2
 
@@ -127,7 +128,6 @@ def read_rule_file(path: Path, form: type[Rules], what: str) -> Rules:
     try:
         return form.model_validate(tomllib.loads(read_bounded(path, MAX_RULES_BYTES).decode()))
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])
-        raise ConfigError(f"Expected other {what} in {path}: {wrong}.") from error
+        raise ConfigError(f"Expected other {what} in {path}: {wrong_values(error.errors())}.") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise ConfigError(f"{path} is not TOML: {error}.") from error

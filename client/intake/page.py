@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
+from client.intake.pixels import Square
 from client.intake.report import Report
 from client.intake.survey import SIZE, Row
 from common.files import make_folder, write_atomic
@@ -30,8 +31,11 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem
 .numbers b { display: block; font-size: 1.5rem }
 table { border-collapse: collapse; width: 100% } tr { border-bottom: 1px solid #e5e5e5 }
 td, th { text-align: left; padding: .3rem .8rem .3rem 0; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 5rem }
-td.f, .muted { color: #666 } img { max-width: 100%; background: #fff }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 3rem }
+td.f, .muted { color: #666 } td.f { width: 30% } h3 { font-size: 1rem; margin: 1.2rem 0 .5rem }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: .8rem }
+figure { margin: 0 } figcaption { color: #555; font-size: .8rem; overflow-wrap: anywhere }
+img { width: 100%; max-width: 256px; border: 1px solid #999 }
 </style></head><body>
 <h1>Check of the images</h1>
 <p class="secret">Exact counts and images of patients: for this site's eyes alone. Delete the folder when you have
@@ -43,29 +47,43 @@ looked.</p>
 <span class="muted">median {{ "%g" % r.images_per_patient[1] }}</span></div>
 {% if r.blanked %}<div>blanked in part<b>{{ r.blanked }}</b></div>{% endif %}
 </div>
+{% if r.min_patients and r.patients < r.min_patients %}
+<p class="secret">Too few patients: {{ r.patients }} usable, the policy's min_patients is {{ r.min_patients }}. With
+fewer this site takes no part.</p>
+{% endif %}
+<h2>Classes</h2>
+{% if r.classes %}<table>{% for name, count in r.classes.items() %}
+<tr><td class="n">{{ count }}</td><td>{{ name }}</td></tr>
+{% endfor %}</table>{% elif r.classes is none %}<p>The labels are values of headers: the terminal alone shows them, and
+this page with --classes.</p>{% else %}<p>No image is usable.</p>{% endif %}
 <h2>Not used</h2>
 {% if r.refused %}<table><tr><th></th><th>reason</th><th>for example</th></tr>
 {% for g in r.refused %}
 <tr><td class="n">{{ g.count }}</td><td>{{ g.said }}</td><td class="f">{{ g.examples | join(", ") }}</td></tr>
 {% endfor %}
 </table>{% else %}<p>Everything is used.</p>{% endif %}
+{% for line in r.remedies %}<p>For want of a decoder: {{ line }}</p>{% endfor %}
 <h2>Patients and pictures</h2>
 <table>{% for g in r.warnings %}
 <tr><td>{{ g.said }}</td><td class="f">{{ g.examples | join(", ") }}</td></tr>
 {% endfor %}</table>
 <h2>What a typical run costs</h2>
-{% for line in r.cost %}<p>{{ line }}</p>{% endfor %}
+{% for line in r.cost_lines() %}<p>{{ line }}</p>{% endfor %}
 <h2>Kinds</h2>
 <table>{% for name, counts in r.kinds.items() %}
 <tr><td>{{ name }}</td><td>{% for kind, count in counts.items() %}
 {{ kind }} <span class="muted">{{ count }}</span>{{ "; " if not loop.last }}
-{% else %}<span class="muted">not stated</span>{% endfor %}</td></tr>
+{% endfor %}</td></tr>
 {% endfor %}</table>
 <h2>Contact sheet</h2>
-<p class="muted">Look for names, dates and numbers in the pixels. Numbers below the pictures are those of the files in
-the order of their paths; --show-files names them.</p>
-{% if sheet %}<img alt="Contact sheet" src="data:image/png;base64,{{ sheet }}">
-{% else %}<p>No image could be decoded.</p>{% endif %}
+<p class="muted">Look for names, dates and numbers in the pixels. Below the pictures: numbers of files in the order of
+their paths, lines of an index, members of an archive and frames from 1, rows of an NPZ from 0. --show-files names
+them.</p>
+{% for title, pictures in rows %}<h3>{{ title }}</h3><div class="pictures">
+{% for name, png in pictures %}<figure><img alt="" src="data:image/png;base64,{{ png }}"><figcaption>{{ name }}
+</figcaption></figure>
+{% endfor %}</div>
+{% else %}<p>No image could be decoded.</p>{% endfor %}
 </body></html>
 """
 
@@ -77,14 +95,17 @@ def save_page(folder: Path, report: Report, rows: Sequence[Row]) -> list[Path]:
         StorageError: They cannot be written.
 
     Guarantees:
-        - owner_alone: The folder has mode 0700, the files 0600.
+        - owner_alone: The files have mode 0600, and a folder that was not there before has 0700.
         - self_contained: The page asks for nothing from elsewhere.
     """
+    made = not folder.exists()
     make_folder(folder, 0o700)
-    folder.chmod(0o700)
+    if made:
+        folder.chmod(0o700)  # whatever the umask leaves of it
     png = contact_sheet(rows) if rows else b""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(_PAGE).render(r=report, sheet=base64.b64encode(png).decode())
+    shown = [(row.title, [(name, _embedded(square)) for name, square in row.pictures]) for row in rows]
+    text = environment.from_string(_PAGE).render(r=report, rows=shown)
     files = {"report.html": text.encode()} | ({"contact-sheet.png": png} if png else {})
     for name, content in files.items():
         write_atomic(folder / name, content, 0o600)
@@ -95,17 +116,26 @@ def contact_sheet(rows: Sequence[Row]) -> bytes:
     """Return a PNG of all pictures under the titles of their kinds, each with the number of its file."""
     step, line = SIZE + _GAP, SIZE + _GAP + _LABEL
     heights = [_TITLE + -(-len(row.pictures) // COLUMNS) * line for row in rows]
-    sheet = Image.new("RGB", (COLUMNS * step + _GAP, sum(heights) + _GAP), "white")
+    sheet = Image.new("RGB", (COLUMNS * step + _GAP, sum(heights) + _GAP), "#e4e4e4")  # white pictures show too
     draw, top = ImageDraw.Draw(sheet), 0
     large, small = ImageFont.load_default(18), ImageFont.load_default(11)
     for row, height in zip(rows, heights, strict=True):
         draw.text((_GAP, top + 6), row.title, fill="black", font=large)
         for place, (name, square) in enumerate(row.pictures):
             left, upper = _GAP + place % COLUMNS * step, top + _TITLE + place // COLUMNS * line
+            draw.rectangle((left - 1, upper - 1, left + SIZE, upper + SIZE), outline="#888888")
             sheet.paste(Image.fromarray(square[0]), (left, upper))
             shown = name if len(name) <= 22 else f"…{name[-20:]}"
-            draw.text((left, upper + SIZE + 1), shown, fill="#555555", font=small)
+            draw.text((left, upper + SIZE + 1), shown, fill="#444444", font=small)
         top += height
+    return _png(sheet)
+
+
+def _embedded(square: Square) -> str:
+    return base64.b64encode(_png(Image.fromarray(square[0]))).decode()
+
+
+def _png(image: Image.Image) -> bytes:
     png = io.BytesIO()
-    sheet.save(png, "PNG")
+    image.save(png, "PNG")
     return png.getvalue()

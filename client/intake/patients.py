@@ -5,7 +5,9 @@ one id only share what one may contribute. Hence ids are brought together genero
 capitals and spaces at the ends or doubled do not tell two patients apart.
 
 The table is a CSV file with the columns `patient` and `to` and, if wanted, `issuer` and `to_issuer`: the images of
-`patient` count as those of `to`. Out of scope: warnings about ids (client/intake/warnings).
+`patient` count as those of `to`. A line without an issuer means the patient of that id whatever the issuer, and one
+without `to_issuer` too, or with an issuer the patient `to` of the same one. Out of scope: warnings about ids
+(client/intake/cautions).
 """
 
 import unicodedata
@@ -37,23 +39,33 @@ def normalised(patient: Patient) -> Patient:
 @final
 @dataclass(frozen=True)
 class PatientTable:
-    """Which patients are in truth another. Its repr shows nothing."""
+    """Which patients are in truth another. Its repr shows nothing.
+
+    Attributes:
+        merged: Who is another.
+        by_id: The same by id alone, whatever the issuer.
+        lines: The line of the table that names a patient, or an id alone.
+    """
 
     merged: Mapping[Patient, Patient] = field(default_factory=dict[Patient, Patient], repr=False)
+    by_id: Mapping[str, Patient] = field(default_factory=dict[str, Patient], repr=False)
+    lines: Mapping[Patient | str, int] = field(default_factory=dict[Patient | str, int], repr=False)
 
     def of(self, stated: Patient) -> Patient:
         """Return who a patient is."""
         patient = normalised(stated)
-        return self.merged.get(patient, patient)
+        return self.merged.get(patient) or self.by_id.get(patient[1], patient)
 
     def ranks(self, stated: Iterable[Patient]) -> Mapping[Patient, int]:
         """Return the place of each patient as stated: by (issuer, id), one patient's spellings together."""
         numbers: dict[Patient, int] = {}
         return {patient: numbers.setdefault(self.of(patient), len(numbers)) for patient in sorted(set(stated))}
 
-    def unused(self, stated: Iterable[Patient]) -> int:
-        """Return how many lines name a patient who is not there."""
-        return len(set(self.merged) - {normalised(patient) for patient in stated})
+    def unused(self, stated: Iterable[Patient]) -> list[int]:
+        """Return the lines that name a patient who is not there."""
+        there = {normalised(patient) for patient in stated}
+        met: set[Patient | str] = {*there, *(name for _, name in there)}
+        return sorted(line for named, line in self.lines.items() if named not in met)
 
 
 def read_patient_table(path: Path) -> PatientTable:
@@ -61,20 +73,46 @@ def read_patient_table(path: Path) -> PatientTable:
 
     Raises:
         IntakeError: It cannot be read, lacks a column, gives one patient two meanings, or a chain of them.
+
+    Guarantees:
+        - any_issuer: A line without an issuer takes the patient of that id whatever the issuer.
+        - one_meaning: Two lines that could both be meant and say two things are an error.
     """
-    table = read_table(path)
+    table = read_table(path, f"The table of patients {path}")
     for name in ("patient", "to"):
         if name not in table.columns:
             raise IntakeError(
                 f"The table of patients has no column {name!r}, expected patient, to (issuer, to_issuer)."
             )
     merged: dict[Patient, Patient] = {}
-    for number, row in enumerate(table.rows, 2):
-        here = normalised((row.get("issuer", ""), row["patient"]))
-        there = normalised((row.get("to_issuer", row.get("issuer", "")), row["to"]))
-        if not here[1] or not there[1] or merged.get(here, there) != there:
+    by_id: dict[str, Patient] = {}
+    lines: dict[Patient | str, int] = {}
+    for number, row in zip(table.lines, table.rows, strict=True):
+        issuer, here = normalised((row.get("issuer", ""), row["patient"]))
+        to_issuer, to = normalised((row.get("to_issuer", ""), row["to"]))
+        there = (to_issuer or issuer, to)
+        known = merged.get((issuer, here), there) if issuer else by_id.get(here, there)
+        if not here or not to or known != there:
             raise IntakeError(f"Line {number} of the table of patients has no id, or gives one patient two meanings.")
-        merged[here] = there
-    if any(merged.get(there, there) != there for there in merged.values()):
+        lines.setdefault((issuer, here) if issuer else here, number)
+        if issuer:
+            merged[issuer, here] = there
+        else:
+            by_id[here] = there
+    for there in [there for there in by_id.values() if not there[0]]:  # `to` is then the same whatever the issuer
+        by_id.setdefault(there[1], there)
+    _require_one_meaning(found := PatientTable(merged, by_id, lines))
+    return found
+
+
+def _require_one_meaning(table: PatientTable) -> None:
+    merged, by_id = table.merged, table.by_id
+    meant = {*merged.values(), *by_id.values()}
+    if any(merged.get(there, there) != there or by_id.get(there[1], there) != there for there in meant):
         raise IntakeError("A patient of the column `to` is another patient by another line. Name the last one in both.")
-    return PatientTable(merged)
+    for (issuer, name), there in merged.items():
+        if by_id.get(name, there) != there:
+            raise IntakeError(
+                f"Line {table.lines[issuer, name]} of the table of patients is ambiguous: another line names the same "
+                "id without an issuer, for another patient. Give both an issuer."
+            )

@@ -46,6 +46,8 @@ class Record:
         beside: What a table beside the files (index.csv, labels.csv) says of the file; "" where there is none.
         blank: Parts that are made black before anything else is done with the image.
         seen: What the scan saw; bytes that are not these are not decoded.
+        line: Of the index that names the image, from 1; 0 where no index does.
+        size: Columns and rows as the file states them, for reports; None where they are in `header`, or not stated.
     """
 
     path: Path = field(repr=False)
@@ -59,18 +61,52 @@ class Record:
     beside: str = field(default="", repr=False)
     blank: tuple[Region, ...] = field(default=(), repr=False)
     seen: Seen = field(default=("", ""), repr=False)
+    line: int = field(default=0, repr=False)
+    size: tuple[int, int] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def stated_size(self) -> tuple[int, int] | None:
+        """Return columns and rows as the file states them."""
+        rows, columns = (self.header.get(name, "") for name in ("Rows", "Columns"))
+        return (int(columns), int(rows)) if rows.isdecimal() and columns.isdecimal() else self.size
+
+    def refused(self, reason: str) -> "Refusal":
+        """Return that this image is not used."""
+        return Refusal(self.path, self.member, reason, self.stamp, self.beside, self.frame, self.line)
+
+
+@final
+@dataclass(frozen=True)
+class Header:
+    """What the scan needs of a header. Its repr shows nothing.
+
+    Attributes:
+        patient: (issuer, id).
+        label: Of the tag or by the rules that labels are read from; "" for none.
+        frames: Number of frames; None where the file does not say, so that it is one.
+        facts: See `client.intake.headers.FACTS`.
+        seen: What tells a later reader that the file is the same.
+    """
+
+    patient: tuple[str, str] = field(repr=False)
+    label: str = field(repr=False)
+    frames: int | None = field(repr=False)
+    facts: Mapping[str, str] = field(repr=False)
+    seen: Seen = field(repr=False)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One file, member or row that is not used, and why. Its repr shows the reason alone."""
+    """One file, member, frame or row that is not used, and why. Its repr shows the reason alone."""
 
     path: Path = field(repr=False)
     member: str | None = field(repr=False)
     reason: str
     stamp: Stamp = field(default=(0, 0), repr=False)
     beside: str = field(default="", repr=False)
+    frame: int | None = field(default=None, repr=False)
+    line: int = field(default=0, repr=False)
 
 
 @final

@@ -4,7 +4,7 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import final
@@ -24,6 +24,7 @@ class Reason(StrEnum):
     NO_PREAMBLE = "DICOM data set without the preamble and file meta of PS3.10"
     NO_SYNTAX = "transfer syntax not stated"
     INDEX = "DICOMDIR, an index of files"
+    SOP_CLASS = "SOP class of the header is not that of the file meta"
     NO_PICTURE = "segmentation, map of labels or dose, not a picture"
     ARCHIVE = "archive damaged, encrypted or in another one"
     ARCHIVE_LIMITS = "archive expands beyond the limits"
@@ -82,9 +83,55 @@ _NOT_THE_FILES_OWN = (
 )
 
 
+DECODERS = 'pip install "fedmedgan[decoders]"'
+
+_OF_THE_EXTRA = ("JPEG Lossless", "JPEG-LS", "JPEG 2000 Image Compression", "High-Throughput JPEG 2000")
+_REMEDIES = (
+    (_OF_THE_EXTRA, f"install the decoders: {DECODERS}"),
+    (
+        ("JPEG Extended",),
+        "no decoder that comes with this release reads 12 bits of it, and none can be installed for that; make copies "
+        "without compression, a file each: dcmdjpeg IN OUT (Debian package dcmtk)",
+    ),
+    (
+        ("MPEG", "Fragmentable MPEG", "HEVC", "SMPTE"),
+        "films are not read; have the pictures that you need exported one by one",
+    ),
+)
+_NO_REMEDY = "nothing reads it here; have the PACS send these images as Explicit VR Little Endian"
+
+
+def for_want_of_an_extra(reason: str) -> bool:
+    """Return whether installing the extra `decoders` makes these images readable."""
+    syntax = reason.removeprefix(f"{Reason.NO_DECODER} ")
+    return syntax != reason and syntax.startswith(_OF_THE_EXTRA)
+
+
+def remedies(refused: Iterable[str]) -> list[str]:
+    """Say what makes images readable for which there is no decoder, a line for each transfer syntax.
+
+    Guarantees:
+        - true_for_each_syntax: The pip line comes for what it installs a decoder for, and for nothing else.
+    """
+    said: list[str] = []
+    for reason in sorted(reason for reason in refused if reason.startswith(Reason.NO_DECODER)):
+        syntax = reason.removeprefix(f"{Reason.NO_DECODER} ")
+        remedy = next((text for names, text in _REMEDIES if syntax.startswith(names)), _NO_REMEDY)
+        said.append(f"{syntax}: {remedy}")
+    return said
+
+
+_AT_DECODING = ", found at decoding"
+
+
+def at_decoding(reason: str) -> str:
+    """Return how a refusal at decoding is counted: its header was read, whatever the same reason means in a scan."""
+    return reason if was_read(reason) else f"{reason}{_AT_DECODING}"
+
+
 def was_read(reason: str) -> bool:
-    """Return whether a refusal came after a header, or a row of an index, was read whole."""
-    return reason.startswith(_AFTER_READING)
+    """Return whether a refusal came after a header, or a row of an index, was read whole and named a patient."""
+    return reason.startswith(_AFTER_READING) or reason.endswith(_AT_DECODING)
 
 
 def may_pass(reason: str) -> bool:

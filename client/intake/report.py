@@ -6,16 +6,19 @@ Out of scope: the page itself (client/intake/page).
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, final
 
 from client.intake.cautions import Caution
+from client.intake.cost import Cost
 from client.intake.headers import syntax_name
 from client.intake.records import Record, Refusal, Scan
-from client.intake.refusals import was_read
+from client.intake.refusals import remedies, was_read
+from client.intake.requests import is_npz
 from client.intake.selection import Choice
+from common.wording import counted
 
 EXAMPLES = 3
 MODALITIES = frozenset(
@@ -41,17 +44,22 @@ class Report:
 
     Attributes:
         expected: Images, and files that hold none: all that is there, or that an index names.
-        read: Of these, whose header or row of an index is whole and names a patient.
-        usable: Of these, that are decoded, labelled and allowed: what is trained on.
+        read: Of these, whose header or row of an index is whole and names a patient; whatever the labels, and whatever
+            decoding finds.
+        usable: Of these, that are allowed, labelled and decoded: what is trained on.
         patients: Who has usable images.
         images_per_patient: Least, median and most.
-        opened: Images of files that were opened this time, which the kinds below are of.
+        classes: Usable images of each class; None where the labels are values of headers and no class was named.
+        opened: Images of files that were opened this time, which kinds, blanked, examples and warnings are of.
+        unopened: Files that were known and not opened: of their images only counts are known.
         kinds: Modalities, sizes and transfer syntaxes with their counts.
         blanked: Usable images of which a part was made black.
         refused: Reasons with counts and examples.
+        remedies: What makes images readable for which there is no decoder.
         warnings: About patients and pictures.
-        cost: What a typical run costs.
         source: What the source was taken for.
+        cost: What a typical run costs; None with too few patients, or where nobody asked.
+        min_patients: Fewer patients take no part, by the site's policy.
     """
 
     expected: int
@@ -59,13 +67,17 @@ class Report:
     usable: int
     patients: int
     images_per_patient: tuple[int, float, int]
+    classes: Mapping[str, int] | None
     opened: int
+    unopened: int
     kinds: Mapping[str, Mapping[str, int]]
     blanked: int
     refused: tuple[Group, ...]
+    remedies: tuple[str, ...]
     warnings: tuple[Group, ...]
-    cost: tuple[str, ...] = field(default=())
     source: str = ""
+    cost: Cost | None = None
+    min_patients: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return it for a JSON file."""
@@ -79,45 +91,82 @@ class Report:
             f"expected: {self.expected}; read: {self.read}; usable: {self.usable}",
             f"patients: {self.patients}; images per patient: {least} to {most}, median {middle:g}",
         ]
-        part = "" if self.opened >= self.read else f" of {self.opened} images in files that were opened now"
-        for name, counts in self.kinds.items() if self.opened else ():
+        if self.unopened:
             said.append(
-                f"{name}{part}: {', '.join(f'{kind} {count}' for kind, count in counts.items()) or 'not stated'}"
+                f"unchanged: {counted(self.unopened, 'file')}; kinds, parts made black, examples and other warnings "
+                "below are of the files that were opened now alone: `check` shows them of all"
             )
+        if self.classes:
+            said.append(f"by class: {named_counts(self.classes)}")
+        for name, counts in self.kinds.items() if self.opened else ():
+            said.append(f"{name}: {named_counts(counts)}")
         if self.blanked:
-            said.append(f"blanked: {self.blanked} images in part")
+            said.append(f"blanked: {counted(self.blanked, 'image')} in part")
         said.append("refused: " + ("" if self.refused else "nothing"))
         said += [f"  {_line(group)}" for group in self.refused]
-        said += [f"warning: {_line(group, counted=False)}" for group in self.warnings]
-        return [*said, *self.cost]
+        said += [f"for want of a decoder: {line}" for line in self.remedies]
+        said += [f"warning: {_line(group, with_count=False)}" for group in self.warnings]
+        return [*said, *self.cost_lines()]
+
+    def cost_lines(self) -> list[str]:
+        """Return what a typical run costs, as text; empty where that was not asked for."""
+        if self.cost is None:
+            return [] if self.min_patients is None else ["cost of a run: too few patients for one"]
+        return self.cost.lines()
 
 
 @final
 class Listing:
-    """Numbers of files in the order of the source, or their names."""
+    """Numbers of files in the order of the source, or their names; within a file, of what stands in it.
+
+    Frames and members count from 1, rows of an NPZ from 0, as NumPy does, and lines of an index as an editor does.
+
+    Guarantees:
+        - told_apart: Two images of one file, archive, NPZ or index are not shown alike.
+    """
 
     def __init__(self, found: Scan, root: Path, show_files: bool) -> None:
         """Number the files of a scan."""
-        paths = {item.path for item in (*found.records, *found.refusals)} | set(found.skipped)
+        items = (*found.records, *found.refusals)
+        paths = {item.path for item in items} | set(found.skipped)
         self._numbers = {path: number for number, path in enumerate(sorted(paths), 1)}
+        members = dict.fromkeys((item.path, item.member) for item in items if item.member is not None)
+        self._members: dict[tuple[Path, str | None], int] = {}
+        of_path = Counter[Path]()
+        for path, member in members:
+            of_path[path] += 1
+            self._members[path, member] = of_path[path]
         self._root, self._show = root, show_files
 
-    def number(self, path: Path) -> int:
-        """Return the number of a file, from 1; 0 where the scan did not name it."""
-        return self._numbers.get(path, 0)
+    def name(self, item: Record | Refusal | Path) -> str:
+        """Return how a file, or an image in it, is shown."""
+        path = item if isinstance(item, Path) else item.path
+        said = escaped(self._path(path)) if self._show else f"no. {self._numbers.get(path, 0)}"
+        if isinstance(item, Path):
+            return said
+        if is_npz(path) and item.frame is not None:
+            return f"row {item.frame}"
+        if item.line:
+            said = f"{said}, line {item.line}" if self._show and said != "." else f"line {item.line}"
+        if item.member is not None:
+            member = escaped(item.member) if self._show else f"member {self._members.get((path, item.member), 0)}"
+            said += f", {member}"
+        return said if item.frame is None else f"{said}, frame {item.frame + 1}"
 
-    def name(self, path: Path) -> str:
-        """Return how a file is shown."""
-        if not self._show:
-            return f"no. {self.number(path)}"
+    def examples(self, items: Iterable[Record | Refusal | Path]) -> tuple[str, ...]:
+        """Return how the first few that are shown differently are shown."""
+        named: dict[str, None] = {}
+        for item in items:
+            named[self.name(item)] = None
+            if len(named) == EXAMPLES:
+                break
+        return tuple(named)
+
+    def _path(self, path: Path) -> str:
         for root in (self._root, self._root.resolve()):
             if path.is_relative_to(root):
                 return str(path.relative_to(root))
         return str(path)
-
-    def examples(self, paths: Iterable[Path]) -> tuple[str, ...]:
-        """Return how the first few different files are shown."""
-        return tuple(self.name(path) for path in list(dict.fromkeys(paths))[:EXAMPLES])
 
 
 def make_report(
@@ -125,10 +174,10 @@ def make_report(
     choice: Choice,
     lost: Sequence[Refusal],
     patients: Sequence[int],
+    classes: Mapping[str, int] | None,
     refused: Mapping[str, int],
     warnings: Sequence[Caution],
     listing: Listing,
-    cost: Sequence[str] = (),
 ) -> Report:
     """Count.
 
@@ -137,21 +186,21 @@ def make_report(
         choice: What was made of it.
         lost: What decoding refused.
         patients: Usable images of each patient.
+        classes: Usable images of each class, where they may be named.
         refused: All refusals by reason, those of files that were not opened included.
         warnings: To be shown.
         listing: How files are shown.
-        cost: Lines about a run.
 
     Guarantees:
         - adds_up: `expected` is `usable` and all refused together.
-        - no_identifier: Without `show_files` no name of a file and no value of a header but modality, size and
-          registered transfer syntax is in it.
+        - no_identifier: Without `show_files` no name of a file and no value of a header but modality, size,
+          registered transfer syntax and the classes that the caller gives is in it.
     """
     usable, gone = sum(patients), sum(refused.values())
     unread = sum(count for reason, count in refused.items() if not was_read(reason))
-    by_reason: dict[str, list[Path]] = {}
+    by_reason: dict[str, list[Refusal]] = {}
     for refusal in (*choice.refusals, *lost):
-        by_reason.setdefault(refusal.reason, []).append(refusal.path)
+        by_reason.setdefault(refusal.reason, []).append(refusal)
     groups = [
         Group(reason, count, listing.examples(by_reason.get(reason, ())))
         for reason, count in sorted(refused.items(), key=lambda item: (-item[1], item[0]))
@@ -163,12 +212,14 @@ def make_report(
         usable,
         len(patients),
         (each[0], float(median(each)), each[-1]),
+        classes,
         len(found.records),
+        len(found.skipped),
         kinds_of(found.records),
         sum(bool(record.blank) for record in choice.records),
         tuple(groups),
+        tuple(remedies(refused)),
         tuple(Group(one.said, len(one.files), listing.examples(one.files)) for one in warnings),
-        tuple(cost),
         found.kind,
     )
 
@@ -177,16 +228,33 @@ def kinds_of(records: Iterable[Record]) -> Mapping[str, Mapping[str, int]]:
     """Count modalities, sizes and transfer syntaxes; text that no standard lists is not shown."""
     counts = {name: Counter[str]() for name in ("modalities", "sizes", "syntaxes")}
     for record in records:
-        header = record.header
-        if modality := header.get("Modality"):
+        if modality := record.header.get("Modality"):
             counts["modalities"][modality if modality in MODALITIES else "other"] += 1
-        if header.get("Rows", "").isdigit() and header.get("Columns", "").isdigit():
-            counts["sizes"][f"{header['Columns']} x {header['Rows']}"] += 1
-        if syntax := header.get("TransferSyntaxUID"):
+        if size := record.stated_size:
+            counts["sizes"][f"{size[0]} x {size[1]}"] += 1
+        if syntax := record.header.get("TransferSyntaxUID"):
             counts["syntaxes"][syntax_name(syntax)] += 1
-    return {name: dict(counter.most_common(12)) for name, counter in counts.items()}
+    return {name: dict(counter.most_common(12)) for name, counter in counts.items() if counter}
 
 
-def _line(group: Group, counted: bool = True) -> str:
+def named_counts(counts: Mapping[str, int]) -> str:
+    """Return counts with their names, as one phrase.
+
+    >>> named_counts({"CT": 2, "MR": 1})
+    'CT 2, MR 1'
+    """
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def escaped(name: str) -> str:
+    r"""Return a name whose every letter can be written and shown: it may be no UTF-8, or command a terminal.
+
+    >>> print(escaped("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+
+
+def _line(group: Group, with_count: bool = True) -> str:
     examples = f" (as {', '.join(group.examples)})" if group.examples else ""
-    return f"{group.count} {group.said}{examples}" if counted else f"{group.said}{examples}"
+    return f"{group.count} {group.said}{examples}" if with_count else f"{group.said}{examples}"

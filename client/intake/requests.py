@@ -8,14 +8,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import intern
 from typing import Generic, TypeVar, final
 
 import numpy as np
 
-from client.intake.headers import FACTS, Header
+from client.intake.headers import FACTS
 from client.intake.labels import Labelling
 from client.intake.pixels import Square
-from client.intake.records import Region, Seen
+from client.intake.records import Header, Region, Seen
 from client.intake.rules import IntakeRules
 
 MAX_REASON_BYTES = 200
@@ -141,7 +142,8 @@ def _unpack_header(reply: bytes, _answers: int) -> list[Header | str]:
     known = all(isinstance(text, str) for text in texts) and facts.keys() <= _FACTS
     if not known or not (frames is None or (type(frames) is int and frames > 1)):
         raise ValueError("not a header")
-    return [Header((issuer, patient), label, frames, facts, (state, digest))]
+    shared = {intern(name): intern(text) for name, text in facts.items()}  # most are the same in thousands of files
+    return [Header((intern(issuer), intern(patient)), intern(label), frames, shared, (state, digest))]
 
 
 def _unpack_directory(reply: bytes, _answers: int) -> list[FileIds | str]:

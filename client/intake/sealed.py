@@ -15,10 +15,10 @@ from jaxtyping import Int64, UInt8
 from client.intake.dataset import Dataset, Form
 from client.intake.vault import (
     CHUNK_BYTES,
-    ROW,
     Manifest,
     Rows,
     Segment,
+    chunk_bytes,
     damaged,
     image_bytes,
     open_chunk,
@@ -26,7 +26,7 @@ from client.intake.vault import (
     segment_path,
 )
 from common.errors import IntakeError
-from common.sealing import SEAL_BYTES, SealingKey
+from common.sealing import SealingKey
 
 CACHE_BYTES = 256 * 1024**2
 """Decrypted chunks that a reader keeps, at most."""
@@ -87,7 +87,8 @@ class SealedPixels:
             self._cache.move_to_end(number)
             return self._cache[number]
         segment, index = self._chunks[number]
-        sealed = memoryview(self._maps[segment.number])[self._offsets[segment.number][index] :]
+        start, end = self._offsets[segment.number][index : index + 2]
+        sealed = memoryview(self._maps[segment.number])[start:end]
         rows, pixels = open_chunk(self._key, self._manifest, (segment.number, index), sealed)
         if len(rows) != segment.counts[index]:
             raise damaged()
@@ -124,7 +125,7 @@ def patient_numbers(rows: Rows) -> Int64[np.ndarray, " images"]:
 
 
 def _offsets(segment: Segment, form: Form) -> list[int]:
-    sizes = [4 + SEAL_BYTES + 4 + count * (ROW.itemsize + image_bytes(form)) for count in segment.counts]
+    sizes = [chunk_bytes(form, count) for count in segment.counts]
     if sum(sizes) != segment.size_bytes:
         raise damaged()
     return [0, *np.cumsum(sizes).tolist()]
@@ -136,6 +137,6 @@ def _mapped(vault: Path, segment: Segment) -> mmap.mmap:
             content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise damaged() from error
-    if len(content) < segment.size_bytes:
+    if len(content) != segment.size_bytes:
         raise damaged()
     return content

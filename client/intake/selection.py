@@ -6,7 +6,7 @@ Out of scope: finding them (client/intake/sources), decoding them (client/intake
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
@@ -18,6 +18,7 @@ from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
 from client.logs import printable
 from client.policy import Doubtful
+from common.wording import counted
 
 _SHOWN, _SHOWN_CHARS = 8, 48
 """Labels that are shown, and characters of each."""
@@ -51,7 +52,7 @@ class Practice:
         label = parse_label(self.label)
         label_rules = Path(label.name).read_text(encoding="utf-8") if label.kind == "rules" else ""
         rules = self.rules.model_dump(exclude={"workers", "decode_seconds"})
-        merged = sorted(self.patients.merged.items())
+        merged = [sorted(self.patients.merged.items()), sorted(self.patients.by_id.items())]
         said = [_PIXELS, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -65,11 +66,13 @@ class Choice:
         records: In the order of patients, by (issuer, id); each with its patient as normalised and corrected.
         refusals: Those of the scan and the ones made here.
         uncounted: Refusals that the scan only counted, by reason.
+        copies: Refused as the same image as another of the scan; used where that one does not decode.
     """
 
     records: tuple[Record, ...] = field(repr=False)
     refusals: tuple[Refusal, ...] = field(repr=False)
     uncounted: tuple[tuple[str, int], ...] = field(repr=False)
+    copies: tuple[Record, ...] = field(default=(), repr=False)
 
 
 def choose(
@@ -84,25 +87,30 @@ def choose(
         instances: DICOM instances that are in use already.
 
     Guarantees:
-        - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used.
+        - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used; by
+          `other_copies` the first of the instance that decodes.
         - accounted: Every record is either chosen or refused with one reason.
+        - text_before_labels: An image that may show text is refused for that, labelled or not.
         - patients_adjacent: Records come by (issuer, id) of their patient, one patient's together.
     """
     ranks = practice.patients.ranks(record.patient for record in found.records)
     chosen: list[Record] = []
     refusals = list(found.refusals)
+    copies: list[Record] = []
     once: set[object] = set()
     for record in found.records:
         reason = _reason(record, practice, classes)
+        patient, blank = practice.patients.of(record.patient), practice.blank.regions(record)
         if reason is None:
             names = _names(record)
+            if names[0] not in once and names[-1] in once:
+                copies.append(replace(record, patient=patient, blank=blank))
             if any(name in once for name in names) or instance_of(record) in instances:
                 reason = Reason.DUPLICATE
             once.update(names)
         if reason is not None:
-            refusals.append(Refusal(record.path, record.member, str(reason), record.stamp, record.beside))
+            refusals.append(record.refused(str(reason)))
             continue
-        patient, blank = practice.patients.of(record.patient), practice.blank.regions(record)
         chosen.append(replace(record, patient=patient, blank=blank))
     by_rank = {practice.patients.of(stated): rank for stated, rank in ranks.items()}
     chosen.sort(key=lambda record: by_rank[record.patient])
@@ -110,7 +118,38 @@ def choose(
     for refusal in found.refusals:
         counted[refusal.reason] = counted.get(refusal.reason, 0) + 1
     rest = {reason: count - counted.get(reason, 0) for reason, count in found.refused.items()}
-    return Choice(tuple(chosen), tuple(refusals), tuple((reason, count) for reason, count in rest.items() if count > 0))
+    uncounted = tuple((reason, count) for reason, count in rest.items() if count > 0)
+    return Choice(tuple(chosen), tuple(refusals), uncounted, tuple(copies))
+
+
+def other_copies(choice: Choice, lost: Iterable[Record]) -> tuple[Choice, tuple[Record, ...]]:
+    """Choose for each image that did not decode another copy of the same instance, where there is one.
+
+    Returns:
+        What is chosen then, and the copies.
+    """
+    wanted = {name for record in lost if (name := instance_of(record))}
+    if not wanted or not choice.copies:
+        return choice, ()
+    first: dict[str, Record] = {}
+    rest: list[Record] = []
+    for copy in choice.copies:
+        name = instance_of(copy)
+        if name in wanted and name not in first:
+            first[name] = copy
+        else:
+            rest.append(copy)
+    taken = Counter((copy.path, copy.member) for copy in first.values())
+    refusals: list[Refusal] = []
+    for refusal in choice.refusals:
+        place = (refusal.path, refusal.member)
+        if refusal.reason == Reason.DUPLICATE and taken[place]:
+            taken[place] -= 1
+        else:
+            refusals.append(refusal)
+    copies = tuple(first.values())
+    chosen = replace(choice, records=(*choice.records, *copies), refusals=tuple(refusals), copies=tuple(rest))
+    return chosen, copies
 
 
 def other_labels(found: Scan, classes: Sequence[str]) -> str:
@@ -121,11 +160,27 @@ def other_labels(found: Scan, classes: Sequence[str]) -> str:
     others = Counter(record.label for record in found.records if record.label not in (None, *classes))
     if not others:
         return ""
-    named = ", ".join(f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in others.most_common(_SHOWN))
-    more = f" and {len(others) - _SHOWN} labels more" if len(others) > _SHOWN else ""
     return (
-        f"{others.total()} images have labels that are no class of the run: {named}{more}. Spelling and capitals "
+        f"{counted(others.total(), 'image has a label that is', 'images have labels that are')} no class of the run: "
+        f"{shown_labels(others)}. Spelling and capitals "
         "count: if one of these is meant, run again with --classes as the labels are spelled, or map them with rules."
+    )
+
+
+def shown_labels(labels: Mapping[str | None, int] | Mapping[str, int]) -> str:
+    """Return the most frequent labels with their counts, cut and printable. For a terminal alone."""
+    named = ", ".join(
+        f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in Counter(labels).most_common(_SHOWN)
+    )
+    return named + (f" and {len(labels) - _SHOWN} labels more" if len(labels) > _SHOWN else "")
+
+
+def of_headers(found: Scan, practice: Practice) -> bool:
+    """Return whether labels are values of DICOM headers, and not of a table, an array or rules of the site."""
+    kind = parse_label(practice.label).kind
+    return kind in ("auto", "tag") and any(
+        record.label is not None and "TransferSyntaxUID" in record.header and not record.beside
+        for record in found.records
     )
 
 
@@ -136,11 +191,11 @@ def instance_of(record: Record) -> str:
 
 
 def _reason(record: Record, practice: Practice, classes: Sequence[str] | None) -> Reason | None:
+    if (doubtful := doubt(record, practice.allowed)) is not None:  # first: it tells whoever looks before labelling
+        return doubtful
     if record.label is None:
         return Reason.NO_LABEL
-    if classes is not None and record.label not in classes:
-        return Reason.OTHER_LABEL
-    return doubt(record, practice.allowed)
+    return Reason.OTHER_LABEL if classes is not None and record.label not in classes else None
 
 
 def _names(record: Record) -> list[object]:

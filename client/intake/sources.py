@@ -63,14 +63,17 @@ def find(path: Path, label: str, rules: IntakeRules | None = None, skip: Skip | 
         UnreadableSource, IntakeError, ConfigError: The source cannot be listed at all.
     """
     source, rules = parse_label(label), rules or IntakeRules()
-    try:
-        there = path.exists()
-    except OSError as error:
-        raise UnreadableSource(f"The images cannot be reached: {error.strerror}. Mend the permissions.") from error
-    if not there:
+    if not _is_there(path):
         raise UnreadableSource(f"{path} does not exist. Check the path of the images, and that its disk is mounted.")
     with quiet():
         return (_scan_file if path.is_file() else _scan_folder)(path, source, rules, skip)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a folder above it cannot be entered
+        raise UnreadableSource(f"{path} cannot be reached: {error.strerror}. Mend its permissions.") from error
 
 
 def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
@@ -90,8 +93,8 @@ def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | 
     if dicom or suffix == ".zip":
         return replace(scan_file(path, label, rules, skip), kind="DICOM file" if dicom else "zip archive of DICOM")
     raise IntakeError(
-        f"Expected an NPZ file or a folder, an index CSV, a zip archive, a DICOMDIR or a DICOM file, got a file of "
-        f"type {suffix!r}. Give its folder."
+        "Expected an NPZ file or a folder, an index CSV, a zip archive, a DICOMDIR or a DICOM file, got a file of "
+        "another kind. Give its folder."
     )
 
 
@@ -177,7 +180,7 @@ def require_usable(found: Scan) -> None:
         )
     if not found.records:
         raise IntakeError(
-            f"No usable image ({describe(found.refused) or 'nothing found'}). Expected DICOM, PNG, "
+            f"No usable image ({describe(found.refused) or 'there is none'}). Expected DICOM, PNG, "
             "JPEG, TIFF or NIfTI with index.csv, or an NPZ."
         )
     if all(record.label is None for record in found.records):

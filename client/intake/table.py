@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
+from common.csv_lines import read_lines
 from common.errors import IntakeError
 
 MAX_TABLE_BYTES = 256 * 1024**2
@@ -19,10 +20,11 @@ Row = Mapping[str, str]
 @final
 @dataclass(frozen=True)
 class Table:
-    """A CSV file: lower-case column names and the stripped values of every row. Its repr shows no row."""
+    """A CSV file: lower-case column names, the stripped values of every row and its line. Its repr shows no row."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...] = field(repr=False)
+    lines: tuple[int, ...] = field(repr=False)
 
     def column(self, name: str) -> str:
         """Return the key of a column that must be there.
@@ -38,23 +40,31 @@ class Table:
         return name.lower()
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, what: str = "The CSV file") -> Table:
     """Read a CSV file with a header line.
 
+    Args:
+        path: The file.
+        what: How messages call it.
+
     Raises:
-        IntakeError: It is too large, not UTF-8, not CSV, or two columns have one name.
+        IntakeError: It is not there, too large, not UTF-8, not CSV with commas, or two columns have one name.
+
+    Guarantees:
+        - says_what_is_wrong: What is not there, not UTF-8 or separated by semicolons is told as that.
     """
     try:
         if path.stat().st_size > MAX_TABLE_BYTES:
-            raise IntakeError(f"Expected a CSV file of at most {MAX_TABLE_BYTES} bytes, got more. Split the folder.")
-        text = path.read_bytes().decode("utf-8-sig")
-        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error):  # the cause quotes the file, so it is dropped
-        raise IntakeError("The CSV file could not be read. Expected UTF-8 text with commas and a header.") from None
-    columns = tuple(name.strip().lower() for name in lines[0]) if lines else ()
+            raise IntakeError(f"Expected {what} of at most {MAX_TABLE_BYTES} bytes, got more. Split the folder.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise IntakeError(f"{what} could not be read: {error.strerror}. Check its name and permissions.") from None
+    lines = read_lines(data, what)
+    columns = tuple(name.strip().lower() for name in lines[0][1]) if lines else ()
     if len(set(columns)) != len(columns):
-        raise IntakeError("The CSV file has two columns of one name (capitals do not count). Rename one.")
-    return Table(columns, tuple(_row(columns, line) for line in lines[1:] if line))
+        raise IntakeError(f"{what} has two columns of one name (capitals do not count). Rename one.")
+    rows = tuple(_row(columns, line) for _, line in lines[1:])
+    return Table(columns, rows, tuple(number for number, _ in lines[1:]))
 
 
 def columns_of(path: Path) -> tuple[str, ...]:

@@ -79,6 +79,15 @@ class Twins:
         return sorted((self._names[one], self._names[other]) for one, other in found)
 
 
+def counted_pairs(pairs: int) -> str:
+    """Return how many pairs were found: where there are `MAX_PAIRS`, no more were looked for.
+
+    >>> counted_pairs(1), counted_pairs(1000)
+    ('1 pair', '1000 or more pairs')
+    """
+    return f"{pairs}{' or more' if pairs >= MAX_PAIRS else ''} {'pair' if pairs == 1 else 'pairs'}"
+
+
 def _candidates(
     hashes: UInt8[np.ndarray, "images bytes"],
 ) -> Iterator[tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray, " pairs"]]]:

@@ -29,7 +29,7 @@ from jaxtyping import UInt8
 from client.intake.dataset import Form
 from common.errors import StorageError, WireError
 from common.files import make_folder, read_bounded, write_atomic
-from common.sealing import PSEUDONYM_BYTES, SealingKey
+from common.sealing import PSEUDONYM_BYTES, SEAL_BYTES, SealingKey
 
 VERSION = 2
 CHUNK_BYTES = 64 * 1024
@@ -192,6 +192,11 @@ def image_bytes(form: Form) -> int:
     return form.channels * form.size**2
 
 
+def chunk_bytes(form: Form, count: int) -> int:
+    """Return the bytes of a sealed chunk of so many images, with its length before it."""
+    return 4 + SEAL_BYTES + 4 + count * (ROW.itemsize + image_bytes(form))
+
+
 def open_chunk(
     key: SealingKey, manifest: Manifest, place: tuple[int, int], frame: memoryview
 ) -> tuple[Rows, UInt8[np.ndarray, "images channels size size"]]:
@@ -201,13 +206,15 @@ def open_chunk(
         key: The site's.
         manifest: Of the vault; its id and form.
         place: Number of the file, and of the chunk in it.
-        frame: From the start of the chunk on.
+        frame: From the start of the chunk on, to its end or that of the file.
 
     Raises:
         StorageError: It was changed, is cut short, or belongs elsewhere.
     """
     try:
         (length,) = struct.unpack_from("<I", frame)
+        if length > len(frame) - 4:
+            raise damaged()
         content = key.open(frame[4 : 4 + length], place_of(manifest, *place))
         (count,) = struct.unpack_from("<I", content)
         rows = np.frombuffer(content, ROW, count, 4)

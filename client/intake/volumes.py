@@ -41,6 +41,7 @@ class Volume:
 
     Attributes:
         slices: How many axial slices there are.
+        size: Columns and rows of each.
 
     Guarantees:
         - volume_is_bounded: No more is read or inflated than the header states, and that is within the limits.
@@ -62,7 +63,8 @@ class Volume:
                 self._read_header(handle.read(_HEADER_BYTES))
         except _DAMAGED as error:
             raise Refused(Reason.HEADER) from error
-        rows, columns, self.slices = (self._shape[int(axis)] for axis in np.argsort(self._orientation[:, 0]))
+        columns, rows, self.slices = (self._shape[int(axis)] for axis in np.argsort(self._orientation[:, 0]))
+        self.size = columns, rows
         check_size(rows, columns)
         if self.slices < 1 or math.prod(self._shape) * self._kind.itemsize > MAX_VOLUME_BYTES:
             raise Refused(Reason.TOO_LARGE if self.slices > 0 else Reason.NO_IMAGE)

@@ -3,8 +3,6 @@
 Source: PS3.4 C.2.2.2 (wild cards, lists and universal matching, none of which a list may ask for); PS3.5 6.2 (SH, LO).
 """
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import final
 
+from common.csv_lines import read_lines
 from common.errors import FedmedganError, IntakeError
 from common.files import read_bounded
 
@@ -76,17 +75,16 @@ def read_list(path: Path) -> tuple[Row, ...]:
         - no_content_in_messages: A message names lines and columns, never a value.
     """
     try:
-        text = read_bounded(path, MAX_LIST_BYTES).decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        lines = [(reader.line_num, line) for line in reader if any(value.strip() for value in line)]
-    except (UnicodeDecodeError, csv.Error, FedmedganError):  # the cause quotes the file, so it is dropped
-        raise IntakeError(
-            f"The list could not be read. Expected UTF-8 text with commas and a header, at most {MAX_LIST_BYTES} bytes."
-        ) from None
+        data = read_bounded(path, MAX_LIST_BYTES)
+    except FedmedganError as error:
+        raise IntakeError(f"The list: {error}") from None
+    lines = [(number, line) for number, line in read_lines(data, f"The list {path}") if any(map(str.strip, line))]
     columns = [name.strip().lower() for name in lines[0][1]] if lines else []
     _check_columns(columns)
-    if not 2 <= len(lines) <= MAX_ROWS + 1:
-        raise IntakeError(f"Expected 1 to {MAX_ROWS} lines below the list's header, got {len(lines) - 1}. Split it.")
+    if len(lines) < 2:
+        raise IntakeError(f"The list {path} has no line below its header. Write one for each examination or patient.")
+    if len(lines) > MAX_ROWS + 1:
+        raise IntakeError(f"Expected at most {MAX_ROWS} lines below the list's header, got {len(lines) - 1}. Split it.")
     rows: dict[tuple[object, ...], Row] = {}
     for number, line in lines[1:]:
         row = _row(number, columns, line)

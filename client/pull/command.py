@@ -19,6 +19,7 @@ from client.pull.state import State
 from common.command import run_command
 from common.errors import ConfigError, ExitCode, FedmedganError, MissingExtra
 from common.lock import alone
+from common.wording import counted
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 LOG = logging.getLogger("fedmedgan.pull")
@@ -79,7 +80,10 @@ def _run(source: Source, inbox: Inbox, state: Path, asked: Path | None, *, dry_r
         pace = Pace(source.window, source.per_minute)
         work = Pull(archive, inbox, State(state), pace, say, show_ids=show_ids)
         found = work.resolve(rows)
-        _say(f"{len(rows)} lines of the list: {work.tally.series} series, {work.tally.expected} instances")
+        _say(
+            f"{counted(len(rows), 'line')} of the list: {work.tally.series} series, "
+            f"{counted(work.tally.expected, 'instance')}"
+        )
         if dry_run:
             work.describe(rows, found)
             work.tell_failures()

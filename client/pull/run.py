@@ -12,6 +12,7 @@ from client.pull.inbox import Inbox
 from client.pull.pace import Pace
 from client.pull.state import Count, State
 from common.errors import ExitCode, PacsError
+from common.wording import counted
 
 RETRIES_S: Final = (5.0, 30.0)
 """Waits before a series whose connection broke off is asked for again."""
@@ -92,6 +93,7 @@ class Pull:
         self._say, self._show_ids, self._wait = say, show_ids, wait
         self._began = self._said = time.monotonic()
         self.tally = Tally()
+        self._met: set[str] = set()
 
     def resolve(self, rows: Sequence[Row]) -> list[Series]:
         """Ask the archive what it has of the list, each series once, and count it.
@@ -120,7 +122,7 @@ class Pull:
             series = [one for one in found if one.row is row]
             here = sum(self._known(one) for one in series)
             count = sum(one.stated or 0 for one in series)
-            self._say(f"{self._name(row)}: {len(series)} series, {count} instances, {here} of them here")
+            self._say(f"{self._name(row)}: {len(series)} series, {counted(count, 'instance')}, {here} of them here")
 
     def fetch(self, found: Sequence[Series]) -> None:
         """Bring all series; those that are whole are not asked for again.
@@ -132,6 +134,7 @@ class Pull:
 
         Guarantees:
             - resumes: After a crash at any line the next pull asks only for what is not here.
+            - counts_what_is_here: However it ends, what earlier pulls brought counts as here.
             - one_series_stops_nothing: A series that the archive cannot send is counted, and the rest is fetched.
         """
         self._began = self._said = time.monotonic()
@@ -140,6 +143,9 @@ class Pull:
             for series in found:
                 self._one(series)
         finally:
+            for series in found:  # those that an interruption, or the hours, did not let come up
+                if series.uid not in self._met:
+                    self.tally.were_here += min(self._known(series), series.stated or 0)
             self._state.save()
 
     def tell_failures(self) -> None:
@@ -153,13 +159,14 @@ class Pull:
         """Say how much came."""
         tally, seconds = self.tally, time.monotonic() - self._began
         self._say(
-            f"expected {tally.expected} instances of {tally.series} series; {tally.were_here} were here, "
+            f"expected {counted(tally.expected, 'instance')} of {tally.series} series; {tally.were_here} were here, "
             f"{tally.received} received ({self._inbox.bytes / 1e6:.1f} MB in {seconds:.0f} s), {tally.missing} missing"
         )
 
     def _one(self, series: Series) -> None:
         name = self._inbox.hashed("series", series.uid)
         if self._state.is_whole(name, series.stated):
+            self._met.add(series.uid)
             self.tally.were_here += series.stated or 0
             return
         self._pace.wait_for_window(self._say)
@@ -171,10 +178,12 @@ class Pull:
         series = self._recount(series, len(instances))
         uids = [instance.uid for instance in instances]
         delivery = Delivery(self._inbox, series.study_uid, series.uid, uids, self._pace.wait_for_turn, self._arrived)
+        self._met.add(series.uid)
         self.tally.were_here += len(uids) - len(delivery.missing)
         refused: Refused | None = None
         try:
             if delivery.missing:
+                self._inbox.require_room()
                 self._persist(
                     lambda: self._archive.fetch(
                         series, [one for one in instances if one.uid in delivery.wanted], delivery
@@ -249,8 +258,8 @@ class Pull:
         )
         details = sorted({failure.detail for failure in failures if failure.detail})[:SHOWN_LINES]
         missing = sum(failure.missing for failure in failures)
-        counted = f", {missing} instances" if missing else ""
-        return f"{reason}: {'; '.join([ADVICE[reason], *details])} ({named}{counted})"
+        instances = f", {counted(missing, 'instance')}" if missing else ""
+        return f"{reason}: {'; '.join([ADVICE[reason], *details])} ({named}{instances})"
 
     def _name(self, row: Row) -> str:
         return f"line {row.line}" + (f" ({row.shown})" if self._show_ids else "")

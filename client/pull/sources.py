@@ -197,10 +197,10 @@ def read_sources(home: Path) -> Sources:
         secret = any(item["loc"] and item["loc"][-1] in _SECRET for item in error.errors())
         hint = " A secret belongs into a file of mode 600: password_file, token_file." if secret else ""
         raise ConfigError(f"Expected other values in {path}: {wrong}.{hint} See docs/pull.md.") from None
-    except (ValueError, FedmedganError) as error:  # TOMLDecodeError and UnicodeDecodeError
-        raise ConfigError(
-            f"Could not read {path}: {type(error).__name__}. Write it as docs/pull.md says, in {MAX_FILE_BYTES} bytes."
-        ) from None
+    except FedmedganError as error:
+        raise ConfigError(f"{error} docs/pull.md says how to write it.") from None
+    except ValueError:  # TOMLDecodeError and UnicodeDecodeError; the cause quotes the file
+        raise ConfigError(f"{path} is not TOML. Write it as docs/pull.md says.") from None
 
 
 def _said(error: ErrorDetails) -> str:

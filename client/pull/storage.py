@@ -105,6 +105,7 @@ class Receiver:
         verdict = self.delivery.take(part, announced)
         if verdict is Verdict.STOPPED:
             event.assoc.abort()
+            event.assoc.dimse.msg_queue.put((None, None))  # else who waits for the end of a C-GET waits `timeout_s`
         return STATUS[verdict]
 
     def _bound(self, event: Event) -> None:

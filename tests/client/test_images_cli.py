@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,10 @@ from pydicom.uid import MPEG2MPML
 from client import cli, images, policy
 from client.agent import answer, open_site
 from client.home import Home, SiteConfig, create_home, vault_key
+from client.intake.records import Record
+from client.intake.selection import Practice
+from client.intake.shortage import too_few
+from client.intake.survey import survey
 from client.logs import log_to
 from client.policy import Policy
 from common.config import Proposal
@@ -80,7 +84,24 @@ def test_adds_up(run: Run, source: Path, tmp_path: Path) -> None:
         "Grouping is a privacy",
     ):
         assert line in out
-    assert "1 pairs of nearly the same pictures under two patients" in out
+    assert "1 pair of nearly the same pictures under two patients" in out
+
+
+def test_text_before_labels_and_read_whatever_the_labels(
+    run: Run, source: Path, tmp_path: Path, write_dicom: WriteDicom
+) -> None:
+    dataset = dcmread(write_dicom(source / "nothing", **uid(61)))
+    del dataset.PixelData
+    dataset.save_as(source / "nothing")
+    found = {}
+    for label in ("auto", "none"):
+        run("check", source, "--label", label, "--json", tmp_path / "a.json", "--report", tmp_path / "seen")
+        found[label] = json.loads((tmp_path / "a.json").read_text())
+    assert [found[label]["read"] for label in ("auto", "none")] == [28, 28]
+    counts = {label: {one["said"]: one["count"] for one in found[label]["refused"]} for label in found}
+    assert counts["auto"]["ultrasound"] == counts["auto"]["text burned in, says the header"] == 1
+    assert counts["auto"]["no label"] == 26
+    assert counts["none"]["no image in the file, found at decoding"] == 1
 
 
 def test_owner_alone_self_contained(run: Run, source: Path, tmp_path: Path) -> None:
@@ -91,6 +112,25 @@ def test_owner_alone_self_contained(run: Run, source: Path, tmp_path: Path) -> N
     page = (tmp_path / "seen" / "report.html").read_text()
     assert "http" not in page.replace("<!doctype html>", "")
     assert "<script" not in page
+
+
+def test_a_folder_that_was_there_keeps_its_mode(run: Run, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir(mode=0o755)
+    assert run("check", source, "--label", "none", "--report", tmp_path / "shared")[0] == 0
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "shared" / "report.html").stat().st_mode) == 0o600
+
+
+def test_nothing_of_the_home_is_overwritten(run: Run, source: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path, source)
+    before = home.vault_key.read_bytes()
+    for place in (("--json", home.vault_key), ("--report", home.folder / "keys")):
+        code, out, error = run("check", source, "--home", home.folder, "--report", tmp_path / "seen", *place)
+        assert (code, out) == (ExitCode.CONFIG, ""), place
+        assert "outside the home" in error
+    assert run("import", home.folder, "--classes", "all", "--json", tmp_path / "nowhere" / "a")[1] == ""
+    assert home.vault_key.read_bytes() == before
+    assert not (tmp_path / "seen").exists()
 
 
 def test_names_only_when_asked(run: Run, source: Path, tmp_path: Path) -> None:
@@ -130,6 +170,12 @@ def test_import_says_the_same(run: Run, source: Path, tmp_path: Path) -> None:
     again = run(*arguments)[1]
     assert "new or changed: 0 images; unchanged: 29 files" in again
     assert "expected: 29; read: 27; usable: 24" in again
+    assert "1 pair of nearly the same pictures under two patients" in again
+    assert (
+        "unchanged: 29 files; kinds, parts made black, examples and other warnings below are of the files that were "
+        "opened now alone" in again
+    )
+    assert "unchanged" not in "\n".join(line for line in out.splitlines() if not line.startswith("new or changed"))
 
 
 def test_what_is_gone_leaves_every_set_of_the_home(run: Run, source: Path, tmp_path: Path) -> None:
@@ -153,8 +199,11 @@ def test_exit_codes(run: Run, source: Path, tmp_path: Path, write_dicom: WriteDi
     home = make_home(tmp_path, source, least=50)
     importing = ("import", home.folder, "--classes", "all", "--size", 28)
     checking = ("--label", "none", "--report", tmp_path / "seen")
-    assert run(*importing)[0] == ExitCode.TOO_FEW_PATIENTS
-    assert run("check", source, "--home", home.folder, "--report", tmp_path / "seen")[0] == ExitCode.TOO_FEW_PATIENTS
+    code, _, error = run(*importing)
+    assert (code, "What was read is kept" in error) == (ExitCode.TOO_FEW_PATIENTS, True)
+    code, _, error = run("check", source, "--home", home.folder, "--report", tmp_path / "seen")
+    assert (code, "kept" in error) == (ExitCode.TOO_FEW_PATIENTS, False)
+    assert "no image was refused" in str(too_few(14, 20, {}))
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "a.txt").write_text("no image")
@@ -165,9 +214,18 @@ def test_exit_codes(run: Run, source: Path, tmp_path: Path, write_dicom: WriteDi
     dataset.file_meta.TransferSyntaxUID, dataset.PixelData = MPEG2MPML, encapsulate([b"\0" * 64])
     dataset.save_as(path)
     code, out, error = run("check", path.parent, *checking)
-    assert code == ExitCode.MISSING_EXTRA
-    assert 'pip install "fedmedgan[decoders]"' in error
+    assert (code, "films are not read" in error, "pip install" in error) == (ExitCode.DATA, True, False)
     assert "usable: 0" in out
+
+
+def test_a_decoder_that_some_files_lack(run: Run, source: Path, tmp_path: Path, write_dicom: WriteDicom) -> None:
+    path = write_dicom(source / "film", **uid(60))
+    dataset = dcmread(path)
+    dataset.file_meta.TransferSyntaxUID, dataset.PixelData = MPEG2MPML, encapsulate([b"\0" * 64])
+    dataset.save_as(path)
+    code, out, _ = run("check", source, "--label", "none", "--report", tmp_path / "seen")
+    assert (code, "for want of a decoder: MPEG2 Main Profile / Main Level: films are not read" in out) == (0, True)
+    assert "films are not read" in (tmp_path / "seen" / "report.html").read_text()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
@@ -184,6 +242,18 @@ def test_a_folder_that_cannot_be_listed(
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr("os.access", lambda *_, **__: False)  # what click looks at
+    code, _, error = run("check", source, "--report", tmp_path / "seen")
+    assert (code, "Permission denied" in error) == (ExitCode.UNREADABLE, True)
+
+
+def test_a_folder_below_one_that_cannot_be_entered(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
     code, _, error = run("check", source, "--report", tmp_path / "seen")
     assert (code, "Permission denied" in error) == (ExitCode.UNREADABLE, True)
 
@@ -199,13 +269,44 @@ def test_a_full_disk(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest
     assert (code, "Free space" in error) == (ExitCode.STORAGE, True)
 
 
-def test_progress_says_how_long(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 40.0, 41.0])
+def test_each_phase_has_its_clock(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 40.0, 5000.0, 5010.0, 5040.0, 5041.0])
     monkeypatch.setattr(images.time, "monotonic", lambda: next(clock))
     tell = images.progress()
-    for done in (10, 40, 41):
-        tell(done, 1000)
-    assert capsys.readouterr().err == "read 40 of 1000 images, 1 a second, 16.0 min left\n"
+    for done in (1, 80):
+        tell("files looked at", done, 0)
+    for done in (1, 10, 40, 41):
+        tell("images read", done, 1000)
+    said = ["files looked at: 80, 2 a second", "images read: 40 of 1000, 1 a second, 16.0 min left"]
+    assert capsys.readouterr().err.splitlines() == said
+
+
+def test_all_phases_are_told(source: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    survey(Practice(source, "none"), progress=lambda *state: told.append(state))
+    assert [state for state in told if state[0] == "files looked at"] == [
+        ("files looked at", number, 0) for number in range(1, 30)
+    ]
+    assert told[-1] == ("images read", 25, 25)
+
+
+def test_an_interrupted_import_says_what_is_kept(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = make_home(tmp_path, source)
+
+    def interrupted(records: Iterable[Record], *_: object) -> Iterator[tuple[Record, np.ndarray]]:
+        for number, record in enumerate(records):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield record, np.zeros((1, 28, 28), np.uint8)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("client.intake.importing.decode_records", interrupted)
+        code, _, error = run("import", home.folder, "--classes", "all", "--size", 28)
+    assert code == ExitCode.INTERRUPTED
+    assert "3 of 25 images were read, and are kept but for the last " in error
+    assert "run the same command again to go on" in error
 
 
 CANARIES = [f"CANARY{number:03d}" for number in range(200)]

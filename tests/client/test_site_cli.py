@@ -74,7 +74,7 @@ def test_import_says_what_it_found(run, tiny_home, tiny_proposal):
     code, out, _ = run("import", tiny_home.folder, "--classes", ",".join(classes), "--size", 28)
     found = load_images(tiny_home, classes, 28)
     assert code == 0
-    assert f"imported {len(found.images)} images of {found.number_of_patients} patients; by class: " in out
+    assert f"imported {len(found.images)} images of {found.number_of_patients} patients\n" in out
     assert f"{classes[0]} {int((found.labels == 0).sum())}" in out
     assert "refused: nothing" in out
 

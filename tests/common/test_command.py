@@ -1,5 +1,7 @@
 """How a command line shows its help and its mistakes."""
 
+import errno
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -37,3 +39,24 @@ def test_help_explains_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_word_is_answered_once(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = said(capsys, "strat")
     assert (code, text.lower().count("did you mean")) == (ExitCode.USAGE, 1), text
+
+
+@app.command()
+def read(file: Path, also: Path | None = None) -> None:
+    """Read it."""
+    print(file.read_text(), also)
+
+
+def test_an_unreadable_path_is_the_commands_own_to_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither click answers first with how the command is used, nor does a traceback come of it."""
+
+    def refuse(path: object, *_: object, **__: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    code, text = said(capsys, "read", str(tmp_path), "--also", str(tmp_path))
+    assert (code, "Traceback" in text, "Usage" in text) == (ExitCode.STORAGE, False, False), text
+    assert f"error: No permission for {tmp_path}." in text

@@ -20,7 +20,7 @@ def write_dicom() -> WriteDicom:
 
     def write(path: Path, pixels: np.ndarray | None = None, syntax: str = ExplicitVRLittleEndian, **tags: Any) -> Path:
         meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+        meta.MediaStorageSOPClassUID = tags.get("SOPClassUID", DigitalXRayImageStorageForPresentation)
         meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[path.name])
         meta.TransferSyntaxUID = syntax
         dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)

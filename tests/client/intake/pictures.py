@@ -7,7 +7,7 @@ from itertools import groupby
 import numpy as np
 
 from client.intake import Dataset, IntakeRules, Reason, Record, Scan, decode_records
-from client.intake.importing import too_few
+from client.intake.shortage import too_few
 
 
 def read(

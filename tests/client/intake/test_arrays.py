@@ -243,3 +243,15 @@ def test_mnist() -> None:
     assert np.array_equal(dataset.images[:, 0], source["x_train"][order])
     assert np.array_equal(dataset.labels, source["y_train"][order])
     assert not refused
+
+
+@pytest.mark.parametrize("name", ["images", "patient_id"])
+def test_names_of_fields_are_not_shown(tmp_path: Path, name: str) -> None:
+    """A type of several fields has their names, which are text of the file."""
+    fields = np.zeros(2, [("DOE_JOHN_1950", "u1")])
+    arrays = {"images": np.zeros((2, 8, 8), np.uint8), "patient_id": np.arange(2)} | {name: fields}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(IntakeError) as caught:
+        scan(tmp_path / "a.npz", "none")
+    assert "Expected" in str(caught.value)
+    assert "DOE" not in str(caught.value)

@@ -7,10 +7,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom import dcmread
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    DigitalXRayImageStorageForPresentation,
+    ImplicitVRLittleEndian,
+    SegmentationStorage,
+)
 
 from client.intake import IntakeRules, Reason, scan
 from client.intake.headers import file_meta
+from client.intake.selection import Practice, choose
+from common.errors import IntakeError
 from tests.client.intake.pictures import read
 from tests.client.intake.test_directory import dicomdir
 
@@ -98,3 +107,39 @@ def test_an_expression_that_never_ends_costs_its_file(tmp_path: Path, write_dico
     found = scan(folder, f"rules:{rules}", IntakeRules(workers=1, decode_seconds=8))
     assert [record.label for record in found.records] == ["some"]
     assert found.refused == {Reason.TOO_SLOW: 1}
+
+
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+
+
+def with_meta_class(path: Path, kind: str) -> None:
+    """Name another SOP class in the file meta alone."""
+    dataset = dcmread(path)
+    dataset.file_meta.MediaStorageSOPClassUID = UID(kind)
+    dataset.save_as(path)
+
+
+def test_the_file_meta_may_alone_say_what_it_is(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """A secondary capture, or a map of labels, that names its class nowhere else is none the less one."""
+    for name, kind in (
+        ("a", SECONDARY_CAPTURE),
+        ("b", SegmentationStorage),
+        ("c", DigitalXRayImageStorageForPresentation),
+    ):
+        with_meta_class(write_dicom(tmp_path / name, PatientID=name), kind)
+    found = scan(tmp_path, "none")
+    assert [(record.path.name, record.header["SOPClassUID"]) for record in found.records] == [
+        ("a", SECONDARY_CAPTURE),
+        ("c", DigitalXRayImageStorageForPresentation),
+    ]
+    assert found.refused == {Reason.NO_PICTURE: 1}
+    choice = choose(found, Practice(tmp_path, "none"), None)
+    assert [refusal.reason for refusal in choice.refusals] == [Reason.NO_PICTURE, Reason.SECONDARY_CAPTURE]
+
+
+def test_two_sop_classes_are_refused(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    path = write_dicom(tmp_path / "a", SOPClassUID=DigitalXRayImageStorageForPresentation)
+    assert len(scan(tmp_path, "none").records) == 1
+    with_meta_class(path, SECONDARY_CAPTURE)
+    with pytest.raises(IntakeError, match="SOP class"):
+        scan(tmp_path, "none")

@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pydicom import dcmread
-from pydicom.encaps import encapsulate
-from pydicom.uid import MPEG2MPML
+from pydicom.uid import JPEGLSLossless
 
 from client.intake import Form, Reason, importing
 from client.intake import vault as vaults
@@ -23,6 +21,7 @@ from client.intake.importing import Imported, import_source
 from client.intake.patients import PatientTable
 from client.intake.sealed import open_dataset
 from client.intake.selection import Practice
+from client.intake.survey import survey
 from client.intake.vault import read_manifest
 from common.errors import IntakeError, MissingExtra, StorageError, TooFewPatients
 from common.sealing import SealingKey
@@ -248,17 +247,64 @@ def test_gone_from_all(tmp_path: Path, source: Path) -> None:
     assert run(other, source, form=form).taken_up == 0
 
 
+def test_a_file_that_is_named_twice_is_used_once(tmp_path: Path, source: Path) -> None:
+    """However it is spelled; the second is refused as a duplicate, and nothing is decoded again."""
+    (source / "index.csv").write_text(
+        "file,patient,label\n0000.png,a,all\n./0000.png,b,all\n0001.png,b,all\n.//0001.png,b,all\n"
+    )
+    first, again = run(tmp_path / "vault", source), run(tmp_path / "vault", source)
+    for found in (first, again):
+        assert (found.images, found.patients) == (2, (1, 1))
+        assert found.refused == {Reason.DUPLICATE: 2, Reason.NOT_OF_SOURCE: 10}
+    assert (first.added, again.added, again.gone) == (2, 0, (0, 0))
+
+
+def test_damage_shows(tmp_path: Path, source: Path) -> None:
+    """Also where nothing is new: every chunk is opened."""
+    run(tmp_path / "vault", source)
+    path = tmp_path / "vault" / "pixels-00000"
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole + b"\0", whole[:3] + b"\1" + whole[4:], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(content)
+        with pytest.raises(StorageError, match="damaged"):
+            run(tmp_path / "vault", source)
+    path.unlink()
+    with pytest.raises(StorageError, match="damaged"):
+        run(tmp_path / "vault", source)
+    path.write_bytes(whole)
+    assert run(tmp_path / "vault", source).added == 0
+
+
+def test_a_damaged_copy_does_not_hide_a_whole_one(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """An image counts as there once a copy has decoded; the next import of the same files gives the same."""
+    folder, pixels = tmp_path / "source", np.random.default_rng(0).integers(0, 4096, (32, 32)).astype(np.uint16)
+    write_dicom(folder / "p", pixels, PatientID="other", SOPInstanceUID="1.2.1")
+    for name in ("a", "b", "c", "d"):
+        whole = write_dicom(folder / name, pixels, SOPInstanceUID="1.2.3").read_bytes()
+        if name in "ab":
+            (folder / name).write_bytes(whole[:-1000])
+    practice = Practice(folder, "none")
+    seen = survey(practice).report
+    assert (seen.usable, seen.patients, seen.expected) == (2, 2, 5)
+    for added in (2, 0):
+        found = import_source(tmp_path / "vault", KEY, FORM, practice)
+        assert (found.images, found.added, found.gone) == (2, added, (0, 0))
+        assert found.refused == {Reason.PIXELS: 2, Reason.DUPLICATE: 1}
+        assert {group.said: group.count for group in seen.refused} == found.refused
+
+
 def test_nothing_usable(tmp_path: Path, source: Path) -> None:
     with pytest.raises(IntakeError, match="12 label not among the classes"):
         run(tmp_path / "vault", source, form=Form(("other",), 28, 1))
 
 
-def test_a_missing_decoder_is_named_with_its_pip_line(tmp_path: Path, write_dicom: WriteDicom) -> None:
-    path = write_dicom(tmp_path / "source" / "a", pixels=np.zeros((8, 8), np.uint16))
-    dataset = dcmread(path)
-    dataset.file_meta.TransferSyntaxUID, dataset.PixelData = MPEG2MPML, encapsulate([b"\0" * 64])
-    dataset.save_as(path)
-    with pytest.raises(MissingExtra, match=r"MPEG2.*pip install"):
+def test_a_missing_decoder_is_named_with_its_pip_line(
+    tmp_path: Path, write_dicom: WriteDicom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dicom(tmp_path / "source" / "a", pixels=np.zeros((8, 8), np.uint16))
+    missing = f"{Reason.NO_DECODER} {JPEGLSLossless.name}"
+    monkeypatch.setattr(importing, "decode_records", lambda records, *_: ((record, missing) for record in records))
+    with pytest.raises(MissingExtra, match=r"JPEG-LS.*pip install"):
         import_source(tmp_path / "vault", KEY, FORM, Practice(tmp_path / "source", "none"))
 
 
@@ -283,7 +329,7 @@ from client.intake.importing import import_source
 from client.intake.selection import Practice
 from common.sealing import SealingKey
 chunks.CHUNK_BYTES = 28 * 28 * 4
-def told(done, total):
+def told(what, done, total):
     print(done, flush=True)
 import_source(Path(sys.argv[1]), SealingKey(bytes(range(32))), Form(("all",), 28, 1), Practice(Path(sys.argv[2])),
               progress=told)

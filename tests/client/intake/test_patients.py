@@ -1,5 +1,6 @@
 """Who is the same patient, and what is warned of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from client.intake.cautions import cautions
+from client.intake.deidentify import BlankRule, BlankRules
 from client.intake.patients import PatientTable, normalised, read_patient_table
 from client.intake.records import Record, Scan
 from client.intake.selection import Practice, choose
@@ -18,8 +20,8 @@ def record(number: int, patient: str, issuer: str = "", **header: str) -> Record
     return Record(Path(f"{number}"), None, (issuer, patient), "all", None, header=header)
 
 
-def said(records: list[Record], table: PatientTable | None = None) -> str:
-    practice = Practice(Path(), patients=table or PatientTable())
+def said(records: list[Record], table: PatientTable | None = None, blank: BlankRules | None = None) -> str:
+    practice = Practice(Path(), patients=table or PatientTable(), blank=blank or BlankRules())
     return " ".join(one.said for one in cautions(records, choose(Scan(tuple(records), {}), practice, None), practice))
 
 
@@ -44,7 +46,50 @@ def test_the_table_merges(tmp_path: Path) -> None:
     assert table.of(("", "p1")) == ("", "p1")
     ranks = table.ranks([("W", "p2"), ("W", "p1"), ("A", "z")])
     assert ranks == {("A", "z"): 0, ("W", "p1"): 1, ("W", "p2"): 1}
-    assert "1 lines of the table of patients name nobody" in said([record(1, "p1", "W")], table)
+    assert "1 line of the table of patients: nobody of that id is there (line 3)." in said(
+        [record(1, "p1", "W")], table
+    )
+    assert "nobody of that id" not in said([record(1, "p1", "W"), record(2, "x", "Q")], table)
+
+
+def test_any_issuer(tmp_path: Path) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text("patient,to\n\np1,P2\nx,y\n")
+    table = read_patient_table(path)
+    assert table.of(("HOSP", "P1")) == table.of(("", "p1")) == table.of(("hosp", "p2")) == table.of(("", "P2"))
+    assert table.of(("HOSP", "p3")) == ("hosp", "p3")
+    assert "nobody of that id is there (line 4)." in said([record(1, "p1", "HOSP"), record(2, "y", "H")], table)
+    path.write_text("patient,to,to_issuer\np1,P2,Z\n")
+    assert read_patient_table(path).of(("HOSP", "p1")) == ("z", "p2") == read_patient_table(path).of(("z", "p2"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("W,p1,a,\n,p1,b,", "Line 2 .*ambiguous"),
+        (",a,b,\n,b,c,", "another patient by another line"),
+        (",a,b,\nW,b,c,", "ambiguous|another patient"),
+        ("W,a,b,\nW,b,c,", "another patient by another line"),
+        ("W,a,b,\n,b,c,", "another patient by another line"),
+        (",a,b,\n,A,c,", "Line 3 .*two meanings"),
+    ],
+)
+def test_one_meaning(tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "patients.csv").write_text(f"issuer,patient,to,to_issuer\n{lines}\n")
+    with pytest.raises(IntakeError, match=message):
+        read_patient_table(tmp_path / "patients.csv")
+
+
+def test_nothing_false_of_a_part() -> None:
+    """A birth date of another file is not known, so that what is said is said of these files alone."""
+    records = [record(number, f"A{number}", AccessionNumber=f"A{number}", StudyInstanceUID="1") for number in range(30)]
+    table, both = PatientTable({("", "z"): ("", "y")}, {}, {"z": 2}), [*records, record(31, "A1", PatientSex="F")]
+    both.append(record(32, "A1", PatientSex="M"))
+    practice = Practice(Path(), patients=table)
+    found = [one.said for one in cautions(both, choose(Scan(tuple(both), {}), practice, None), practice, partial=True)]
+    assert len(found) == 2
+    assert found[0].startswith("Of the files that were opened now: 1 id has more than one sex")
+    assert "not looked at" in found[1]
 
 
 @pytest.mark.parametrize(
@@ -69,26 +114,26 @@ def test_accession_like() -> None:
 def test_several_birth_dates_or_sexes() -> None:
     both = [record(1, "p", PatientBirthDate="19500101", PatientSex="F"), record(2, "P", PatientBirthDate="19600101")]
     text = said([*both, record(3, "p", PatientSex="M")])
-    assert "1 ids have more than one birth date" in text
-    assert "1 ids have more than one sex" in text
+    assert "1 id has more than one birth date" in text
+    assert "1 id has more than one sex" in text
     assert "1950" not in text
     assert "more than one" not in said([both[0], record(2, "q", PatientBirthDate="19600101", PatientSex="M")])
 
 
 def test_thousands_under_one_id() -> None:
-    assert "1 ids have over 2000 images" in said([record(number, "anon") for number in range(2001)])
+    assert "1 id has over 2000 images" in said([record(number, "anon") for number in range(2001)])
     assert "All images have one id" in said([record(number, "anon") for number in range(30)])
     assert "one id" not in said([record(number, f"p{number % 2}") for number in range(2000)])
 
 
 def test_same_instance_twice() -> None:
     twice = [record(1, "p", SOPInstanceUID="1.2"), record(2, "q", SOPInstanceUID="1.2"), record(3, "q")]
-    assert "1 images are there a second time" in said(twice)
+    assert "1 image is there a second time" in said(twice)
     assert "second time" not in said(twice[1:])
 
 
 def test_several_issuers() -> None:
-    assert "1 ids come with more than one issuer" in said([record(1, "p", "A"), record(2, "p")])
+    assert "1 id comes with more than one issuer" in said([record(1, "p", "A"), record(2, "p")])
     assert "issuer," not in said([record(1, "p", "A"), record(2, "q")])
 
 
@@ -127,3 +172,17 @@ def test_others_are_not() -> None:
     twins.add(np.zeros((1, 64, 64), np.uint8), 998, 998)
     twins.add(np.zeros((1, 64, 64), np.uint8), 999, 999)
     assert twins.pairs() == []
+
+
+def test_rows_as_people() -> None:
+    rows = [Record(Path("a.npz"), number, ("", str(number)), "a", None) for number in range(3)]
+    assert "Each image counts as a person" in said(rows)
+    assert "counts as a person" not in said([replace(rows[0], patient=("", "p7"))])
+
+
+def test_black_by_rule() -> None:
+    rule = BlankRule(rows=40, regions=[[0, 0, 65535, 20], [0, 20, 65535, 20]])
+    small = record(1, "p", Rows="40", Columns="30")
+    whole, part = BlankRules(blank=[rule]), BlankRules(blank=[rule.model_copy(update={"regions": [[0, 0, 29, 65535]]})])
+    assert "1 image: the regions of blank_rules cover them whole" in said([small], blank=whole)
+    assert "cover" not in said([small], blank=part)

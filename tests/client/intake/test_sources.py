@@ -1,3 +1,4 @@
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,15 @@ import pytest
 from PIL import Image
 
 from client.intake import IntakeRules, Reason, folders, scan, worker
+from client.intake.folders import scan_folder
 from client.intake.labels import TagLabel
+from client.intake.page import save_page
+from client.intake.records import LabelSource
+from client.intake.report import Listing
 from client.intake.requests import ask_header as real
+from client.intake.selection import Practice
+from client.intake.sources import find
+from client.intake.survey import Row, survey
 from common.errors import ConfigError, IntakeError, UnreadableSource
 from tests.client.intake.pictures import read
 
@@ -223,3 +231,41 @@ def test_a_file_that_cannot_be_read_is_not_missing(permissions: Path, write_dico
     (permissions / "b.png").chmod(0)
     refused = scan(permissions, "none").refused
     assert (refused[Reason.NOT_READABLE], refused[Reason.MISSING]) == (1, 1)
+
+
+def test_the_ending_of_a_name_is_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "report.doe_john_19500101"
+    path.write_text("no image")
+    with pytest.raises(IntakeError, match="Expected an NPZ file") as caught:
+        scan(path, "none")
+    assert "doe" not in str(caught.value)
+
+
+def test_names_are_shown_in_letters_that_can_be_written(tmp_path: Path) -> None:
+    """A name may be no UTF-8, or hold what commands a terminal."""
+    path = tmp_path / os.fsdecode(b"\xe9\x1b[2Jbild\xc3\xa9.txt")
+    path.write_text("no image")
+    found = scan_folder(tmp_path, LabelSource("none"), IntakeRules())
+    assert Listing(found, tmp_path, show_files=True).name(path) == "\\udce9\\x1b[2Jbildé.txt"
+    shown = survey(Practice(tmp_path, "none"), show_files=True)
+    assert "bildé" in shown.report.refused[0].examples[0]
+    save_page(tmp_path / "page", shown.report, [Row("all", (("é", np.zeros((1, 128, 128), np.uint8)),))])
+    "\n".join(shown.report.lines()).encode()
+
+
+def test_rows_of_labels_without_a_file_are_counted(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Also where the files that the others name are known and not opened; where no row fits, that is said."""
+    write_dicom(tmp_path / "a")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.write(tmp_path / "a", "in")
+    rows = "file,label\na,x\nb.zip/in,x\nb.zip/gone,x\nnowhere,x\n../a,x\n"
+    (tmp_path / "labels.csv").write_text(rows)
+    found = scan(tmp_path)
+    assert (len(found.records), found.refused) == (2, {Reason.MISSING: 3})
+    assert find(tmp_path, "auto", skip=lambda path, _stamp, _beside: path.name == "a").refused == {Reason.MISSING: 3}
+    known = find(tmp_path, "auto", skip=lambda *_: True)  # members of an archive that is not opened are not looked at
+    assert known.refused == {Reason.MISSING: 2}
+    (tmp_path / "labels.csv").write_text("file,label\nimages/a,x\n")
+    with pytest.raises(IntakeError, match=r"None of 1 rows of labels.csv names a file that is there"):
+        scan(tmp_path)
+    assert len(scan(tmp_path, "none").records) == 2

@@ -60,16 +60,34 @@ def test_never_wrong_pixels(tmp_path: Path):
     filled(tmp_path, key, 200)
     path = tmp_path / "pixels-00000"
     whole = path.read_bytes()
-    for place in np.random.default_rng(0).integers(0, len(whole), 60):
+    lengths = (0, 1, 2, 3)  # of the first chunk, which says how far it goes
+    for place in (*lengths, *np.random.default_rng(0).integers(0, len(whole), 60)):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(place) % 8
         path.write_bytes(damaged)
         with pytest.raises(StorageError, match="damaged"):
             opened(tmp_path, key)[:]
+    for longer in (whole + b"\0", whole[:-1]):
+        path.write_bytes(longer)
+        with pytest.raises(StorageError, match="damaged"):
+            opened(tmp_path, key)
     path.write_bytes(whole)
     assert len(opened(tmp_path, key)[:]) == 200
     with pytest.raises(StorageError, match=r"another key"):
         opened(tmp_path, SealingKey.generate())
+
+
+def test_the_length_of_a_chunk_is_checked_where_it_is_the_only_one(tmp_path: Path):
+    """No byte stands behind it, so that a length which says too much would read the same."""
+    key = SealingKey.generate()
+    filled(tmp_path, key, 5)
+    path = tmp_path / "pixels-00000"
+    whole = path.read_bytes()
+    for bit in range(32):
+        length = (int.from_bytes(whole[:4], "little") ^ 1 << bit).to_bytes(4, "little")
+        path.write_bytes(length + whole[4:])
+        with pytest.raises(StorageError, match="damaged"):
+            opened(tmp_path, key)[:]
 
 
 def test_chunks_do_not_change_places(tmp_path: Path):

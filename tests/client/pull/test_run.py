@@ -22,7 +22,7 @@ class Fake:
 
     def __init__(self, inbox: Inbox, *, states: bool = True) -> None:
         self.inbox, self.states = inbox, states
-        self.fails: list[Exception] = []
+        self.fails: list[BaseException] = []
         self.lacks: set[str] = set()
         self.fetched: list[str] = []
 
@@ -111,7 +111,7 @@ def test_one_series_stops_nothing(tmp_path: Path) -> None:
     pull.tell_failures()
     pull.tell_counts()
     assert fake.fetched == ["A2", "B2", "C2"]
-    assert said[0] == f"not-sent: {ADVICE[Reason.NOT_SENT]} (line 2, 1 instances)"
+    assert said[0] == f"not-sent: {ADVICE[Reason.NOT_SENT]} (line 2, 1 instance)"
     assert said[1] == f"unknown-destination: {ADVICE[Reason.DESTINATION]}; register us (line 2, 2 instances)"
     assert said[2].startswith("expected 6 instances of 3 series; 0 were here, 3 received")
     assert pull.tally.exit_code(fetched=True) == ExitCode.PACS
@@ -125,6 +125,25 @@ def test_bound_ends_the_pull_and_the_next_one_goes_on(tmp_path: Path) -> None:
     again, fake, _ = pull_of(tmp_path, max_files=3)
     again.fetch(again.resolve([Row(2, accession="ABC")]))
     assert fake.fetched == ["B1", "C2"]
+
+
+def test_a_series_is_not_asked_for_beyond_the_bounds(tmp_path: Path) -> None:
+    pull, fake, _ = pull_of(tmp_path, max_files=2)
+    with pytest.raises(ConfigError, match="max_files=2"):
+        pull.fetch(pull.resolve([Row(2, accession="ABC")]))
+    assert fake.fetched == ["A2"]
+
+
+def test_counts_what_is_here(tmp_path: Path) -> None:
+    first, *_ = pull_of(tmp_path)
+    first.fetch(first.resolve([Row(2, accession="AB")]))
+    again, fake, said = pull_of(tmp_path)
+    fake.fails = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        again.fetch(again.resolve([Row(2, accession="CAB")]))
+    again.tell_counts()
+    assert said[-1].startswith("expected 6 instances of 3 series; 4 were here, 1 received")
+    assert said[-1].endswith("1 missing")
 
 
 def test_progress_says_how_much_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

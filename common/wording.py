@@ -1,0 +1,28 @@
+"""Words of messages that several parts need. Out of scope: what is said."""
+
+from collections.abc import Sequence
+
+from pydantic_core import ErrorDetails
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """Return a count with its noun.
+
+    >>> counted(1, "pair"), counted(2, "pair")
+    ('1 pair', '2 pairs')
+    """
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
+def wrong_values(errors: Sequence[ErrorDetails]) -> str:
+    """Return where values of a file are wrong and why, of the first five; without what stands there.
+
+    Args:
+        errors: Of pydantic.
+    """
+    said = [
+        f"{'.'.join(map(str, item['loc'])) or 'the whole'}: "
+        + ("unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, "))
+        for item in errors[:5]
+    ]
+    return "; ".join(said)
