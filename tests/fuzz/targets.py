@@ -33,7 +33,6 @@ HONEST = train_request()
 @cache
 def site() -> Site:
     """Make the site that is asked: a real home whose budget is all but spent."""
-    logging.getLogger("fedmedgan").setLevel(logging.CRITICAL)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-site-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     made = open_site(make_home(folder))
@@ -44,6 +43,7 @@ def site() -> Site:
 
 def ask(request: Request) -> None:
     """Put a request to the site and hold the reply to its promises."""
+    logging.getLogger("fedmedgan").setLevel(logging.CRITICAL)
     charges, reply = len(site().ledger.entries), answer(site(), request)
     frame = pack_reply(reply)
     if len(reply.run_id) < 1000:  # a longer one may come back escaped, over the bound of a header

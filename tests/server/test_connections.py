@@ -171,7 +171,7 @@ def test_shaking_ones_leave(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shaking_ones_make_room(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections.LOG, "propagate", True)  # whatever other tests left
+    caplog.set_level("WARNING", connections.LOG.name)  # whatever other tests left
     monkeypatch.setattr(connections, "_SHAKING_CUT", Seldom("cut: %d"))
 
     async def test(listener: Listener, connected: Callable[[], Awaitable[socket.socket]]) -> None:
@@ -187,7 +187,7 @@ def test_shaking_ones_make_room(caplog: pytest.LogCaptureFixture, monkeypatch: p
 
 
 def test_deaf_for_a_moment(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections.LOG, "propagate", True)  # whatever other tests left
+    caplog.set_level("WARNING", connections.LOG.name)  # whatever other tests left
     monkeypatch.setattr(connections, "_NOT_ACCEPTED", Seldom("not accepted: %d"))
 
     async def test(listener: Listener, connected: Callable[[], Awaitable[socket.socket]]) -> None:
