@@ -62,7 +62,7 @@ def schedule(seed: int, rounds: int, kills: int, cuts: int, longest_cut_s: float
     """Draw faults: kills that take turns among all kinds of processes, cuts, and one of each other kind.
 
     The same arguments give the same faults. One site has a wrong CA from the start, which is mended while the run
-    waits for it. The last faults strike some rounds before the end, so that all of them strike.
+    waits for it. They strike in the first half, since rounds go on while one lasts, and all of them have to.
     """
     rng = random.Random(seed)
     kinds = [*AT_SITES, *AT_THE_HUB]
@@ -73,7 +73,7 @@ def schedule(seed: int, rounds: int, kills: int, cuts: int, longest_cut_s: float
     drawn += [("cut", "all sites", rng.uniform(longest_cut_s / 6, longest_cut_s)) for _ in range(cuts)]
     drawn += [("disk full", SITES[0], 0.0), ("expired certificate", "", 5.0), ("unregistered node", "", 0.0)]
     rng.shuffle(drawn)
-    times = sorted(rng.randrange(1, max(2, rounds - 2)) for _ in drawn)
+    times = sorted(rng.randrange(1, rounds // 2) for _ in drawn)
     later = [
         Fault(number, round(rng.uniform(0, 2), 1), what, whom, round(seconds, 1))
         for number, (what, whom, seconds) in zip(times, drawn, strict=True)

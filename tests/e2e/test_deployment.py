@@ -32,7 +32,7 @@ ON_DEMAND = pytest.mark.skipif(
 SEED = int(os.environ.get("FEDMEDGAN_FAULTS_SEED", "41"))  # kills relay, agent, `start` and link
 OUTAGE_S = float(os.environ.get("FEDMEDGAN_OUTAGE_S", "0"))
 WHOLE_LINE = os.environ.get("FEDMEDGAN_BAD_LINE") == "full"
-KILLS, CUTS, LONGEST_CUT_S, ROUNDS = (20, 2, 60.0, 24) if WHOLE else (4, 1, 12.0, 10)
+KILLS, CUTS, LONGEST_CUT_S, ROUNDS = (20, 2, 60.0, 40) if WHOLE else (4, 1, 12.0, 10)
 RUN_ENDS_S = 2400.0 if WHOLE else 500.0
 
 pytestmark = [
