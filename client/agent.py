@@ -6,7 +6,6 @@ sends, a refusal is a code; the reason stays in the site's own log.
 """
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,16 +19,17 @@ import torch
 from client import journal, policy
 from client.gradient import gradient_share
 from client.hello import say_hello
-from client.home import Home, head_copy, load_images, one_at_a_time, read_site_config, require_books, require_images
+from client.home import Home, load_images, one_at_a_time, require_books, require_images
 from client.intake import Dataset
 from client.ledger import ChargeRequest, Ledger, open_ledger
 from client.logs import printable
 from client.policy import Policy, PolicyFile
+from client.question import check_question
 from client.replies import forget_old_replies, prepare_secret, secret_of_charge, store_reply, stored_reply
+from client.site_config import head_copy, read_site_config
 from client.train import train_round
 from client.warmup import embedding_sum
 from common.config import GradientEngine, Proposal
-from common.config_text import parse_proposal
 from common.crypto import KeyStream, SigningKey, VerifyKey, load_key
 from common.errors import ConfigError, FedmedganError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.generator_step import reproducible
@@ -45,8 +45,6 @@ from common.secure_sum import COHORT_SETTINGS, WARMUP_GRID, Cohort, parse_cohort
 from common.weights import BOTH, for_transport, get_weights, release_dtype, set_weights
 
 LOG = logging.getLogger("fedmedgan.agent")
-MAX_D_STEPS = 5000
-_RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 Secrets = Callable[[str], KeyStream]
 
@@ -157,7 +155,7 @@ def _hello(site: Site, request: Request) -> Reply:
 
 def _private(site: Site, request: Request) -> Reply:
     site.rules.refresh()
-    proposal, digest = _check_request(request), request_digest(request)
+    proposal, digest = check_question(request), request_digest(request)
     policy.check_proposal(site.policy, proposal)
     agreed = plan(proposal, site.policy.declared_patients, _cohort(site, request, proposal))
     policy.check_plan(site.policy, agreed)
@@ -221,38 +219,6 @@ def _refusal(request: Request, error: FedmedganError) -> Reply:
     code = error.code if isinstance(error, PolicyRefusal) else _code(error)
     LOG.warning("%s round %d refused (%s): %s", request.kind, request.round, code, printable(str(error)))
     return Reply(request.kind, request.run_id, request.round, code)
-
-
-def _check_request(request: Request) -> Proposal:
-    """Check what every private request must be, whatever it asks."""
-    proposal = parse_proposal(request.proposal)
-    if not _RUN_ID.fullmatch(request.run_id):
-        raise WireError("Expected a run id of 1 to 64 lower-case letters, digits and hyphens.")
-    if not proposal.image.classes:
-        raise ConfigError("Expected image.classes to name at least one class.")
-    wanted_kind = Kind.TRAIN if proposal.train.algorithm == "local" else Kind.GRADIENT
-    if request.kind not in (Kind.WARMUP, wanted_kind):
-        raise WireError(f"Expected no {request.kind} with train.algorithm={proposal.train.algorithm}.")
-    first, last = proposal.refinements + 1, proposal.federation.rounds
-    if request.kind is Kind.WARMUP:
-        if proposal.warmup.share == 0:
-            raise WireError("Expected a warm-up only in a proposal with warmup.share > 0.")
-        first, last = 0, proposal.refinements
-    if not first <= request.round <= last:
-        raise WireError(f"Expected {request.kind} in a round of [{first}, {last}], got {request.round}.")
-    _check_settings(request, proposal)
-    return proposal
-
-
-def _check_settings(request: Request, proposal: Proposal) -> None:
-    """Check the names of the settings; what a look and a cohort must be is checked where they are read."""
-    wanted = {Kind.TRAIN: ["d_steps_per_g_step"], Kind.WARMUP: ["look"]}.get(request.kind, [])
-    wanted += COHORT_SETTINGS if proposal.train.algorithm == "secure-sum" else ()
-    if sorted(request.settings) != sorted(wanted):
-        raise WireError(f"Expected the settings {', '.join(wanted)} and no others.")
-    value = request.settings.get("d_steps_per_g_step", 1)
-    if type(value) is not int or not 1 <= value <= MAX_D_STEPS:
-        raise WireError(f"Expected d_steps_per_g_step as a whole number in [1, {MAX_D_STEPS}].")
 
 
 def _cohort(site: Site, request: Request, proposal: Proposal) -> Cohort | None:

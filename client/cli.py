@@ -17,7 +17,7 @@ from rich.table import Table
 from client import budget, images, journal, operate, policy
 from client.agent import open_site
 from client.doctor.command import doctor
-from client.home import Home, SiteConfig, create_home, head_copy, require_books, require_images
+from client.home import Home, create_home, require_books, require_images
 from client.intake.records import parse_label
 from client.joining import load_pinned
 from client.ledger import Ledger, read_ledger
@@ -27,6 +27,7 @@ from client.passphrase import ask_new, obtain
 from client.paths import require_closed_home, require_home
 from client.policy import Policy
 from client.serve import LONGEST_REQUEST_S, serve
+from client.site_config import SiteConfig, head_copy
 from client.verify import export_journal, read_export, verify_home
 from common.command import run_command
 from common.config import Proposal

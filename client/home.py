@@ -34,10 +34,7 @@ from client.joining import make_node_key
 from client.ledger import open_ledger
 from client.paths import Home as Home
 from client.policy import Policy
-from client.site_config import SiteConfig as SiteConfig
-from client.site_config import head_copy as head_copy
-from client.site_config import read_site_config as read_site_config
-from client.site_config import require_outside, require_place
+from client.site_config import SiteConfig, head_copy, read_site_config, require_copy_outside, require_place
 from common.config import IMAGE_CHANNELS, IMAGE_SIZES
 from common.crypto import SigningKey, is_sealed, load_key, save_key
 from common.errors import ConfigError, IntakeError, StorageError
@@ -63,7 +60,7 @@ def create_home(folder: Path, site: SiteConfig, policy: Policy, passphrase: Pass
     """
     if Home(folder).policy.exists():
         raise StorageError(f"A home stands in {folder} already. Choose another folder; its policy is mended by hand.")
-    require_outside(folder, site)
+    require_copy_outside(folder, site)
     require_place(Home(folder), site)
     home = Home(make_own_folder(folder))
     for part in (home.key.parent, home.ledger, home.journal, home.replies, home.log.parent):

@@ -75,11 +75,11 @@ def head_copy(home: Home) -> Path | None:
         ConfigError: site.toml is missing or wrong, or the copy would stand inside the home.
     """
     site = read_site_config(home)
-    require_outside(home.folder, site)
+    require_copy_outside(home.folder, site)
     return Path(site.head_copy) if site.head_copy is not None else None
 
 
-def require_outside(folder: Path, site: SiteConfig) -> None:
+def require_copy_outside(folder: Path, site: SiteConfig) -> None:
     """Refuse a copy of the ledger's head inside the home that it watches.
 
     Raises:

@@ -15,8 +15,9 @@ from typing import final
 from client import journal
 from client.chain import Chain
 from client.channel import unpack_reply
-from client.home import Home, head_copy
+from client.home import Home
 from client.ledger import ChargeRequest, read_ledger
+from client.site_config import head_copy
 from common.crypto import VerifyKey
 from common.errors import StorageError, WireError
 from common.messages import Kind

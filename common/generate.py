@@ -17,6 +17,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
+from common import generate_options as options
 from common.artefact import draw, load_generator
 from common.errors import ConfigError, StorageError
 from common.files import make_folder, write_atomic
@@ -28,11 +29,11 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 def generate(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    out: Annotated[Path, typer.Option(help="Where the images go; a new folder.")],
-    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many images.")] = 64,
-    labels: Annotated[str, typer.Option(help="all, a class, a comma list, or clear=0.7,nodule=0.3.")] = "all",
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
-    format: Annotated[str, typer.Option(help="png or npz.")] = "png",
+    out: options.Out,
+    count: options.Count = 64,
+    labels: options.Labels = "all",
+    seed: options.Seed = 0,
+    format: options.Form = "png",
 ) -> None:
     """Draw synthetic images from a finished run."""
     written = generate_images(run, out, count, labels, seed, format)

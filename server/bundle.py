@@ -24,6 +24,7 @@ MODULES: tuple[str, ...] = (
     "common/files.py",
     "common/flower_run.py",
     "common/generate.py",
+    "common/generate_options.py",
     "common/generator_step.py",
     "common/greeting.py",
     "common/lens.py",

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from common import generate_options as options
 from common.command import run_command
 from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
@@ -42,11 +43,11 @@ RunArgument = Annotated[Path, typer.Argument(help="The run: its name or its fold
 def generate(
     home: HomeArgument,
     run: RunArgument,
-    out: Annotated[Path, typer.Option(help="Where the images go; a new folder.")],
-    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many images.")] = 64,
-    labels: Annotated[str, typer.Option(help="all, a class, a comma list, or clear=0.7,nodule=0.3.")] = "all",
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
-    format: Annotated[str, typer.Option(help="png or npz.")] = "png",
+    out: options.Out,
+    count: options.Count = 64,
+    labels: options.Labels = "all",
+    seed: options.Seed = 0,
+    format: options.Form = "png",
 ) -> None:
     """Draw synthetic images from a finished run."""
     from common.generate import generate_images

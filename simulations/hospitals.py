@@ -20,10 +20,11 @@ import torch
 from client import policy as policies
 from client.agent import Secrets, answer, open_site
 from client.channel import MAX_BODY_BYTES, Transport
-from client.home import Home, SiteConfig, create_home, import_images, load_images
+from client.home import Home, create_home, import_images, load_images
 from client.intake import Dataset, Record, Scan, scan
 from client.intake.refusals import describe
 from client.policy import Policy
+from client.site_config import SiteConfig
 from common.config import Config
 from common.config_text import build_config
 from common.crypto import KeyStream

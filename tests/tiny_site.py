@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.home import Home, SiteConfig, create_home, import_images
+from client.home import Home, create_home, import_images
 from client.intake import Dataset
 from client.policy import Policy
+from client.site_config import SiteConfig
 from common.config import Proposal
 from common.messages import Arrays, Kind, Request
 from common.models import build

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from client import policy as policies
 from client.doctor.findings import Finding, failed, passed, to_do, warned
-from client.home import Home, head_copy, imported_forms, read_site_config, require_books
+from client.home import Home, imported_forms, require_books
 from client.home import check_imported as look_at_imported
 from client.intake import Reason, scan
 from client.intake.refusals import describe
@@ -14,6 +14,7 @@ from client.joining import MAX_NODE_KEY_FILE_BYTES, has_joined, load_pinned, pub
 from client.ledger import read_ledger
 from client.policy import Policy
 from client.relay_state import why_ended
+from client.site_config import head_copy, read_site_config
 from client.trust import extra_ca, read_bundles
 from client.verify import verify_home
 from common.certificates import read_authority, validity

@@ -10,7 +10,7 @@ import json
 import os
 import resource
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -173,22 +173,19 @@ def serve(connection: Connection) -> None:
 
 def _listed(what: dict[str, Any], rules: IntakeRules) -> bytes:
     """Answer what a scan asks: a header, or what a DICOMDIR names."""
-    try:
+
+    def look() -> bytes:
         if "directory" in what:
             with Path(what["directory"]).open("rb") as handle:
                 said: Any = file_ids(handle, rules)
         else:
             said = _header(Path(what["path"]), what["member"], parse_labelling(what["labels"]), rules)
-        answer = b"+" + json.dumps(said).encode()
-        if len(answer) > (MAX_DIRECTORY_BYTES if "directory" in what else MAX_HEADER_BYTES):
+        answer = json.dumps(said).encode()
+        if len(answer) >= (MAX_DIRECTORY_BYTES if "directory" in what else MAX_HEADER_BYTES):
             raise Refused(Reason.TOO_LARGE)
-    except Refused as refusal:
-        return _refusal(refusal)
-    except OSError as error:
-        return _refusal(unopened(error))
-    except MemoryError:
-        return _refusal(Refused(Reason.TOO_LARGE))
-    return answer
+        return answer
+
+    return _reply(look)
 
 
 def _header(path: Path, member: str | None, labels: Labelling, rules: IntakeRules) -> list[Any]:
@@ -216,8 +213,13 @@ def _replies(job: Job, form: Form) -> Iterator[bytes]:
 
 
 def _answer(source: Source, frame: int | None, form: Form, blank: tuple[Region, ...]) -> bytes:
+    return _reply(lambda: source.square(frame, form, blank).tobytes())
+
+
+def _reply(make: Callable[[], bytes]) -> bytes:
+    """Reply with what is made, or with the reason why it cannot be."""
     try:
-        return b"+" + source.square(frame, form, blank).tobytes()
+        return b"+" + make()
     except Refused as refusal:
         return _refusal(refusal)
     except OSError as error:

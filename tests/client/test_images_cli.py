@@ -15,13 +15,14 @@ from pydicom.uid import MPEG2MPML
 
 from client import cli, images, policy
 from client.agent import answer, open_site
-from client.home import Home, SiteConfig, create_home, vault_key
+from client.home import Home, create_home, vault_key
 from client.intake.records import Record
 from client.intake.selection import Practice
 from client.intake.shortage import too_few
 from client.intake.survey import survey
 from client.logs import log_to
 from client.policy import Policy
+from client.site_config import SiteConfig
 from common.config import Proposal
 from common.errors import ExitCode
 from tests.client.intake.conftest import WriteDicom

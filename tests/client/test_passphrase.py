@@ -10,8 +10,9 @@ import pytest
 
 from client import passphrase
 from client.entry import main
-from client.home import Home, SiteConfig, create_home
+from client.home import Home, create_home
 from client.passphrase import obtain
+from client.site_config import SiteConfig
 from common.crypto import is_sealed, load_key
 from common.errors import ExitCode, PassphraseError, StorageError
 from common.files import write_atomic

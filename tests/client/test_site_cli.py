@@ -8,8 +8,9 @@ import pytest
 
 from client.agent import answer, open_site
 from client.cli import main
-from client.home import Home, load_images, read_site_config
+from client.home import Home, load_images
 from client.ledger import ChargeRequest
+from client.site_config import read_site_config
 from common.config_text import build_config, to_toml
 from common.crypto import load_key
 from common.errors import ExitCode, StorageError

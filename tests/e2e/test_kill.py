@@ -23,8 +23,9 @@ import pytest
 from client import journal
 from client.agent import open_site
 from client.channel import pack_request, unpack_reply
-from client.home import Home, head_copy
+from client.home import Home
 from client.ledger import read_ledger
+from client.site_config import head_copy
 from client.verify import verify_home
 from common.crypto import load_key
 from common.errors import WireError

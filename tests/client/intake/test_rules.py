@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from client.home import Home, SiteConfig, create_home, read_site_config
+from client.home import Home, create_home
 from client.intake import IntakeRules
 from client.policy import Policy
+from client.site_config import SiteConfig, read_site_config
 from common.errors import ConfigError
 
 
