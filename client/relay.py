@@ -44,7 +44,8 @@ with whatever message it had taken. Otherwise it would wait for the answer until
 FAILURE_WAIT_S = 5.0
 MAX_FAILURES = 10
 """Failures in a row after which the relay ends, for its supervisor to start it anew."""
-AGENT_POLL_S = 1.0
+FIRST_AGENT_POLL_S, AGENT_POLL_S = 0.1, 1.0
+"""Between two attempts to reach the agent: an agent that has just started is there at once."""
 MAX_WAIT_FOR_AGENT_S = 300.0
 """For an agent that starts or is started anew."""
 _KNOWN_TYPES = frozenset(MESSAGE_TYPES.values())
@@ -204,8 +205,10 @@ def _answer(app: ClientApp, message: Message, socket: Path, node_id: int) -> Mes
     )
     deadline = time.monotonic() + min(message.metadata.ttl, MAX_WAIT_FOR_AGENT_S)
     try:
-        while _is_unreachable(reply := app(message, context)) and time.monotonic() + AGENT_POLL_S < deadline:
-            time.sleep(AGENT_POLL_S)
+        wait_s = FIRST_AGENT_POLL_S
+        while _is_unreachable(reply := app(message, context)) and time.monotonic() + wait_s < deadline:
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, AGENT_POLL_S)
     except Exception:  # the process edge: the text of an exception stays here
         LOG.exception("a message failed")
         return refusal(fleet.FAILED, "internal-error", message)

@@ -91,7 +91,7 @@ def found(folder: Path, size: int, max_reply_bytes: int) -> Deployment:
 
 @contextlib.contextmanager
 def running(made: Deployment, proxy: str = "", constants: str = "{}") -> Generator[dict[str, psutil.Process]]:
-    """Start coordinator and sites; yield their processes by role once all relays are connected.
+    """Start coordinator and sites; yield their processes by role once all relays are connected and all agents listen.
 
     Args:
         made: The homes.
@@ -111,6 +111,7 @@ def running(made: Deployment, proxy: str = "", constants: str = "{}") -> Generat
         ]
         states = [Home(made.site(name)).relay_state for name in SITES]
         _wait(lambda: all(path.exists() and _contact(path) for path in states), "the relays to connect")
+        _wait(lambda: all(Home(made.site(name)).socket.exists() for name in SITES), "the agents to listen")
         roles = {"link": _child(hub.pid, "server.link"), "executor": _child(hub.pid, "server.executor")}
         for name, started in zip(SITES, starts, strict=True):
             roles |= {f"agent {name}": _child(started.pid, "serve"), f"relay {name}": _child(started.pid, "relay")}

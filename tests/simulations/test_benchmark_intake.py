@@ -16,6 +16,7 @@ def test_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["ratio"] > 0 for row in result.rows)
     assert set(result.ratios) == {
         "import_over_bare_loop",
+        "import_over_bare_loop_on_one_core",
         "cpu_of_the_loop_over_import",
         "peak_memory_of_4_times_the_files_over_once",
         "peak_memory_mib",
