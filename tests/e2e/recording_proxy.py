@@ -30,7 +30,12 @@ def recording_proxy() -> Iterator[Proxy]:
             if method != "CONNECT" or host != "127.0.0.1":
                 self.wfile.write(b"HTTP/1.1 403 Forbidden\r\n\r\n")
                 return
-            with socket.create_connection((host, int(port)), 10) as target:
+            try:
+                target = socket.create_connection((host, int(port)), 10)
+            except ConnectionRefusedError:  # as real proxies do where the link is away
+                self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+                return
+            with target:
                 target.settimeout(None)  # an answer may be long in coming: a long upload goes before it
                 self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
                 _tunnel(self.connection, target)

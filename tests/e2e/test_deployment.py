@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sqlite3
+import subprocess
 import threading
 import time
 from contextlib import ExitStack
@@ -51,6 +52,8 @@ def test_from_init_to_a_generator() -> None:
         for site in SITES:
             made.start_site(site)
         command = made.start_run()
+        wait_for(lambda: len(made.records()) > 2 or command.poll() is not None, 200, "round 2")
+        command = _power_loss(made, command)
         wait_for(lambda: len(made.records()) > 3 or command.poll() is not None, 200, "round 3")
         assert all(set(record["sites"]) == set(SITES) for record in made.records())
         _long_outage(made)
@@ -62,6 +65,20 @@ def test_from_init_to_a_generator() -> None:
         # behind a proxy, and nobody but the coordinator was asked for: no telemetry, no update check, no package index
         port = read_settings(load_consortium(made.hub)).port
         assert {line.split(" HTTP/")[0] for line in recorder.asked} == {f"CONNECT 127.0.0.1:{port}"}
+
+
+def _power_loss(made: Federation, command: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    """Kill the run and leave its newest checkpoint half written; a person resumes it, from the one before."""
+    (run,) = made.processes(made.hub, "--run")
+    run.kill()
+    run.wait(20)
+    newest = max(made.run.glob("checkpoints/round-*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    assert command.wait(90) == ExitCode.FEDERATION, made.said()
+    resumed = made.resume()
+    line = f"{newest.name} is damaged: going on from round {int(newest.stem[-6:]) - 1}"
+    wait_for(lambda: line in (made.folder / "out.log").read_text(), 60, line)
+    return resumed
 
 
 def _long_outage(made: Federation) -> None:
