@@ -42,8 +42,8 @@ from google.protobuf.message import DecodeError
 from httpx import ConnectError, HTTPError, InvalidURL, ProxyError, Request, Response, SyncByteStream
 
 from client.refusals import PROXY_EXPECTED, answered, explained
-from common.certificates import NodeKey
 from common.errors import ConfigError, FederationError, WireError
+from common.node_keys import NodeKey
 from common.parts import MAX_OBJECTS, fetch_parts
 
 RunEnded = RunNotRunningException

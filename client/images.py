@@ -31,7 +31,7 @@ from client.intake.twins import Twins, counted_pairs
 from client.policy import Policy
 from common.errors import ConfigError
 from common.files import require_outside, write_atomic
-from common.wording import counted
+from common.wording import counted, duration
 
 _LEAST: int = Policy.model_fields["min_patients"].default
 _BLOCK = 1024
@@ -208,7 +208,7 @@ def progress() -> Progress:
             return
         last = now
         rate = (done - before) / max(now - began, 1e-3)
-        left = f" of {total}, {rate:.0f} a second, {_duration((total - done) / rate)} left" if total else ""
+        left = f" of {total}, {rate:.0f} a second, {duration((total - done) / rate)} left" if total else ""
         line = f"{what}: {done}{left or f', {rate:.0f} a second'}"
         print(f"\r{line:<70}" if terminal else line, end="" if terminal and not finished else "\n", file=sys.stderr)
 
@@ -234,8 +234,3 @@ def _stoppable(form: Form, progress: Progress) -> Generator[Progress]:
             kept = f"{decoded} of {of} images were read, and are kept but for the last {chunk_images(form)} at most"
         print(f"\n{kept}; run the same command again to go on", file=sys.stderr)
         raise
-
-
-def _duration(seconds: float) -> str:
-    parts: Sequence[tuple[float, str]] = ((3600, "h"), (60, "min"))
-    return next((f"{seconds / length:.1f} {unit}" for length, unit in parts if seconds >= length), f"{seconds:.0f} s")

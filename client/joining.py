@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import final
 
 from client.paths import Home
-from common.certificates import NodeKey, load_node_key, new_node_key, node_public_key
 from common.crypto import SigningKey, VerifyKey
 from common.enrolment import (
     MAX_DOCUMENT_BYTES,
@@ -26,6 +25,7 @@ from common.enrolment import (
 )
 from common.errors import EnrolmentError, StorageError, WireError
 from common.files import make_folder, read_bounded, read_credential, read_secret, sync_folder, write_atomic
+from common.node_keys import NodeKey, load_node_key, new_node_key, node_public_key
 
 MAX_NODE_KEY_FILE_BYTES = 4096
 

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar, final
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from common.certificates import MAX_CERTIFICATE_CHARS, MAX_NODE_KEY_CHARS, node_public_pem, read_authority
+from common.certificates import MAX_CERTIFICATE_CHARS, read_authority
 from common.crypto import KEY_BYTES, SIGNATURE_BYTES, SigningKey, VerifyKey
 from common.errors import EnrolmentError, WireError
+from common.node_keys import MAX_NODE_KEY_CHARS, node_public_pem
 
 VERSION = 1
 MAX_DOCUMENT_BYTES = 65_536

@@ -14,6 +14,19 @@ def counted(count: int, one: str, several: str = "") -> str:
     return f"{count} {one if count == 1 else several or one + 's'}"
 
 
+def duration(seconds: float) -> str:
+    """Write a time for a person.
+
+    >>> duration(5.2), duration(62), duration(5180)
+    ('5 s', '1 min 2 s', '1 h 26 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def wrong_values(errors: Sequence[ErrorDetails]) -> str:
     """Return where values of a file are wrong and why, of the first five; without what stands there.
 

@@ -32,10 +32,10 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
-from common.certificates import node_public_pem
 from common.errors import FederationError, StorageError
 from common.flower_environment import flower_environment
 from common.flower_run import HERE
+from common.node_keys import node_public_pem
 from server.bundle import build_bundle, bundle_hash
 from server.consortium import Consortium, EnrolledSite, read_settings
 from server.own_secrets import read_token

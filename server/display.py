@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import Config
+from common.wording import duration
 from server.handshake import Handshake, lines
 from server.now import SITES_NAMED, Event, codes_of, now_line, warmup_label, who
-from server.pace import amount, duration, round_up, seconds_left
+from server.pace import amount, round_up, seconds_left
 from server.records import Failed, Progress, RoundRecord, Waiting, is_landmark
 
 SHOWN_ROUNDS = 15

@@ -13,8 +13,8 @@ from pathlib import Path
 from common.config import Config
 from common.errors import StorageError
 from common.files import write_atomic
+from common.wording import duration
 from server.handshake import Handshake
-from server.pace import duration
 from server.records import Failed, Progress, RoundRecord, Waiting
 
 SITES_NAMED = 4

@@ -28,19 +28,6 @@ def seconds_left(records: Sequence[RoundRecord], refinements: int, rounds: int) 
     return left * sum(pace) / len(pace) if pace and left > 0 else 0.0
 
 
-def duration(seconds: float) -> str:
-    """Write a time for a person.
-
-    >>> duration(5.2), duration(62), duration(5180)
-    ('5 s', '1 min 2 s', '1 h 26 min')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def amount(size: int) -> str:
     """Write bytes for a person: megabytes, below a tenth of one kilobytes.
 

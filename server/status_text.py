@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import FederationError, FedmedganError, StorageError
+from common.wording import duration
 from server.control import KILLED, UNHEARD
 from server.handshake import ALL_REFUSE
-from server.pace import amount, duration, round_up
+from server.pace import amount, round_up
 from server.run_folder import STORAGE_MATTER
 from server.status import INTERRUPTED, RunStanding, SiteStanding
 

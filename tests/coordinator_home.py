@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-from common.certificates import node_public_pem
 from common.crypto import SigningKey
 from common.files import write_atomic
 from common.flower_environment import flower_environment
+from common.node_keys import node_public_pem
 from server.consortium import Consortium, FederationConfig, SiteRecord, load_consortium, read_settings
 from server.enrol import create_consortium
 

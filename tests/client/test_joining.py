@@ -17,10 +17,11 @@ from client.joining import (
     read_for,
 )
 from client.paths import Home
-from common.certificates import authority_certificate, new_key, node_public_key
+from common.certificates import authority_certificate, new_key
 from common.crypto import SigningKey
 from common.enrolment import Invitation, Member, read_enrolment, write_invitation
 from common.errors import EnrolmentError, StorageError
+from common.node_keys import node_public_key
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 SITE, COORDINATOR = SigningKey(bytes([1]) * 32), SigningKey(bytes([2]) * 32)

@@ -10,11 +10,7 @@ from common.certificates import (
     AUTHORITY_DAYS,
     SERVER_DAYS,
     authority_certificate,
-    load_node_key,
     new_key,
-    new_node_key,
-    node_public_key,
-    node_public_pem,
     read_authority,
     server_certificate,
     validity,
@@ -130,18 +126,3 @@ def test_the_authority_signs_servers_only(authority):
     basic = constraints.get_extension_for_class(x509.BasicConstraints)
     assert (basic.critical, basic.value.ca, basic.value.path_length) == (True, True, 0)
     assert constraints.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
-
-
-def test_node_keys_have_one_form():
-    private = new_node_key()
-    public = node_public_key(private)
-    assert public.startswith(b"ecdsa-sha2-nistp384 ")
-    assert node_public_pem(public).startswith(b"-----BEGIN PUBLIC KEY-----")
-    assert load_node_key(private).curve.name == "secp384r1"
-    for wrong in (public + b"\n", public + b" me@home", b"", private, b"ssh-ed25519 AAAA", b"x" * 10_000):
-        with pytest.raises(EnrolmentError, match="fedmedgan-site enrol"):
-            node_public_pem(wrong)
-    for wrong in (b"SECRET", new_key(), public):
-        with pytest.raises(StorageError) as refused:
-            load_node_key(wrong)
-        assert "SECRET" not in str(refused.value)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.certificates import authority_certificate, new_key, new_node_key, node_public_key
+from common.certificates import authority_certificate, new_key
 from common.crypto import SigningKey
 from common.enrolment import (
     ENROLMENT_DAYS,
@@ -23,6 +23,7 @@ from common.enrolment import (
     write_invitation,
 )
 from common.errors import EnrolmentError, ExitCode, FedmedganError, WireError
+from common.node_keys import new_node_key, node_public_key
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 SITE, COORDINATOR = SigningKey(bytes([1]) * 32), SigningKey(bytes([2]) * 32)

@@ -105,7 +105,7 @@ def test_node_keys_are_what_flower_reads(tmp_path) -> None:
     from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve
     from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 
-    from common.certificates import new_node_key, node_public_key, node_public_pem
+    from common.node_keys import new_node_key, node_public_key, node_public_pem
 
     private, public = tmp_path / "node.key", tmp_path / "node.pub"
     private.write_bytes(new_node_key())

@@ -52,11 +52,11 @@ from client.joining import read_node_key
 from client.ledger import read_ledger
 from client.paths import Home
 from common import wire
-from common.certificates import node_public_pem
 from common.config_text import build_config, read_config
 from common.crypto import SigningKey, load_key
 from common.errors import RefusalCode
 from common.messages import Kind, Reply, Request
+from common.node_keys import node_public_pem
 from common.seal import seal_request, sign_reply
 from server import control
 from server.cli import main as coordinator_main

@@ -28,8 +28,8 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from client.paths import Home
-from common.certificates import node_public_pem
 from common.files import write_atomic
+from common.node_keys import node_public_pem
 from server.consortium import Consortium, read_settings
 from server.control import connect, list_nodes
 from server.enrol import renew

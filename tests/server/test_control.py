@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.control_pb2 import ListRunsRequest, ListRunsResponse, StartRunRequest, StartRunResponse
 from flwr.proto.run_pb2 import Run as FlowerRun
 
-from common.certificates import node_public_pem
 from common.crypto import SigningKey
 from common.errors import EnrolmentError, StorageError
 from common.files import write_atomic
+from common.node_keys import node_public_pem
 from server.consortium import Consortium, EnrolledSite
 from server.control import NODE_GONE, Changes, list_nodes, list_runs, read_run, register_sites, submit
 from server.own_secrets import is_token, read_secret, read_token

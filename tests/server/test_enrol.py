@@ -6,10 +6,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from common.certificates import new_node_key, node_public_key, read_authority, validity
+from common.certificates import read_authority, validity
 from common.crypto import SigningKey, load_key
 from common.enrolment import MAX_ROSTER, Enrolment, read_invitation, require_current, write_enrolment
 from common.errors import ConfigError, EnrolmentError, StorageError
+from common.node_keys import new_node_key, node_public_key
 from server.consortium import FederationConfig, enrolled, load_consortium, read_settings
 from server.enrol import create_consortium, enrol, read_candidate, renew, revoke
 

@@ -13,11 +13,12 @@ from client.doctor.findings import Check, Finding, Status, look
 from client.home import Home
 from client.ledger import ChargeRequest, open_ledger
 from client.relay_state import STOPPED, State
-from common.certificates import authority_certificate, new_key, new_node_key
+from common.certificates import authority_certificate, new_key
 from common.crypto import load_key
 from common.errors import ExitCode
 from common.files import make_folder
 from common.messages import Kind
+from common.node_keys import new_node_key
 from common.privacy import Charge
 from tests.pinned import pin
 from tests.tiny_site import POLICY
