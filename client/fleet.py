@@ -38,13 +38,12 @@ from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-from google.protobuf.message import DecodeError
 from httpx import ConnectError, HTTPError, InvalidURL, ProxyError, Request, Response, SyncByteStream
 
 from client.refusals import PROXY_EXPECTED, answered, explained
 from common.errors import ConfigError, FederationError, WireError
 from common.node_keys import NodeKey
-from common.parts import MAX_OBJECTS, fetch_parts
+from common.parts import MADE_UP, MAX_OBJECTS, fetch_parts
 
 RunEnded = RunNotRunningException
 """The run is over: its messages and replies are of no use any more."""
@@ -171,7 +170,7 @@ class Fleet:
             raise WireError(f"The message took longer to come than its {envelope.metadata.ttl:.0f} s to live.")
         try:
             message = inflate_object_from_contents(tree.object_id, parts)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DecodeError) as error:
+        except MADE_UP as error:
             raise WireError(f"Expected a message, its parts do not decode: {type(error).__name__}.") from error
         if not isinstance(message, Message) or not message.has_content():
             raise WireError("Expected a message with content.")

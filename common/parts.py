@@ -18,6 +18,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_type_from_object_content,
 )
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from google.protobuf.message import DecodeError
 
 from common.errors import WireError
 from common.wire import MAX_ARRAYS, MAX_NAME_CHARACTERS, MAX_TOTAL_BYTES
@@ -31,7 +32,8 @@ FIRST_RETRY_S = 0.05
 """A message is announced while its parts are on their way; Flower would look for them again after 1 s, 2 s, 4 s."""
 LONGEST_RETRY_S = 1.0
 
-_MADE_UP = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+MADE_UP = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError, DecodeError)
+"""What Flower raises over parts that somebody made up."""
 
 
 def fetch_parts(ids: Sequence[str], pull: Callable[[str], bytes], longest_s: float) -> dict[str, bytes]:
@@ -84,7 +86,7 @@ def check_parts(parts: Mapping[str, bytes]) -> None:
             raise WireError(f"Expected at most {MAX_HEADS_BYTES} bytes beside the arrays, got {heads_bytes}.")
         arrays = [content for name, content in parts.items() if name not in chunks and _is_array(content)]
         listed = [name for content in arrays for name in _listed(content)]
-    except _MADE_UP as error:
+    except MADE_UP as error:
         raise WireError(f"Expected the parts of a message, they do not decode: {type(error).__name__}.") from error
     if len(set(listed)) < len(listed):
         raise WireError("Expected each chunk of an array once: a message takes the memory that its bytes do.")

@@ -39,6 +39,7 @@ MODULES: tuple[str, ...] = (
     "common/models/unet.py",
     "common/models/vae.py",
     "common/node_keys.py",
+    "common/parts.py",
     "common/passphrase.py",
     "common/plan.py",
     "common/privacy.py",

@@ -15,12 +15,12 @@ from typing import TypeVar, final
 
 import httpx
 from flwr.serverapp import Grid
-from google.protobuf.message import DecodeError
 
 from common import wire
 from common.crypto import VerifyKey
 from common.errors import FederationError, RefusalCode, WireError
 from common.messages import Reply, Request
+from common.parts import MADE_UP
 from common.seal import Trust, check_reply, seal_request
 
 LOG = logging.getLogger("fedmedgan.exchange")
@@ -29,8 +29,6 @@ POLL_S, LONGEST_POLL_S = 0.1, 2.0
 OUTAGE_S = 600.0
 """A link that fails otherwise than by being away, for which Flower's grid waits by itself, is waited for this long."""
 LONGEST_PAUSE_S = 10.0
-_NO_MESSAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, DecodeError, WireError)
-"""What Flower, or common/parts before it, raises over parts that a site made up."""
 ANSWERS_UNTIL: ContextVar[float] = ContextVar("ANSWERS_UNTIL", default=math.inf)
 """The deadline of the question under way, on the monotonic clock: for who fetches parts below Flower's grid."""
 
@@ -226,7 +224,7 @@ def _one_by_one(grid: Grid, waiting: Sequence[str]) -> Iterator[tuple[str, wire.
         try:
             for message in patiently(functools.partial(_pull_one, grid, message_id)):
                 yield message.metadata.reply_to_message_id, message
-        except _NO_MESSAGE:
+        except (*MADE_UP, WireError):
             yield message_id, None
 
 

@@ -197,6 +197,15 @@ def test_parts_that_make_no_message_are_refused(tmp_path: Path) -> None:
     assert refused.error.reason == "bad-request"
 
 
+def test_a_message_with_neither_content_nor_error_is_refused(tmp_path: Path) -> None:
+    link = Link(of_type("query.hello"))
+    name = next(name for name, part in link.parts.items() if part.startswith(b"Message "))
+    body = link.parts[name].split(b"\0", 1)[1]
+    link.parts[name] = f"Message  {len(body)}".encode() + b"\0" + body
+    (refused,) = link.serve(APP, tmp_path)
+    assert refused.error.reason == "bad-request"
+
+
 def test_a_record_is_no_message(tmp_path: Path) -> None:
     link = Link(of_type("query.hello"))
     record = RecordDict({"header": ConfigRecord({"a": 1})})

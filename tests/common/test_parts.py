@@ -1,20 +1,27 @@
 """Parts of messages as Flower makes them, and as somebody does who wants the other side's memory or time."""
 
 import json
+import random
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, validate_object_content
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+    validate_object_content,
+)
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import parts as module
 from common import wire
 from common.errors import WireError
-from common.messages import Kind, Request
+from common.messages import Kind, Reply, Request
 from common.parts import check_parts, fetch_parts
 
 CHUNK = bytes(1 << 16)
@@ -143,3 +150,38 @@ def test_ends_in_time() -> None:
         fetch_parts(["a", "b"], never, 0.3)
     assert 0.3 <= time.monotonic() - started < 10
     assert fetch_parts(["a"], lambda _: b"ArrayChunk  1\0a", 0.0)  # what is there is taken
+
+
+def test_made_up_is_all_that_flower_raises() -> None:
+    """Parts of a message, changed at random: bytes, lengths, kinds, children. What comes of them is known."""
+    reply = wire.encode_reply(Reply(Kind.TRAIN, "run-1", 1), Message(RecordDict(), dst_node_id=5, message_type="train"))
+    honest, rng, found = deflated(reply), random.Random(3), Counter[str]()
+    for _ in range(3000):
+        parts = dict(honest)
+        for name in rng.choices(list(parts), k=2):
+            parts[name] = _changed(parts[name], rng, list(parts))
+        try:
+            check_parts(parts)
+            made = inflate_object_from_contents(reply.object_id, parts)
+        except (*module.MADE_UP, WireError) as error:
+            found[type(error).__name__] += 1
+        else:
+            found[type(made).__name__] += 1
+    assert found["Message"] > 100
+    assert found["IndexError"] > 20  # a message with neither a content nor an error
+
+
+def _changed(part: bytes, rng: random.Random, names: list[str]) -> bytes:
+    head, _, body = part.partition(b"\0")
+    kind, children, _ = head.decode().split(" ")
+    change = rng.randrange(5)
+    if change == 0:
+        body = body[: rng.randrange(len(body) + 1)]
+    elif change == 1 and body:
+        place = rng.randrange(len(body))
+        body = body[:place] + rng.randbytes(3) + body[place:]
+    elif change == 2:
+        children = ",".join(rng.choices(names, k=rng.randrange(3)))
+    elif change == 3:
+        kind = rng.choice(("Message", "RecordDict", "ConfigRecord", "ArrayRecord", "Array", "ArrayChunk", "Nothing"))
+    return f"{kind} {children} {len(body)}".encode() + b"\0" + body

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
@@ -290,12 +291,17 @@ def test_made_up_parts_cost_one_site() -> None:
                 raise DecodeError("patient 17")
             if "too large" in ids:
                 raise WireError("a chunk twice")
+            if "neither content nor error" in ids:
+                body = deflated.split(b"\0", 1)[1]
+                inflate_object_from_contents("a", {"a": f"Message  {len(body)}".encode() + b"\0" + body})
             return [message] if "good" in ids else []
 
     message = Message(RecordDict(), dst_node_id=5, message_type="train.round")
     message.metadata.__dict__["_reply_to_message_id"] = "good"
-    found = list(exchange._one_by_one(Bad(), ["made up", "too large", "good", "late"]))
-    assert found == [("made up", None), ("too large", None), ("good", message)]
+    deflated = message.deflate()
+    bad = ["made up", "too large", "neither content nor error"]
+    found = list(exchange._one_by_one(Bad(), [*bad, "good", "late"]))
+    assert found == [*[(name, None) for name in bad], ("good", message)]
 
 
 def test_the_deadline_is_known_below_the_grid() -> None:
