@@ -32,13 +32,13 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
-from common.errors import FederationError, StorageError
+from common.errors import FederationError
 from common.flower_environment import flower_environment
 from common.flower_run import HERE
 from common.node_keys import node_public_pem
 from server.bundle import build_bundle, bundle_hash
 from server.consortium import Consortium, EnrolledSite, read_settings
-from server.own_secrets import read_token
+from server.own_secrets import read_authority_pem, read_token
 from server.run_folder import write_nodes
 
 FINISHED = "finished"
@@ -122,14 +122,10 @@ def connect(consortium: Consortium) -> Generator[ControlHttpClient]:
     """
     os.environ.update(flower_environment(consortium.folder))
     port = read_settings(consortium).control_port
-    try:
-        certificate = consortium.ca_pem.read_bytes()
-    except OSError as error:
-        raise StorageError(f"Could not read {consortium.ca_pem}: {error.strerror}. Restore it.") from error
     client = ControlHttpClient.from_server_address(
         server_address=f"127.0.0.1:{port}",
         insecure=False,
-        root_certificates=certificate,
+        root_certificates=read_authority_pem(consortium),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI"), _Bearer(read_token(consortium))],
     )
     try:

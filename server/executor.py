@@ -25,12 +25,12 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from common.errors import ExitCode, StorageError
+from common.errors import ExitCode
 from common.lock import alone
 from server.bundle import build_bundle, bundle_hash
 from server.consortium import Consortium, load_consortium, read_settings
 from server.control import KILLED
-from server.own_secrets import read_secret
+from server.own_secrets import read_authority_pem, read_secret
 from server.supervise import Started, started_process
 
 LOG = logging.getLogger("fedmedgan.executor")
@@ -170,7 +170,7 @@ def _client(consortium: Consortium, credential: ProtobufClientInterceptor) -> Ru
     return RuntimeHttpClient.from_server_address(
         server_address=address(consortium),
         insecure=False,
-        root_certificates=certificate(consortium),
+        root_certificates=read_authority_pem(consortium),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec"), credential],
     )
 
@@ -178,18 +178,6 @@ def _client(consortium: Consortium, credential: ProtobufClientInterceptor) -> Ru
 def address(consortium: Consortium) -> str:
     """Return where the link's runtime API is."""
     return f"127.0.0.1:{read_settings(consortium).control_port}"
-
-
-def certificate(consortium: Consortium) -> bytes:
-    """Return the authority's certificate, in PEM.
-
-    Raises:
-        StorageError: It cannot be read.
-    """
-    try:
-        return consortium.ca_pem.read_bytes()
-    except OSError as error:
-        raise StorageError(f"Could not read {consortium.ca_pem}: {error.strerror}. Restore it.") from error
 
 
 def main() -> NoReturn:

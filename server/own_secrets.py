@@ -1,11 +1,13 @@
-"""The two secrets of the coordinator's machine: the control API's token and the executor's. Never sent elsewhere."""
+"""What the coordinator's own processes know each other by: two secrets, never sent elsewhere, and the authority."""
 
 import hmac
 from pathlib import Path
 
-from common.errors import StorageError
+from common.certificates import validity
+from common.errors import StorageError, WireError
+from common.files import read_bounded
 from common.files import read_secret as read_secret_file
-from server.consortium import MAX_SECRET_BYTES, Consortium
+from server.consortium import MAX_RECORD_BYTES, MAX_SECRET_BYTES, Consortium
 
 MIN_SECRET_BYTES = 32
 
@@ -31,6 +33,23 @@ def read_secret(consortium: Consortium) -> bytes:
         WireError: It is too long.
     """
     return _read(consortium.superexec_secret)
+
+
+def read_authority_pem(consortium: Consortium) -> bytes:
+    """Return the certificate of this federation's authority, in PEM.
+
+    Raises:
+        StorageError: It cannot be read, or is no certificate.
+    """
+    try:
+        certificate = read_bounded(consortium.ca_pem, MAX_RECORD_BYTES)
+        validity(certificate)
+        certificate.decode("ascii")
+    except (StorageError, WireError, UnicodeDecodeError) as error:
+        raise StorageError(
+            f"{consortium.ca_pem} is not there or no certificate. Restore it from a backup: every site pins it."
+        ) from error
+    return certificate
 
 
 def is_token(authorization: str, token: str) -> bool:

@@ -23,7 +23,8 @@ from common.parts import fetch_parts
 from server.app import app
 from server.consortium import Consortium, load_consortium
 from server.exchange import ANSWERS_UNTIL
-from server.executor import address, certificate
+from server.executor import address
+from server.own_secrets import read_authority_pem
 
 
 def pull_reply(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
@@ -61,7 +62,7 @@ def run_one(consortium: Consortium, token: str) -> None:
         log_queue=printed,
         token=token,
         insecure=False,
-        certificates=certificate(consortium),
+        certificates=read_authority_pem(consortium),
         runtime_dependency_install=False,
     )
 

@@ -26,6 +26,7 @@ from common.files import make_folder
 from common.flower_environment import flower_environment
 from common.lock import alone
 from server.consortium import Consortium, load_consortium, read_settings, records
+from server.own_secrets import read_authority_pem
 
 LOG = logging.getLogger("fedmedgan.coordinator")
 
@@ -105,12 +106,13 @@ def supervise(consortium: Consortium, stop: threading.Event) -> ExitCode:
         OK after a stop; the exit code of a process that says that starting it again is of no use.
 
     Raises:
-        StorageError: Another coordinator is at work on this home.
+        StorageError: Another coordinator is at work on this home, or the authority's certificate cannot be read.
 
     Guarantees:
         - one_a_home: A second one on the same home ends before it starts anything.
     """
     with alone(consortium.lock, "coordinator"):
+        read_authority_pem(consortium)
         return _supervise(consortium, stop)
 
 

@@ -1,5 +1,6 @@
 """Which sites the link lets in, against a stand-in for its control API."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,10 @@ from common.errors import EnrolmentError, StorageError
 from common.files import write_atomic
 from common.node_keys import node_public_pem
 from server.consortium import Consortium, EnrolledSite
-from server.control import NODE_GONE, Changes, list_nodes, list_runs, read_run, register_sites, submit
-from server.own_secrets import is_token, read_secret, read_token
-from tests.coordinator_home import openssh
+from server.control import NODE_GONE, Changes, connect, list_nodes, list_runs, read_run, register_sites, submit
+from server.own_secrets import is_token, read_authority_pem, read_secret, read_token
+from server.supervise import supervise
+from tests.coordinator_home import make_home, openssh
 
 
 class FakeControl:
@@ -103,6 +105,21 @@ def test_secrets_of_others_eyes_are_refused(tmp_path) -> None:
     write_atomic(consortium.superexec_secret, b"short", 0o600)
     with pytest.raises(StorageError, match="32 bytes"):
         read_secret(consortium)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"junk", "\u00e9".encode(), bytes(20_000)])
+def test_a_damaged_authority_is_named(tmp_path, content: bytes | None) -> None:
+    """By every command that connects, and by `start` before anything runs."""
+    consortium = make_home(tmp_path / "hub")
+    whole = consortium.ca_pem.read_bytes()
+    assert read_authority_pem(consortium) == whole
+    consortium.ca_pem.unlink()
+    if content is not None:
+        consortium.ca_pem.write_bytes(content + whole if content and not content.isascii() else content)
+    with pytest.raises(StorageError, match="every site pins it"), connect(consortium):
+        pass
+    with pytest.raises(StorageError, match="every site pins it"):
+        supervise(consortium, threading.Event())
 
 
 @pytest.mark.parametrize("header", ["", "a" * 64, "Bearer " + "a" * 63, "Bearer " + "a" * 65, "bearer\u00ff"])
