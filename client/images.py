@@ -19,7 +19,7 @@ from client.intake.chunks import chunk_images
 from client.intake.cost import estimate
 from client.intake.forgetting import Forgotten
 from client.intake.importing import DECODED, Imported, Progress
-from client.intake.page import save_page
+from client.intake.page import make_page_folder, save_page
 from client.intake.records import parse_label
 from client.intake.refusals import Reason
 from client.intake.report import Listing, Report, make_report
@@ -29,6 +29,7 @@ from client.intake.sources import require_usable
 from client.intake.survey import survey
 from client.intake.twins import Twins, counted_pairs
 from client.policy import Policy
+from common.config import IMAGE_SIZES
 from common.errors import ConfigError
 from common.files import require_outside, write_atomic
 from common.wording import counted, duration
@@ -58,6 +59,7 @@ def check(
     installed, 14 with too few patients, 15 where the images cannot be reached, 7 where the report cannot be written.
     """
     _require_places(home, json_file, report)
+    make_page_folder(report)
     practice, rules = _practice(path, home, label)
     minimum = _LEAST if rules is None else rules.min_patients
     names = [name.strip() for name in classes.split(",")] if classes is not None else None
@@ -67,7 +69,7 @@ def check(
     print("\n".join(said.lines()))
     if said.classes is None and found.labels:
         print(f"by label, on this terminal alone: {shown_labels(found.labels)}")
-    for written in save_page(report, said, found.rows):
+    for written in save_page(report, said, found.rows, str(path) if show_files else ""):
         print(f"to look at, and to delete then: {written}")
     _write_json(json_file, said)
     others = other_labels(found.found, names) if names is not None else ""
@@ -92,8 +94,12 @@ def import_(
     """
     opened = Home(home)
     _require_places(home, json_file)
-    minimum = policy.load(opened.policy).min_patients
+    rules = policy.load(opened.policy)
+    minimum = rules.min_patients
     names = [name.strip() for name in classes.split(",")]
+    if size in IMAGE_SIZES and size not in rules.allowed_image_sizes:
+        allowed = ", ".join(map(str, rules.allowed_image_sizes))
+        print(f"warning: the policy allows runs of {allowed} px, not of {size}: none may use this set", file=sys.stderr)
     with _stoppable(Form(tuple(names), size, channels), progress()) as telling:
         done = import_images(opened, names, size, minimum, channels, telling)
     counts = dict(zip(names, done.labels, strict=True))
@@ -129,7 +135,8 @@ def _what_changed(done: Imported, forgotten: Sequence[Forgotten]) -> list[str]:
 def _others(done: Imported, names: Sequence[str]) -> str:
     if (said := other_labels(done.found, names)) or not (count := done.refused.get(Reason.OTHER_LABEL, 0)):
         return said
-    return f"{count} images have labels that are no class of the run, in files that were not opened again."
+    images = f"{counted(count, 'image')} {'has a label' if count == 1 else 'have labels'}"
+    return f"{images} that no class of the run is, in files that were not opened again; `check --classes` shows which."
 
 
 def _warn_of_labels(others: str) -> None:

@@ -5,7 +5,9 @@ One file, no script, nothing from elsewhere. Out of scope: what is counted (clie
 
 import base64
 import io
+import os
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -17,6 +19,7 @@ from client.intake.survey import SIZE, Row
 from common.files import make_folder, write_atomic
 
 COLUMNS = 8
+SHEET = "contact-sheet.png"
 _GAP, _LABEL, _TITLE = 8, 18, 34
 
 _PAGE = """<!doctype html>
@@ -38,6 +41,7 @@ figure { margin: 0 } figcaption { color: #555; font-size: .8rem; overflow-wrap: 
 img { width: 100%; max-width: 256px; border: 1px solid #999 }
 </style></head><body>
 <h1>Check of the images</h1>
+<p class="muted">{{ r.source }}{% if path %}: {{ path }}{% endif %}; {{ moment }}</p>
 <p class="secret">Exact counts and images of patients: for this site's eyes alone. Delete the folder when you have
 looked.</p>
 <div class="numbers">
@@ -47,7 +51,9 @@ looked.</p>
 <span class="muted">median {{ "%g" % r.images_per_patient[1] }}</span></div>
 {% if r.blanked %}<div>blanked in part<b>{{ r.blanked }}</b></div>{% endif %}
 </div>
-{% if r.min_patients and r.patients < r.min_patients %}
+{% if not r.usable %}
+<p class="secret">No usable image. What is not used, and why, stands below.</p>
+{% elif r.min_patients and r.patients < r.min_patients %}
 <p class="secret">Too few patients: {{ r.patients }} usable, the policy's min_patients is {{ r.min_patients }}. With
 fewer this site takes no part.</p>
 {% endif %}
@@ -88,8 +94,26 @@ them.</p>
 """
 
 
-def save_page(folder: Path, report: Report, rows: Sequence[Row]) -> list[Path]:
-    """Write `report.html` and `contact-sheet.png`, for their owner alone.
+def make_page_folder(folder: Path) -> None:
+    """Make the folder of the page, before hours of reading; one that is there is left as it is.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    made = not os.path.isdir(folder)  # noqa: PTH112 - False also where nobody may look
+    make_folder(folder, 0o700)
+    if made:
+        folder.chmod(0o700)  # whatever the umask leaves of it
+
+
+def save_page(folder: Path, report: Report, rows: Sequence[Row], path: str = "") -> list[Path]:
+    """Write `report.html` and, of what could be decoded, `contact-sheet.png`, for their owner alone.
+
+    Args:
+        folder: Where; made if it is not there.
+        report: What the page says.
+        rows: Pictures.
+        path: Of the source, where it may be shown.
 
     Raises:
         StorageError: They cannot be written.
@@ -97,16 +121,18 @@ def save_page(folder: Path, report: Report, rows: Sequence[Row]) -> list[Path]:
     Guarantees:
         - owner_alone: The files have mode 0600, and a folder that was not there before has 0700.
         - self_contained: The page asks for nothing from elsewhere.
+        - no_older_sheet: What an earlier check drew is not left beside a page that it does not belong to.
     """
-    made = not folder.exists()
-    make_folder(folder, 0o700)
-    if made:
-        folder.chmod(0o700)  # whatever the umask leaves of it
+    make_page_folder(folder)
     png = contact_sheet(rows) if rows else b""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     shown = [(row.title, [(name, _embedded(square)) for name, square in row.pictures]) for row in rows]
-    text = environment.from_string(_PAGE).render(r=report, rows=shown)
-    files = {"report.html": text.encode()} | ({"contact-sheet.png": png} if png else {})
+    text = environment.from_string(_PAGE).render(
+        r=report, rows=shown, path=path, moment=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+    )
+    files = {"report.html": text.encode()} | ({SHEET: png} if png else {})
+    if not png:
+        (folder / SHEET).unlink(missing_ok=True)
     for name, content in files.items():
         write_atomic(folder / name, content, 0o600)
     return [folder / name for name in files]

@@ -122,6 +122,36 @@ def test_a_folder_that_was_there_keeps_its_mode(run: Run, source: Path, tmp_path
     assert stat.S_IMODE((tmp_path / "shared" / "report.html").stat().st_mode) == 0o600
 
 
+def test_no_older_sheet(run: Run, source: Path, tmp_path: Path) -> None:
+    """A page that says which source it is of, and no pictures of another one beside it."""
+    seen, empty = tmp_path / "seen", tmp_path / "empty"
+    run("check", source, "--label", "none", "--report", seen)
+    page = (seen / "report.html").read_text()
+    assert "DICOM folder; 20" in page
+    assert str(source) not in page
+    run("check", source, "--label", "none", "--report", seen, "--show-files")
+    assert f"DICOM folder: {source}; 20" in (seen / "report.html").read_text()
+    empty.mkdir()
+    (empty / "cut").write_bytes((source / "cut").read_bytes())
+    assert run("check", empty, "--label", "none", "--report", seen)[0] == ExitCode.DATA
+    assert [path.name for path in seen.iterdir()] == ["report.html"]
+    assert "No usable image." in (seen / "report.html").read_text()
+    assert "Too few" not in (seen / "report.html").read_text()
+
+
+def test_no_hours_before_a_report_that_cannot_be_written(run: Run, source: Path) -> None:
+    code, out, error = run("check", source, "--label", "none", "--report", "/proc/seen")
+    assert (code, out, "read" in error) == (ExitCode.STORAGE, "", False)
+
+
+def test_a_size_that_the_policy_does_not_allow(run: Run, source: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path, source)
+    code, _, error = run("import", home.folder, "--classes", "all", "--size", 128)
+    assert code == 0
+    assert "the policy allows runs of 28, 32, 64 px, not of 128: none may use this set" in error
+    assert "the policy allows" not in run("import", home.folder, "--classes", "all", "--size", 28)[2]
+
+
 def test_nothing_of_the_home_is_overwritten(run: Run, source: Path, tmp_path: Path) -> None:
     home = make_home(tmp_path, source)
     before = home.vault_key.read_bytes()
@@ -243,7 +273,7 @@ def test_a_folder_that_cannot_be_listed(
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    monkeypatch.setattr("os.access", lambda *_, **__: False)  # what click looks at
+    monkeypatch.setattr("os.access", lambda _, mode, **__: mode != os.R_OK)  # what click looks at
     code, _, error = run("check", source, "--report", tmp_path / "seen")
     assert (code, "Permission denied" in error) == (ExitCode.UNREADABLE, True)
 
@@ -278,7 +308,7 @@ def test_each_phase_has_its_clock(capsys: pytest.CaptureFixture[str], monkeypatc
         tell("files looked at", done, 0)
     for done in (1, 10, 40, 41):
         tell("images read", done, 1000)
-    said = ["files looked at: 80, 2 a second", "images read: 40 of 1000, 1 a second, 16.0 min left"]
+    said = ["files looked at: 80, 2 a second", "images read: 40 of 1000, 1 a second, 16 min 0 s left"]
     assert capsys.readouterr().err.splitlines() == said
 
 
