@@ -50,20 +50,21 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
     refusals: list[Refusal] = []
     root = folder.resolve()
     lines: dict[str, list[str]] = {}
-    for row in table.rows:
+    files = [_spelled_here(root, row[file]) for row in table.rows]
+    for row, of in zip(table.rows, files, strict=True):
         said = json.dumps([row.get("issuer", ""), row[patient], row[name] if name else ALL])
-        lines.setdefault(_normal(row[file]), []).append(said)
+        lines.setdefault(_normal(of), []).append(said)
     beside = {name: "\n".join(said) for name, said in lines.items()}
-    for row, line in zip(table.rows, table.lines, strict=True):
-        path, said = root, beside[_normal(row[file])]
+    for row, of, line in zip(table.rows, files, table.lines, strict=True):
+        path, said = root, beside[_normal(of)]
         try:
-            path = _inside(root, row[file])
+            path = _inside(root, of)
             _look_at(path)
             if not row[patient]:
                 raise Refused(Reason.NO_PATIENT)
             frames, size, about = _look(path, rules)
         except Refused as refusal:
-            named = path if path != root else _named(root, row[file])
+            named = path if path != root else _named(root, of)
             refusals.append(Refusal(named, None, refusal.reason, stamp_of(named), said, line=line))
             continue
         text, who, site = row[name] if name else ALL, (row.get("issuer", ""), row[patient]), row.get("site") or None
@@ -106,6 +107,20 @@ def _levels(image: Image.Image) -> Levels:
         white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC, 0) == 0
         return full_range(-values.astype(np.float64) if white_is_zero else values)
     return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
+def _spelled_here(root: Path, name: str) -> str:
+    """Return a file's name with the slashes of this system, where a table from Windows has the other ones.
+
+    A name that is there as it stands is left alone: here a backslash may be a letter of one.
+    """
+    if "\\" not in name or "\0" in name:
+        return name
+    try:
+        as_it_stands = (root / name).exists()
+    except OSError:
+        as_it_stands = False
+    return name if as_it_stands else name.replace("\\", "/")
 
 
 def _normal(name: str) -> str:

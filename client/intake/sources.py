@@ -181,10 +181,16 @@ def require_usable(found: Scan) -> None:
     if not found.records:
         raise IntakeError(
             f"No usable image ({describe(found.refused) or 'there is none'}). Expected DICOM, PNG, "
-            "JPEG, TIFF or NIfTI with index.csv, or an NPZ."
+            f"JPEG, TIFF or NIfTI with index.csv, or an NPZ.{_where(found)}"
         )
     if all(record.label is None for record in found.records):
         raise IntakeError(
             f"None of {len(found.records)} images has a label. Give --label none to learn one class, or name where "
             "labels are: --label tag:KEYWORD for DICOM, --label column:NAME for a CSV file or an NPZ."
         )
+
+
+def _where(found: Scan) -> str:
+    if Reason.MISSING not in found.refused:
+        return ""
+    return " An index names files from its own folder: `a/1.png` is 1.png in the folder a beside it."

@@ -220,3 +220,18 @@ def test_a_tiff_whose_directory_goes_round_is_refused() -> None:
     assert decode(io.BytesIO(tiff(ramp, 1))).shape == (8, 8)
     with pytest.raises(Refused, match="pages"):
         decode(io.BytesIO(tiff(ramp, 1, loop=True)))
+
+
+def test_the_slashes_of_windows(tmp_path: Path) -> None:
+    """A name that is there as it stands is that file; another one is looked for with this system's slashes."""
+    png(tmp_path / "deep" / "a.png")
+    png(tmp_path / "deep\\b.png")
+    found = scan(index(tmp_path, r"deep\a.png,p1,x", r"deep\b.png,p2,x", r"..\a.png,p3,x", r"\etc\a.png,p4,x"))
+    assert [record.path.name for record in found.records] == ["a.png", r"deep\b.png"]
+    assert [refusal.reason for refusal in found.refusals] == [Reason.OUTSIDE, Reason.OUTSIDE]
+
+
+def test_names_from_another_folder_get_a_hint(tmp_path: Path) -> None:
+    png(tmp_path / "deep" / "a.png")
+    with pytest.raises(IntakeError, match="from its own folder"):
+        scan(index(tmp_path, "a.png,p1,x"))
