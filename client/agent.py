@@ -40,7 +40,7 @@ from common.noise import gaussian, to_public_grid
 from common.passphrase import Passphrase
 from common.plan import Plan, plan
 from common.privacy import Charge
-from common.seal import check_request, request_digest, sign_reply
+from common.seal import check_request, request_digest, require_in_time, sign_reply
 from common.secure_sum import COHORT_SETTINGS, WARMUP_GRID, Cohort, parse_cohort, to_integers
 from common.weights import BOTH, for_transport, get_weights, release_dtype, set_weights
 
@@ -125,6 +125,8 @@ def answer(site: Site, request: Request) -> Reply:
         - pinned_coordinator_only: With a coordinator's key, what that key did not sign, or too long ago, is refused
           before anything is read for it; nor is anything answered once the site has left; and every answer is signed
           by the site for this very request.
+        - timely_at_its_turn: What waited for the home is held against its deadline again, and against leaving, before
+          anything is charged.
     """
     try:
         if site.coordinator is not None:
@@ -134,6 +136,9 @@ def answer(site: Site, request: Request) -> Reply:
             reply = _hello(site, request)
         else:
             with one_at_a_time(site.home):
+                if site.coordinator is not None:  # an import or another agent may have held the home for hours
+                    _require_joined(site)
+                    require_in_time(request, site.clock())
                 reply = _private(site, request)
     except FedmedganError as error:
         reply = _refusal(request, error)

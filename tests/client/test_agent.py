@@ -1,8 +1,10 @@
 """The agent: its order of work, its refusals, its memory. Hostile requests: test_hostile_coordinator."""
 
 import dataclasses
+import fcntl
 import math
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -682,6 +684,33 @@ def test_stale_requests_cost_nothing(joined, warmup):
     check_reply(joined.key.verify_key, late, reply)
     assert not joined.ledger.charges
     assert answer(joined, sealed(joined, warmup)).refusal is None
+
+
+@pytest.mark.parametrize("kind", [Kind.WARMUP, Kind.TRAIN])
+@pytest.mark.parametrize(("leaves", "code"), [(False, RefusalCode.EXPIRED), (True, RefusalCode.POLICY)])
+def test_timely_at_its_turn(joined, warmup, train, kind, leaves, code):
+    """What waits while an import or another agent holds the home: too late, or the site has left, once it is free."""
+    looked, late, replies = threading.Event(), threading.Event(), []
+
+    def clock():
+        now = NOW + 61 if late.is_set() else NOW
+        looked.set()
+        return now
+
+    site, request = dataclasses.replace(joined, clock=clock), sealed(joined, warmup if kind is Kind.WARMUP else train)
+    with (site.home.folder / "agent.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=lambda: replies.append(answer(site, request)))
+        waiting.start()
+        assert looked.wait(60)
+        if leaves:
+            site.home.federation.unlink()
+        else:
+            late.set()
+    waiting.join()
+    assert_refused(replies[0], code)
+    check_reply(site.key.verify_key, request, replies[0])
+    assert (charged(site), released(site), list(site.home.replies.iterdir())) == (0, (), [])
 
 
 def test_a_sealed_request_gets_a_signed_answer_and_another_nonce_the_same_one_for_nothing(joined, warmup):
