@@ -27,7 +27,7 @@ from common.messages import Kind, Reply, Request, size_bytes
 from common.models import build
 from common.plan import plan
 from common.privacy import Charge, epsilon, noise_for
-from common.seal import check_reply, content_digest, seal_request
+from common.seal import check_reply, content_digest, request_digest, seal_request
 from common.weights import for_transport, get_weights
 from tests.hostile_requests import BAD_LENSES, HOSTILE_LENSES, bad_lens, changed, make_lens
 from tests.pinned import COORDINATOR, pin
@@ -560,6 +560,30 @@ def test_a_reply_over_the_byte_bound_is_refused_before_it_is_charged(site, warmu
     assert_refused(answer(with_policy(site, max_reply_bytes=bound - 1), request), RefusalCode.POLICY)
     assert (charged(site), released(site)) == (0, ())
     assert answer(with_policy(site, max_reply_bytes=bound), request).refusal is None
+
+
+@pytest.mark.parametrize("kind", [Kind.WARMUP, Kind.TRAIN])
+def test_policy_of_the_moment_for_a_stored_reply(site, warmup, train, weights, kind):
+    request, arrays = (train, weights) if kind is Kind.TRAIN else (warmup, {})
+    bound = sum(array.nbytes for array in arrays.values()) or 2 * feature_dim(feature_map(28)) * 4
+    first = pack_reply(answer(site, request))
+    for number in (0, bound - 1):
+        assert_refused(answer(with_policy(site, max_reply_bytes=number), request), RefusalCode.POLICY)
+        assert_refused(answer(open_site(site.home), request), RefusalCode.POLICY)
+    assert pack_reply(answer(with_policy(site, max_reply_bytes=bound), request)) == first
+    assert (charged(site), len(released(site))) == (1, 1)
+
+
+def test_a_stored_reply_that_the_journal_has_not_passes_the_door_again(site, train):
+    """What was stored before a kill and is not what may leave: nothing of it does, and no line says that it did."""
+    first = answer(site, train)
+    later = dataclasses.replace(train, round=2)
+    whole = dataclasses.replace(first, round=2, signature="")
+    arrays = {name: np.full_like(array, np.nan) for name, array in whole.arrays.items()}
+    for changes in ({"fields": {**whole.fields, "loss": 0.5}}, {"arrays": {}}, {"arrays": arrays}):
+        replies.store_reply(site.home.replies, dataclasses.replace(whole, **changes), request_digest(later))
+        assert_refused(answer(site, later), RefusalCode.INTERNAL)
+        assert len(released(site)) == 1
 
 
 def test_the_policy_is_asked_before_anything_is_computed_or_read(site, warmup, train, tiny_proposal):
