@@ -223,3 +223,6 @@ def test_a_relay_that_was_refused_is_told_until_the_site_joins_again(tiny_home: 
     later = tiny_home.relay_state.stat().st_mtime + 5
     os.utime(tiny_home.federation, (later, later))
     assert site.check_relay(tiny_home).status is Status.PASS
+    for damaged in ("[" * 20_000, '{"ended": ' + "[" * 950 + "]" * 950 + "}"):
+        tiny_home.relay_state.write_text(damaged)
+        assert site.check_relay(tiny_home).status is Status.PASS
