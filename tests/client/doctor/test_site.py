@@ -55,6 +55,12 @@ def test_home_that_is_none_or_open_or_incomplete(tiny_home: Home, tmp_path: Path
     tiny_home.key.parent.chmod(0o750)
     assert "chmod 700" in site.check_home(tiny_home).fix
     tiny_home.key.parent.chmod(0o700)
+    tiny_home.policy.chmod(0o622)  # what `start` refuses, too
+    assert found(lambda: site.check_home(tiny_home)) == failed
+    tiny_home.policy.chmod(0o600)
+    tmp_path.chmod(0o777)
+    assert found(lambda: site.check_home(tiny_home)) == failed
+    tmp_path.chmod(0o700)
     tiny_home.log.parent.rmdir()
     assert found(lambda: site.check_home(tiny_home)) == failed
     assert "logs" in site.check_home(tiny_home).said
