@@ -40,7 +40,7 @@ from common.noise import gaussian, to_public_grid
 from common.passphrase import Passphrase
 from common.plan import Plan, plan
 from common.privacy import Charge
-from common.seal import check_request, request_digest, sign_reply
+from common.seal import check_request, request_digest, require_in_time, sign_reply
 from common.secure_sum import COHORT_SETTINGS, WARMUP_GRID, Cohort, parse_cohort, to_integers
 from common.weights import BOTH, for_transport, get_weights, release_dtype, set_weights
 
@@ -120,11 +120,14 @@ def answer(site: Site, request: Request) -> Reply:
         - one_outcome_per_charge: Whatever fails after the charge, by an error or by kill -9, the same request draws the
           same secrets again; no second sample of patients or noise can be had for one charge, not even by putting
           older journals and replies back.
-        - policy_of_the_moment: policy.toml is read anew for each request, and one that does not read allows nothing.
+        - policy_of_the_moment: policy.toml is read anew for each request, for a repeated one too, and one that does not
+          read allows nothing.
         - codes_only: A refusal holds no text, no field, no array.
         - pinned_coordinator_only: With a coordinator's key, what that key did not sign, or too long ago, is refused
           before anything is read for it; nor is anything answered once the site has left; and every answer is signed
           by the site for this very request.
+        - timely_at_its_turn: What waited for the home is held against its deadline again, and against leaving, before
+          anything is charged.
     """
     try:
         if site.coordinator is not None:
@@ -134,6 +137,9 @@ def answer(site: Site, request: Request) -> Reply:
             reply = _hello(site, request)
         else:
             with one_at_a_time(site.home):
+                if site.coordinator is not None:  # an import or another agent may have held the home for hours
+                    _require_joined(site)
+                    require_in_time(request, site.clock())
                 reply = _private(site, request)
     except FedmedganError as error:
         reply = _refusal(request, error)
@@ -164,11 +170,12 @@ def _private(site: Site, request: Request) -> Reply:
     reply = stored_reply(replies, request, digest, released)
     if reply is None:
         require_images(site.home, proposal.image.classes, proposal.image.size, proposal.image.channels)
-        asked, rng = _asked(site, request, proposal)  # what does not decode is refused before it costs anything
-        warmup = isinstance(asked, Look)
-        shapes = journal.reply_shapes(proposal, asked.dim if warmup else asked)
-        allowed = journal.release_schema(request.kind, shapes, release_dtype(proposal, request.kind))
-        policy.check_reply(site.policy, allowed.size_bytes)
+    asked, rng = _asked(site, request, proposal)  # what does not decode is refused before it costs anything
+    warmup = isinstance(asked, Look)
+    shapes = journal.reply_shapes(proposal, asked.dim if warmup else asked)
+    allowed = journal.release_schema(request.kind, shapes, release_dtype(proposal, request.kind))
+    policy.check_reply(site.policy, allowed.size_bytes)
+    if reply is None:
         cost = agreed.charge_of_warmup() if warmup else agreed.charge_of_round(proposal.train.steps_per_round)
         _require_one_price(site, request, cost)
         charge = ChargeRequest(request.run_id, request.round, request.kind, digest)
@@ -184,6 +191,7 @@ def _private(site: Site, request: Request) -> Reply:
             LOG.exception("%s round %d failed after its charge", request.kind, request.round)
             reply = Reply(request.kind, request.run_id, request.round, RefusalCode.INTERNAL)
         store_reply(replies, reply, digest)
+    journal.check_egress(reply, allowed, site.policy.max_reply_bytes)  # a stored one too, by the policy of the moment
     journal.append(site.home.journal, site.key, reply, site.ledger.spent(site.policy.delta), datetime.now(UTC))
     forget_old_replies(replies, request, released)
     return reply

@@ -18,7 +18,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from common.errors import RefusalCode, WireError
-from common.messages import Kind, Reply, Request, Seal
+from common.messages import MAX_DEADLINE, Kind, Reply, Request, Seal
 
 MAGIC = b"FMGC\x02\x00\x00\x00"
 MAX_HEADER_BYTES = 1 << 20
@@ -189,10 +189,10 @@ def _seal(value: object) -> Seal | None:
     if value is None:
         return None
     match value:
-        case [str(nonce), int(deadline), str(signature)] if type(deadline) is int:
+        case [str(nonce), int(deadline), str(signature)] if type(deadline) is int and 0 <= deadline < MAX_DEADLINE:
             return Seal(nonce, deadline, signature)
         case _:
-            raise WireError("Expected a seal of nonce, deadline and signature, or none.")
+            raise WireError(f"Expected a seal of nonce, deadline in [0, {MAX_DEADLINE}) and signature, or none.")
 
 
 def _kind(header: dict[str, Any]) -> Kind:

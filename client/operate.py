@@ -1,6 +1,5 @@
 """`fedmedgan-site start|relay|status`, in a module of their own: these processes hold no torch and no patient code."""
 
-import json
 import logging
 import os
 import signal
@@ -15,7 +14,7 @@ from client import passphrase
 from client.joining import load_pinned
 from client.logs import log_to
 from client.paths import Home, require_closed_home
-from client.relay_state import STOPPED
+from client.relay_state import STOPPED, read_state
 from client.supervise import Child, agent_command, relay_command, supervise
 from common.command import run_command
 from common.crypto import is_sealed, load_key
@@ -99,12 +98,12 @@ def status(home: HomeArgument) -> None:
     pinned = load_pinned(opened.folder)
     print(f"site {pinned.site} of {pinned.federation}; coordinator {pinned.host}:{pinned.port}")
     print(f"bundles: {_bundles(opened)}")
-    children = _read(opened.start_state)
+    children = read_state(opened.start_state)
     started = is_held(opened.start_lock)
     print(f"start: {'running, process ' + str(children.get('pid')) if started else 'not running'}")
     for name in ("agent", "relay") if started else ():
         print(f"{name}: {_described(children.get(name))}")
-    seen = _read(opened.relay_state)
+    seen = read_state(opened.relay_state)
     lost_s = _seconds_since(seen.get("contact"))
     away = _why_not_connected(is_held(opened.relay_lock), str(seen.get("ended") or ""), lost_s)
     contact = f"last contact {lost_s:.0f} s ago" if lost_s is not None else "never connected; see logs/relay.log"
@@ -154,16 +153,6 @@ def _described(child: Any) -> str:
         return "unknown"
     running = f"process {child.get('pid')}" if child.get("pid") else f"ended with code {child.get('code')}, starts anew"
     return f"{running}; starts: {child.get('starts')}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise StorageError(f"Could not read {path}: {type(error).__name__}. Remove it; it is written anew.") from error
-    return values if isinstance(values, dict) else {}
 
 
 def _seconds_since(time: Any) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import final
 
 from common.errors import StorageError
-from common.files import require_closed
+from common.files import require_closed, require_in_place
 
 INCOMING = ".incoming"
 """Folder of an inbox in which a pull (client/pull) puts what it has not kept yet."""
@@ -26,13 +26,18 @@ def require_home(folder: Path) -> None:
 
 
 def require_closed_home(home: "Home") -> None:
-    """Refuse a home in which others than its owner can write: they could put their own policy, or coordinator, there.
+    """Refuse a home in which others than its owner can write, or in whose place they can put another.
+
+    They could put their own policy, or coordinator, there.
 
     Raises:
-        StorageError: It is open.
+        StorageError: It is open, or everybody can write a folder above it.
     """
-    folders = (home.folder, home.key.parent, home.ledger, home.journal, home.replies)
-    require_closed(*folders, home.policy, home.folder / "site.toml", home.federation)
+    folders = (home.folder, home.key.parent, home.ledger, home.journal, home.replies, home.log.parent)
+    books = (book / f"{book.name}{end}" for book in (home.ledger, home.journal) for end in (".jsonl", ".head.json"))
+    files = (home.policy, home.folder / "site.toml", home.federation, home.bundles, home.node_pub)
+    require_closed(*folders, *files, *books, *home.folder.glob("vault-*"))
+    require_in_place(home.folder)
 
 
 @final

@@ -12,13 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, final
 
-from common.errors import StorageError
-from common.files import write_atomic
+from common.errors import StorageError, WireError
+from common.files import read_bounded, write_atomic
 
 LOG = logging.getLogger("fedmedgan.relay")
 
 STATE_S = 15.0
 """Between two notes of the last contact."""
+MAX_STATE_BYTES = 1 << 16
 STOPPED = "stopped"
 """Why a relay ended that was asked to; other ends are told by their error."""
 
@@ -71,13 +72,25 @@ def node_before(path: Path) -> int:
 
 def why_ended(path: Path) -> str:
     """Return why the last relay of this home ended by itself; empty where it runs, was stopped, or there was none."""
-    why = str(_read(path).get("ended") or "")
-    return "" if why == STOPPED else why
+    why = _read(path).get("ended")
+    return why if isinstance(why, str) and why != STOPPED else ""
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what a process last said of itself; nothing where the file is not there.
+
+    Raises:
+        StorageError: It cannot be read, is too long, or is no JSON.
+    """
+    try:
+        values = json.loads(read_bounded(path, MAX_STATE_BYTES)) if path.exists() else {}
+    except (OSError, StorageError, WireError, ValueError, RecursionError) as error:
+        raise StorageError(f"Could not read {path}: {type(error).__name__}. Remove it; it is written anew.") from error
+    return values if isinstance(values, dict) else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_state(path)
+    except StorageError:
         return {}
-    return values if isinstance(values, dict) else {}

@@ -19,7 +19,7 @@ from pathlib import Path
 from client.paths import Home
 from common.certificates import extra_authorities
 from common.errors import ConfigError, FedmedganError
-from common.files import read_bounded
+from common.files import read_bounded, require_closed, require_in_place
 
 MAX_BUNDLES_BYTES = 1 << 16
 MAX_EXTRA_CA_BYTES = 1 << 16
@@ -36,6 +36,7 @@ def trusted(home: Home, pinned: bytes) -> bytes:
 
     Raises:
         ConfigError: site.toml or the file that it names does not read, or holds more than the few authorities allowed.
+        StorageError: Others can change that file.
 
     Guarantees:
         - pinned_alone: Without `extra_ca` nothing but the pinned authority is trusted, whatever the environment says.
@@ -47,7 +48,7 @@ def extra_ca(home: Home) -> tuple[bytes, ...]:
     """Return the extra authorities, each in PEM; none where site.toml is missing or names no file.
 
     Raises:
-        ConfigError: As for `trusted`.
+        ConfigError, StorageError: As for `trusted`.
     """
     site = home.folder / "site.toml"
     if not site.exists():
@@ -60,6 +61,8 @@ def extra_ca(home: Home) -> tuple[bytes, ...]:
         return ()
     if not isinstance(named, str) or not Path(named).is_absolute():
         raise ConfigError(f"Expected extra_ca in {site} as an absolute path, got {named!r}.")
+    require_closed(Path(named))
+    require_in_place(Path(named))
     try:
         return extra_authorities(read_bounded(Path(named), MAX_EXTRA_CA_BYTES))
     except FedmedganError as error:

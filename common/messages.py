@@ -18,6 +18,8 @@ PACKAGE_VERSION = version("fedmedgan")
 VERSION_FORM = r"[0-9A-Za-z][0-9A-Za-z.+!-]{0,31}"
 """The form of a package version, as a regular expression."""
 
+MAX_DEADLINE = 2**53
+"""Seconds since 1970 below which a deadline stands: a float holds each of them."""
 Scalar = int | float | str
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -38,7 +40,7 @@ class Seal:
 
     Attributes:
         nonce: Of this request to this site alone, in hexadecimal.
-        deadline: Seconds since 1970 after which no site acts on it.
+        deadline: Seconds since 1970 after which no site acts on it; in [0, `MAX_DEADLINE`) on the wire and the socket.
         signature: Over everything else, in hexadecimal.
     """
 

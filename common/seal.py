@@ -75,7 +75,17 @@ def check_request(key: VerifyKey, request: Request, now: float, site: VerifyKey)
     if seal is None:
         raise WireError("Expected a request that the coordinator signed, got one without a signature.")
     key.verify(_asked(request, seal.nonce, seal.deadline, site), _bytes(seal.signature), _REQUEST)
-    if now > seal.deadline:
+    require_in_time(request, now)
+
+
+def require_in_time(request: Request, now: float) -> None:
+    """Refuse a request whose deadline is over; one without a seal has none.
+
+    Raises:
+        PolicyRefusal: It is.
+    """
+    seal = request.seal
+    if seal is not None and now > seal.deadline:
         raise PolicyRefusal(
             RefusalCode.EXPIRED,
             f"The deadline of round {request.round} is over by {now - seal.deadline:.0f} s. If this happens often, "

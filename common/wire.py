@@ -21,6 +21,7 @@ from safetensors.numpy import save as save_tensors
 from common.config import MAX_PROPOSAL_BYTES
 from common.errors import RefusalCode, WireError
 from common.messages import (
+    MAX_DEADLINE,
     PACKAGE_VERSION,
     PROTOCOL_VERSION,
     VERSION_FORM,
@@ -102,7 +103,7 @@ def decode_request(message: Message) -> Request:
     """
     header, scalars, arrays = _read(message.content, _REQUEST_KEYS)
     proposal = _text(header, "proposal", MAX_PROPOSAL_BYTES)
-    seal = Seal(_text(header, "nonce"), _whole(header, "deadline", 2**53), _text(header, "signature"))
+    seal = Seal(_text(header, "nonce"), _whole(header, "deadline", MAX_DEADLINE), _text(header, "signature"))
     sealed = seal if seal.signature else None
     return Request(_kind(header), _text(header, "run"), _whole(header, "round"), proposal, scalars, arrays, sealed)
 

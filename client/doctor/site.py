@@ -12,6 +12,7 @@ from client.intake import Reason, scan
 from client.intake.refusals import describe
 from client.joining import MAX_NODE_KEY_FILE_BYTES, has_joined, load_pinned, public_node_key, read_node_key
 from client.ledger import read_ledger
+from client.paths import require_closed_home
 from client.policy import Policy
 from client.relay_state import why_ended
 from client.site_config import head_copy, read_site_config
@@ -44,6 +45,7 @@ def check_home(home: Home) -> Finding:
     if open_:
         fix = f"Run: chmod 700 {' '.join(map(str, open_))}"
         return failed(name, "others can enter it.", fix, ExitCode.STORAGE)
+    require_closed_home(home)  # what `start` refuses
     return passed(name, f"{home.folder}, for its owner alone")
 
 

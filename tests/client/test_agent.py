@@ -1,8 +1,10 @@
 """The agent: its order of work, its refusals, its memory. Hostile requests: test_hostile_coordinator."""
 
 import dataclasses
+import fcntl
 import math
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from common.messages import Kind, Reply, Request, size_bytes
 from common.models import build
 from common.plan import plan
 from common.privacy import Charge, epsilon, noise_for
-from common.seal import check_reply, content_digest, seal_request
+from common.seal import check_reply, content_digest, request_digest, seal_request
 from common.weights import for_transport, get_weights
 from tests.hostile_requests import BAD_LENSES, HOSTILE_LENSES, bad_lens, changed, make_lens
 from tests.pinned import COORDINATOR, pin
@@ -560,6 +562,30 @@ def test_a_reply_over_the_byte_bound_is_refused_before_it_is_charged(site, warmu
     assert answer(with_policy(site, max_reply_bytes=bound), request).refusal is None
 
 
+@pytest.mark.parametrize("kind", [Kind.WARMUP, Kind.TRAIN])
+def test_policy_of_the_moment_for_a_stored_reply(site, warmup, train, weights, kind):
+    request, arrays = (train, weights) if kind is Kind.TRAIN else (warmup, {})
+    bound = sum(array.nbytes for array in arrays.values()) or 2 * feature_dim(feature_map(28)) * 4
+    first = pack_reply(answer(site, request))
+    for number in (0, bound - 1):
+        assert_refused(answer(with_policy(site, max_reply_bytes=number), request), RefusalCode.POLICY)
+        assert_refused(answer(open_site(site.home), request), RefusalCode.POLICY)
+    assert pack_reply(answer(with_policy(site, max_reply_bytes=bound), request)) == first
+    assert (charged(site), len(released(site))) == (1, 1)
+
+
+def test_a_stored_reply_that_the_journal_has_not_passes_the_door_again(site, train):
+    """What was stored before a kill and is not what may leave: nothing of it does, and no line says that it did."""
+    first = answer(site, train)
+    later = dataclasses.replace(train, round=2)
+    whole = dataclasses.replace(first, round=2, signature="")
+    arrays = {name: np.full_like(array, np.nan) for name, array in whole.arrays.items()}
+    for changes in ({"fields": {**whole.fields, "loss": 0.5}}, {"arrays": {}}, {"arrays": arrays}):
+        replies.store_reply(site.home.replies, dataclasses.replace(whole, **changes), request_digest(later))
+        assert_refused(answer(site, later), RefusalCode.INTERNAL)
+        assert len(released(site)) == 1
+
+
 def test_the_policy_is_asked_before_anything_is_computed_or_read(site, warmup, train, tiny_proposal):
     """What the policy refuses is refused for that reason, whatever else is wrong: no data, no weights, a plan that
     would take minutes or could not be made."""
@@ -682,6 +708,33 @@ def test_stale_requests_cost_nothing(joined, warmup):
     check_reply(joined.key.verify_key, late, reply)
     assert not joined.ledger.charges
     assert answer(joined, sealed(joined, warmup)).refusal is None
+
+
+@pytest.mark.parametrize("kind", [Kind.WARMUP, Kind.TRAIN])
+@pytest.mark.parametrize(("leaves", "code"), [(False, RefusalCode.EXPIRED), (True, RefusalCode.POLICY)])
+def test_timely_at_its_turn(joined, warmup, train, kind, leaves, code):
+    """What waits while an import or another agent holds the home: too late, or the site has left, once it is free."""
+    looked, late, replies = threading.Event(), threading.Event(), []
+
+    def clock():
+        now = NOW + 61 if late.is_set() else NOW
+        looked.set()
+        return now
+
+    site, request = dataclasses.replace(joined, clock=clock), sealed(joined, warmup if kind is Kind.WARMUP else train)
+    with (site.home.folder / "agent.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=lambda: replies.append(answer(site, request)))
+        waiting.start()
+        assert looked.wait(60)
+        if leaves:
+            site.home.federation.unlink()
+        else:
+            late.set()
+    waiting.join()
+    assert_refused(replies[0], code)
+    check_reply(site.key.verify_key, request, replies[0])
+    assert (charged(site), released(site), list(site.home.replies.iterdir())) == (0, (), [])
 
 
 def test_a_sealed_request_gets_a_signed_answer_and_another_nonce_the_same_one_for_nothing(joined, warmup):

@@ -1,7 +1,8 @@
+import dataclasses
 import json
 import socket
 import threading
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from client.channel import (
 )
 from common.config import MAX_CLASSES, ImageConfig, ModelConfig, ModelName
 from common.errors import RefusalCode, WireError
-from common.messages import Kind, Reply, Request
+from common.messages import MAX_DEADLINE, Kind, Reply, Request, Seal
 from common.models import MAX_PARAMETERS, outline
 from common.weights import weight_shapes
 
@@ -83,6 +84,20 @@ def test_header_of_another_form_is_refused(header: object) -> None:
     text, body = json.dumps(header).encode(), b"\x02\0\0\0\0\0\0\0{}"
     frame = MAGIC + len(text).to_bytes(4, "little") + len(body).to_bytes(8, "little") + text + body
     with pytest.raises(WireError):
+        unpack_request(frame)
+
+
+@pytest.mark.parametrize("deadline", [0, MAX_DEADLINE - 1])
+def test_a_deadline_that_the_link_carries_is_read(deadline: int) -> None:
+    sealed = dataclasses.replace(_REQUEST, seal=Seal("00", deadline, "ff"))
+    assert unpack_request(pack_request(sealed)).seal == sealed.seal
+
+
+@pytest.mark.parametrize("deadline", [-1, -(10**400), MAX_DEADLINE, 10**400, True, 1.5, "1"])
+def test_a_deadline_out_of_bounds_does_not_decode(deadline: Any) -> None:
+    """Whoever signed it: as a number of seconds it would overflow."""
+    frame = pack_request(dataclasses.replace(_REQUEST, seal=Seal("00", deadline, "ff")))
+    with pytest.raises(WireError, match="seal"):
         unpack_request(frame)
 
 

@@ -14,7 +14,7 @@ import pytest
 from client import cli, operate
 from client.logs import log_to
 from client.paths import Home
-from client.relay_state import STOPPED, State
+from client.relay_state import MAX_STATE_BYTES, STOPPED, State
 from common.errors import ExitCode
 from common.lock import alone
 from tests.pinned import pin
@@ -59,8 +59,17 @@ def test_status_tells_connected_from_not(joined: Home, capsys: pytest.CaptureFix
         contact(joined, 300)
         assert run("status", joined.folder) == ExitCode.FEDERATION
         assert "NOT connected: no contact" in capsys.readouterr().out
-    joined.relay_state.write_text("{]")
+
+
+@pytest.mark.parametrize("name", ["relay.json", "start.json"])
+@pytest.mark.parametrize("text", ["{]", "[" * 20_000, '{"contact": "' + "x" * MAX_STATE_BYTES + '"}', "\udcff"])
+def test_status_names_a_file_that_is_damaged(
+    joined: Home, name: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = joined.relay_state.with_name(name)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     assert run("status", joined.folder) == ExitCode.STORAGE
+    assert f"Could not read {path}" in capsys.readouterr().err
 
 
 def test_status_does_not_wait_to_say_what_the_relay_knows(joined: Home, capsys: pytest.CaptureFixture[str]) -> None:

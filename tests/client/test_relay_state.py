@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from client import relay_state
-from client.relay_state import STOPPED, State, node_before
+from client.relay_state import MAX_STATE_BYTES, STOPPED, State, node_before, why_ended
 from common.errors import StorageError
 
 
@@ -22,11 +22,26 @@ def test_the_node_and_the_end_are_kept(tmp_path: Path) -> None:
     assert "ended" not in json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"node": -1}', '{"node": "7"}', '{"node": 1e400}'])
+DEEP = [f'{{"node": {"[" * depth}{"]" * depth}}}' for depth in (20_000, *range(900, 1000, 5))]
+ENDLESS = '{"node": 7, "ended": "' + "x" * MAX_STATE_BYTES + '"}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"node": -1}', '{"node": "7"}', '{"node": 1e400}', "[" * 20_000, ENDLESS, *DEEP]
+)
 def test_a_damaged_file_names_no_node(tmp_path: Path, text: str) -> None:
     path = tmp_path / "relay.json"
     path.write_text(text)
     assert node_before(path) == 0
+    State(path, node_id=7).end("refused")  # nor does it keep a relay from saying why it ends
+    assert why_ended(path) == "refused"
+
+
+def test_a_folder_or_a_file_that_is_no_text_names_no_node(tmp_path: Path) -> None:
+    (tmp_path / "relay.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "folder").mkdir()
+    for name in ("relay.json", "folder"):
+        assert (node_before(tmp_path / name), why_ended(tmp_path / name)) == (0, "")
 
 
 def test_disk_may_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

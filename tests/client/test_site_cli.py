@@ -369,7 +369,7 @@ def test_init_closes_an_open_folder(run, tmp_path):
     assert home.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("open_", [".", "policy.toml", "keys", "federation.json"])
+@pytest.mark.parametrize("open_", [".", "policy.toml", "keys", "federation.json", "logs", "ledger/ledger.head.json"])
 def test_a_home_that_others_can_write_is_not_served(run, tiny_home, open_):
     """By the agent, by `start`, by the relay: whoever can write there could put another policy or coordinator."""
     pin(tiny_home)

@@ -8,7 +8,7 @@ import pytest
 from client.paths import Home
 from client.trust import extra_ca, trusted
 from common.certificates import authority_certificate, new_key, server_certificate
-from common.errors import ConfigError
+from common.errors import ConfigError, StorageError
 
 NOW = dt.datetime.now(dt.UTC)
 KEY = new_key()
@@ -47,6 +47,23 @@ def test_never_all_the_world(home: Home) -> None:
     (home.folder / "proxy.pem").write_bytes(EXTRA * 200)
     with pytest.raises(ConfigError, match="65536 bytes"):
         trusted(home, PINNED)
+
+
+def test_an_extra_authority_that_others_can_change_is_not_trusted(home: Home) -> None:
+    name(home, str(home.folder / "ca" / "proxy.pem"))
+    (home.folder / "ca").mkdir(0o755)
+    file = (home.folder / "proxy.pem").rename(home.folder / "ca" / "proxy.pem")
+    for path, mode, fix in (
+        (file, 0o646, "chmod go-w"),
+        (file, 0o664, "chmod go-w"),
+        (file.parent, 0o777, "chmod o-w"),
+    ):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        with pytest.raises(StorageError, match=f"{fix} {path}$"):
+            trusted(home, PINNED)
+        path.chmod(before)
+    assert extra_ca(home) == (EXTRA,)
 
 
 def test_an_extra_ca_that_is_none(home: Home) -> None:

@@ -16,6 +16,7 @@ from common.files import (
     read_credential,
     read_secret,
     require_closed,
+    require_in_place,
     write_atomic,
 )
 
@@ -167,3 +168,16 @@ def test_an_open_folder_is_closed_and_an_open_home_refused(tmp_path):
         folder.chmod(mode)
         with pytest.raises(StorageError, match="chmod go-w"):
             require_closed(folder)
+
+
+def test_a_path_that_everybody_can_exchange_is_refused(tmp_path):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    for mode in (0o755, 0o775, 0o1777):
+        folder.chmod(mode)
+        require_in_place(folder / "file")
+    folder.chmod(0o757)
+    require_in_place(folder)
+    for path in (folder / "file", folder / "gone" / "file"):
+        with pytest.raises(StorageError, match=f"mode is 757: .*chmod o-w {folder}$"):
+            require_in_place(path)

@@ -8,7 +8,7 @@ import pytest
 from common.crypto import SigningKey
 from common.errors import PolicyRefusal, RefusalCode, WireError
 from common.messages import Kind, Reply, Request
-from common.seal import check_reply, check_request, seal_request, sign_reply
+from common.seal import check_reply, check_request, require_in_time, seal_request, sign_reply
 
 COORDINATOR, SITE, OTHER = (SigningKey(bytes([number]) * 32) for number in (1, 2, 3))
 ARRAYS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
@@ -61,6 +61,10 @@ def test_stale_requests_cost_nothing():
     with pytest.raises(PolicyRefusal, match=r"Round 3|round 3") as caught:
         check_request(COORDINATOR.verify_key, honest, 1001.5, SITE.verify_key)
     assert caught.value.code is RefusalCode.EXPIRED
+    require_in_time(honest, 1000.0)
+    require_in_time(REQUEST, 1e12)
+    with pytest.raises(PolicyRefusal, match="over by 2 s"):
+        require_in_time(honest, 1001.5)
 
 
 def test_every_request_has_a_nonce_of_its_own():

@@ -55,6 +55,12 @@ def test_home_that_is_none_or_open_or_incomplete(tiny_home: Home, tmp_path: Path
     tiny_home.key.parent.chmod(0o750)
     assert "chmod 700" in site.check_home(tiny_home).fix
     tiny_home.key.parent.chmod(0o700)
+    tiny_home.policy.chmod(0o622)  # what `start` refuses, too
+    assert found(lambda: site.check_home(tiny_home)) == failed
+    tiny_home.policy.chmod(0o600)
+    tmp_path.chmod(0o777)
+    assert found(lambda: site.check_home(tiny_home)) == failed
+    tmp_path.chmod(0o700)
     tiny_home.log.parent.rmdir()
     assert found(lambda: site.check_home(tiny_home)) == failed
     assert "logs" in site.check_home(tiny_home).said
@@ -223,3 +229,6 @@ def test_a_relay_that_was_refused_is_told_until_the_site_joins_again(tiny_home: 
     later = tiny_home.relay_state.stat().st_mtime + 5
     os.utime(tiny_home.federation, (later, later))
     assert site.check_relay(tiny_home).status is Status.PASS
+    for damaged in ("[" * 20_000, '{"ended": ' + "[" * 950 + "]" * 950 + "}"):
+        tiny_home.relay_state.write_text(damaged)
+        assert site.check_relay(tiny_home).status is Status.PASS
