@@ -1,6 +1,7 @@
 """Who is let in by a greeting, and what is said of the others, over a grid in this process."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,22 @@ from flwr.clientapp import ClientApp
 from common import wire
 from common.config import Config
 from common.config_text import build_config
-from common.errors import FederationError, RefusalCode
+from common.crypto import SigningKey
+from common.errors import FederationError, RefusalCode, StorageError
 from common.greeting import parse_hello
 from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Kind, Reply
+from common.seal import Trust, sign_reply
 from server.app import Job, federate
-from server.exchange import Link
-from server.roster import Roster, greet
-from server.run_folder import open_run, read_nodes, write_nodes
+from server.exchange import Link, as_registered, open_link
+from server.registered import Registered
+from server.roster import Roster, gather, greet
+from server.run_folder import open_run
 from simulations.local_grid import FIRST_NODE_ID, LocalGrid
 from tests.function_sites import SMALL_RUN, greeting
 
 CONFIG: Config = build_config({}, SMALL_RUN)
 Answer = Callable[[Message], Message]
+KEYS = {name: SigningKey(name.encode()[:1] * 32) for name in ("a", "b", "c", "st-mary")}
 
 
 def _says(name: str, arrays: dict[str, np.ndarray] | None = None, **changes: object) -> Answer:
@@ -30,7 +35,8 @@ def _says(name: str, arrays: dict[str, np.ndarray] | None = None, **changes: obj
         request = wire.decode_request(message)
         assert parse_hello(request.settings) == PACKAGE_VERSION
         fields = greeting(name, 100, CONFIG).as_fields() | changes
-        return wire.encode_reply(Reply(Kind.HELLO, request.run_id, 0, None, fields, arrays or {}), message)
+        reply = Reply(Kind.HELLO, request.run_id, 0, None, fields, arrays or {})
+        return wire.encode_reply(sign_reply(KEYS[name], request, reply), message)
 
     return answer
 
@@ -174,13 +180,66 @@ def test_a_site_that_reads_the_proposal_otherwise_is_left_out_with_both_versions
 
 def test_a_run_of_sites_of_another_protocol_ends_with_both_versions(tmp_path: Path) -> None:
     config = build_config({}, {**SMALL_RUN, "warmup.share": 0.5})
-    job = Job(config, open_run(tmp_path / "run", config, resume=False), nodes={FIRST_NODE_ID: "st-mary"})
+    now = _registered("st-mary", "b", "c")
+    job = Job(config, open_run(tmp_path / "run", config, resume=False), registered=lambda: now)
     job.stop.set()  # no wait between the attempts
     with pytest.raises(FederationError, match=rf"st-mary: it speaks protocol 1, .* protocol {PROTOCOL_VERSION} "):
         list(federate(_grid(*[_header(protocol=1)] * 3), job))
 
 
-def test_names_of_nodes_read_back(tmp_path: Path) -> None:
-    assert read_nodes(tmp_path) == {}
-    write_nodes(tmp_path, {2**63 + 1: "st-mary"})
-    assert read_nodes(tmp_path) == {2**63 + 1: "st-mary"}
+def _registered(*names: str) -> Registered:
+    """The nodes of the grid, each let in as one of these sites."""
+    trust = Trust(SigningKey(bytes(32)), {name: KEYS[name].verify_key for name in names if name in KEYS})
+    return Registered(trust, {FIRST_NODE_ID + number: name for number, name in enumerate(names)})
+
+
+def _gather(now: list[Registered], *answers: Answer) -> list[Roster]:
+    """Look who is here once for each of these states of the coordinator's home, one after the other."""
+    left, found = list(now), list[Roster]()
+    link = open_link(_grid(*answers), lambda: left[0])
+    for _ in now:
+        roster = found[-1] if found else Roster({}, {})
+        with pytest.raises(StopIteration) as ended:
+            next(gather(link, CONFIG, "run", roster))
+        link, roster = ended.value.value
+        found.append(roster)
+        del left[0]
+    return found
+
+
+def test_one_site_its_own_node() -> None:
+    """Whoever has a site's key and another site's node must not go on where st-mary was shut out."""
+    (roster,) = _gather([_registered("b", "a")], _says("a"), _says("a"))
+    assert {name: member.node_id for name, member in roster.members.items()} == {"a": FIRST_NODE_ID + 1}
+    assert roster.left_out == {"b": "its node answers as a: one site, its own node"}
+
+
+def test_revoked_is_out() -> None:
+    """At the next look, while its node is still connected, and and at each one after."""
+    both, one = _registered("a", "b"), _registered("a", "b")
+    one = Registered(Trust(one.trust.key, {"b": KEYS["b"].verify_key}), one.nodes)
+    first, second, third = _gather([both, one, one], _says("a"), _says("b"))
+    assert (set(first.members), first.left_out) == ({"a", "b"}, {})
+    assert (set(second.members), second.left_out) == ({"b"}, {"a": "it was revoked"})
+    assert (set(third.members), third.left_out) == ({"b"}, {"a": "it was revoked"})
+
+
+def test_a_site_that_is_enrolled_or_gets_a_new_node_in_mid_run_takes_part() -> None:
+    before, after = _registered("a", "b"), _registered("x", "b", "c", "a")
+    alone = Registered(before.trust, {FIRST_NODE_ID: "a"})
+    first, second, third = _gather([alone, before, after], _says("a"), _says("b"), _says("c"), _says("a"))
+    unknown = "no enrolled site has this node"
+    assert (set(first.members), set(first.left_out.values())) == ({"a"}, {unknown})
+    assert {name: member.node_id - FIRST_NODE_ID for name, member in second.members.items()} == {"a": 0, "b": 1}
+    assert {name: member.node_id - FIRST_NODE_ID for name, member in third.members.items()} == {"a": 3, "b": 1, "c": 2}
+
+
+def test_a_home_that_cannot_be_read_for_a_moment_changes_nothing() -> None:
+    def damaged() -> Registered:
+        raise StorageError("a record was changed by hand")
+
+    now = _registered("a", "b")
+    link = replace(open_link(_grid(_says("a"), _says("b")), lambda: now), registered=damaged)
+    assert set(greet(as_registered(link), CONFIG, "run", {}).members) == {"a", "b"}
+    with pytest.raises(StorageError, match="changed by hand"):  # at the start nobody is let in on half a list
+        open_link(link.grid, damaged)

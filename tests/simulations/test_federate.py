@@ -20,6 +20,7 @@ from common.seal import Trust
 from common.weights import get_weights
 from server import app, checkpoint
 from server.records import Failed, RoundRecord, Waiting, read_records
+from server.registered import Registered
 from server.rounds import initial_pair, round_bytes
 from server.run_folder import open_run
 from simulations.local_grid import LocalGrid
@@ -258,7 +259,8 @@ def test_a_folder_that_a_run_is_at_work_on_is_left_alone(tmp_path: Path) -> None
     """Between machines: `resume` of a run that still runs must not write between its rounds."""
     config = _config(**{"federation.rounds": 1})
     folder = open_run(tmp_path / "run", config, resume=False)
-    job = app.Job(config, folder, trust=Trust(SigningKey.generate(), {}))
+    now = Registered(Trust(SigningKey.generate(), {}), {})
+    job = app.Job(config, folder, registered=lambda: now)
     with alone(folder.path / "run.lock", "run"), pytest.raises(StorageError, match="at work there already"):
         app.run(LocalGrid(make_app(lambda _: lambda _: None), 0), job)
     assert not folder.metrics.exists()
