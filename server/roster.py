@@ -1,8 +1,8 @@
 """Who takes part: the sites that answered the greeting, with the plan that follows from what they declared."""
 
 import time
-from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from common.config import Config
@@ -16,6 +16,10 @@ from server.records import Waiting
 
 LONGEST_LOOK_S = 3.0
 """Between two looks at who is connected."""
+AGAIN_S = 5.0
+"""A node that was silent once is waited for this long, times the rounds that it was passed over."""
+MOST_ROUNDS = 8
+"""So many rounds at most such a node is passed over."""
 
 
 @final
@@ -32,16 +36,34 @@ class Member:
 
 @final
 @dataclass(frozen=True)
+class Silent:
+    """A node that was silent at a greeting, or took long for nonsense.
+
+    Attributes:
+        rounds: After so many rounds it is asked again.
+        left: How many of them are still to come.
+        reason: What its greeting came to.
+    """
+
+    rounds: int = 1
+    left: int = 0
+    reason: str = ""
+
+
+@final
+@dataclass(frozen=True)
 class Roster:
     """Who was greeted.
 
     Attributes:
         members: The sites that take part, by name.
         left_out: Why others do not, by the site's name or its node.
+        silent: The nodes that were silent at a greeting of this run.
     """
 
-    members: Mapping[str, Member]
-    left_out: Mapping[str, str]
+    members: Mapping[str, Member] = field(default_factory=dict[str, Member])
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    silent: Mapping[int, Silent] = field(default_factory=dict[int, Silent])
 
     @property
     def greetings(self) -> Mapping[str, Greeting]:
@@ -68,19 +90,22 @@ def gather(
     Raises:
         FederationError: Too few came in `federation.connect_timeout_s`.
     """
-    link, roster = as_registered(link), Roster({}, {})
+    link, roster = as_registered(link), Roster()
     if known is not None:
-        roster = greet(link, config, run_id, known.members)
+        silent = {node_id: replace(one, left=max(0, one.left - 1)) for node_id, one in known.silent.items()}
+        roster = greet(link, config, run_id, replace(known, silent=silent))
     if known is None or len(roster.members) < config.federation.min_sites:
-        link, members = yield from wait_for_sites(link, config, run_id, roster.members)
-        again = greet(link, config, run_id, members)
-        roster = Roster(again.members, {**roster.left_out, **again.left_out})
+        link, waited = yield from wait_for_sites(link, config, run_id, roster)
+        if len(waited.members) < config.federation.min_sites:  # then the silent are what the run waits for
+            waited = replace(waited, silent={})
+        again = greet(link, config, run_id, waited)
+        roster = replace(again, left_out={**roster.left_out, **again.left_out})
     return link, roster
 
 
 def wait_for_sites(
-    link: Link, config: Config, run_id: str, members: Mapping[str, Member]
-) -> Generator[Waiting, None, tuple[Link, Mapping[str, Member]]]:
+    link: Link, config: Config, run_id: str, roster: Roster
+) -> Generator[Waiting, None, tuple[Link, Roster]]:
     """Wait until all expected sites are connected, or as many as there must be when the time is over.
 
     Expected are all enrolled sites, or within one machine `simulation.sites`. The pauses between two looks grow.
@@ -89,13 +114,13 @@ def wait_for_sites(
         link: The way to the sites.
         config: The run's configuration.
         run_id: The run.
-        members: The sites that were heard already.
+        roster: Who was greeted already.
 
     Yields:
         For whom it waits: at first, and whenever another number of sites is connected.
 
     Returns:
-        The link with the keys of whoever is enrolled by then, and the members that were greeted meanwhile.
+        The link with the keys of whoever is enrolled by then, and who was greeted meanwhile.
 
     Raises:
         FederationError: Fewer than `federation.min_sites` connected in `federation.connect_timeout_s`.
@@ -104,19 +129,19 @@ def wait_for_sites(
     deadline, pause_s, shown = time.monotonic() + allowed_s, POLL_S, -1
     while (here := _connected(link)) < _expected(link, config) and (left_s := deadline - time.monotonic()) > 0:
         if here != shown:
-            members = greet(link, config, run_id, members).members
-            yield Waiting(here, _expected(link, config), needed, _missing(link, members), left_s)
+            roster = greet(link, config, run_id, roster)
+            yield Waiting(here, _expected(link, config), needed, _missing(link, roster.members), left_s)
             shown, pause_s = here, POLL_S
         time.sleep(min(pause_s, left_s))
         pause_s, link = min(1.5 * pause_s, LONGEST_LOOK_S), as_registered(link)
     if here < needed:
-        missing = ", ".join(_missing(link, members))
+        missing = ", ".join(_missing(link, roster.members))
         names = f" Not heard: {missing}." if missing else ""
         raise FederationError(
             f"Expected at least federation.min_sites={needed} sites within {allowed_s:.0f} s, {here} connected.{names} "
             "Start the sites, then resume."
         )
-    return link, members
+    return link, roster
 
 
 def _expected(link: Link, config: Config) -> int:
@@ -131,25 +156,32 @@ def _connected(link: Link) -> int:
     return len(list(patiently(link.grid.get_node_ids)))
 
 
-def greet(link: Link, config: Config, run_id: str, known: Mapping[str, Member]) -> Roster:
+def greet(link: Link, config: Config, run_id: str, known: Roster) -> Roster:
     """Ask every node that is not yet known who it is, and return all members by name, sorted.
 
     A node that does not answer, speaks another protocol, reads the proposal otherwise, declares nonsense or takes a
-    known name is left out, with the reason; it is asked again next round.
+    known name is left out, with the reason; it is asked again next round. Between machines one that was silent, or took
+    longer than `AGAIN_S` to be left out, is asked again after 1, 2, 4 and then every 8 rounds, and waited for briefly,
+    unless there are too few others.
 
     Guarantees:
+        - silence_costs_little: However many nodes are silent at every greeting, they cost `connect_timeout_s` when they
+          come and at most `AGAIN_S` times `MOST_ROUNDS` a round after that; each by itself `AGAIN_S` a round.
         - one_site_its_own_node: With keys, a node that answers as another site than it was let in as takes no part,
           whoever signed for it.
         - revoked_is_out: Who was revoked takes no part from the next greeting on, whatever its node does.
     """
     present = set(patiently(link.grid.get_node_ids))
-    members = {name: known[name] for name in known if known[name].node_id in present and _may(link, known[name])}
+    here = known.members.values()
+    members = {member.name: member for member in here if member.node_id in present and _may(link, member)}
     new = sorted(present - {member.node_id for member in members.values()})
-    left_out = _shut_out(link, known, new)
+    left_out = _shut_out(link, known.members, new)
     if link.trust is not None:
         new = [node_id for node_id in new if link.nodes.get(node_id) in link.trust.sites]
-    requests = {node_id: Request(Kind.HELLO, run_id, 0, config.proposal(), hello_settings()) for node_id in new}
-    for answer in ask(link, requests, config.federation.connect_timeout_s):
+    # who went away and came back is asked at once
+    silent = {node_id: one if node_id in present else Silent() for node_id, one in known.silent.items()}
+    left_out |= {_called(link, node_id): silent[node_id].reason for node_id in new if _is_passed_over(silent, node_id)}
+    for answer, waited_s in _greetings(link, config, run_id, new, silent):
         member = _member(config, answer)
         if isinstance(member, Member) and not _may(link, member):
             member = f"its node answers as {member.name}: one site, its own node"
@@ -157,9 +189,44 @@ def greet(link: Link, config: Config, run_id: str, known: Mapping[str, Member]) 
             member = f"its name, {member.name}, is taken: one site, one node"
         if isinstance(member, Member):
             members[member.name] = member
-        else:
-            left_out[_called(link, answer.node_id)] = member
-    return Roster(dict(sorted(members.items())), left_out)
+            continue
+        if link.trust is not None and (answer.code == "timeout" or waited_s > AGAIN_S):
+            silent[answer.node_id] = _more_silent(silent.get(answer.node_id), member)
+            member = silent[answer.node_id].reason
+        left_out[_called(link, answer.node_id)] = member
+    return Roster(dict(sorted(members.items())), left_out, silent)
+
+
+def _greetings(
+    link: Link, config: Config, run_id: str, nodes: Iterable[int], silent: Mapping[int, Silent]
+) -> Iterator[tuple[Answer, float]]:
+    """Greet nodes that are new, then those whose turn has come again; yield how long each kept the others waiting."""
+    longest_s = config.federation.connect_timeout_s
+    new, again = [node for node in nodes if node not in silent], [node for node in nodes if node in silent]
+    again = [node for node in again if not _is_passed_over(silent, node)]
+    again_s = AGAIN_S * max((silent[node].rounds for node in again), default=1)
+    for asked, timeout_s in ((new, longest_s), (again, min(longest_s, again_s))):
+        requests = {node: Request(Kind.HELLO, run_id, 0, config.proposal(), hello_settings()) for node in asked}
+        before = time.monotonic()
+        for answer in ask(link, requests, timeout_s):
+            yield answer, time.monotonic() - before
+            before = time.monotonic()
+
+
+def _is_passed_over(silent: Mapping[int, Silent], node_id: int) -> bool:
+    return node_id in silent and silent[node_id].left > 0
+
+
+def _more_silent(before: Silent | None, reason: str) -> Silent:
+    """Return when a node is asked again that was silent once more.
+
+    >>> first = _more_silent(None, "no answer")
+    >>> first.reason, _more_silent(first, "no answer").rounds
+    ('no answer; it is asked again after 1 round', 2)
+    """
+    rounds = 1 if before is None else min(2 * before.rounds, MOST_ROUNDS)
+    said = f"{reason}; it is asked again after {rounds} round{'' if rounds == 1 else 's'}"
+    return Silent(rounds, rounds, said)
 
 
 def _may(link: Link, member: Member) -> bool:

@@ -1,6 +1,6 @@
 """Who is let in by a greeting, and what is said of the others, over a grid in this process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from common.config_text import build_config
 from common.crypto import SigningKey
 from common.errors import FederationError, RefusalCode, StorageError
 from common.greeting import parse_hello
-from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Kind, Reply
+from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Kind, Reply, Request
 from common.seal import Trust, sign_reply
+from server import exchange, roster
 from server.app import Job, federate
 from server.exchange import Link, as_registered, open_link
 from server.registered import Registered
@@ -25,7 +26,7 @@ from server.run_folder import open_run
 from simulations.local_grid import FIRST_NODE_ID, LocalGrid
 from tests.function_sites import SMALL_RUN, greeting
 
-CONFIG: Config = build_config({}, SMALL_RUN)
+CONFIG: Config = build_config({}, {**SMALL_RUN, "federation.connect_timeout_s": 120.0})
 Answer = Callable[[Message], Message]
 KEYS = {name: SigningKey(name.encode()[:1] * 32) for name in ("a", "b", "c", "st-mary")}
 
@@ -62,7 +63,7 @@ def _grid(*answers: Answer) -> LocalGrid:
 
 
 def _greet(*answers: Answer, nodes: dict[int, str] | None = None) -> Roster:
-    return greet(Link(_grid(*answers), None, nodes or {}), CONFIG, "run", {})
+    return greet(Link(_grid(*answers), None, nodes or {}), CONFIG, "run", Roster())
 
 
 def test_members_are_who_says_well_what_they_are() -> None:
@@ -102,7 +103,7 @@ def test_a_relay_of_another_protocol_is_named_though_it_only_refuses(monkeypatch
             return deliver(message)
 
     monkeypatch.setattr(grid, "_deliver", by_this_release)
-    (reason,) = greet(Link(grid), CONFIG, "run", {}).left_out.values()
+    (reason,) = greet(Link(grid), CONFIG, "run", Roster()).left_out.values()
     assert f"protocol {PROTOCOL_VERSION - 1} (fedmedgan {PACKAGE_VERSION})" in reason
 
 
@@ -198,7 +199,7 @@ def _gather(now: list[Registered], *answers: Answer) -> list[Roster]:
     left, found = list(now), list[Roster]()
     link = open_link(_grid(*answers), lambda: left[0])
     for _ in now:
-        roster = found[-1] if found else Roster({}, {})
+        roster = found[-1] if found else Roster()
         with pytest.raises(StopIteration) as ended:
             next(gather(link, CONFIG, "run", roster))
         link, roster = ended.value.value
@@ -240,6 +241,97 @@ def test_a_home_that_cannot_be_read_for_a_moment_changes_nothing() -> None:
 
     now = _registered("a", "b")
     link = replace(open_link(_grid(_says("a"), _says("b")), lambda: now), registered=damaged)
-    assert set(greet(as_registered(link), CONFIG, "run", {}).members) == {"a", "b"}
+    assert set(greet(as_registered(link), CONFIG, "run", Roster()).members) == {"a", "b"}
     with pytest.raises(StorageError, match="changed by hand"):  # at the start nobody is let in on half a list
         open_link(link.grid, damaged)
+
+
+def _silent_run(
+    monkeypatch: pytest.MonkeyPatch, rounds: int, answers: Callable[[int, int], str]
+) -> tuple[list[list[float]], list[Roster]]:
+    """Look who is here once a round; `answers` says of node and round "", "silent", or "gone".
+
+    Returns how long each look waited for the silent, and what it came to.
+    """
+    now, waits, rosters, number = _registered("a", "b", "c"), list[list[float]](), [Roster()], 0
+    nodes = list(now.nodes)
+    says = _grid(*[_says(name) for name in now.nodes.values()])
+
+    def ask(link: Link, requests: dict[int, Request], timeout_s: float) -> Iterator[exchange.Answer]:
+        silent = {node_id for node_id in requests if answers(node_id - FIRST_NODE_ID, number) == "silent"}
+        waits[-1] += [timeout_s] if silent else []
+        heard = {node_id: request for node_id, request in requests.items() if node_id not in silent}
+        yield from exchange.ask(link, heard, timeout_s)
+        yield from (exchange.Answer(node_id, None, "timeout") for node_id in silent)
+
+    link = open_link(says, lambda: now)
+    monkeypatch.setattr(roster, "ask", ask)
+    for number in range(rounds):
+        present = [node_id for node_id in nodes if answers(node_id - FIRST_NODE_ID, number) != "gone"]
+        monkeypatch.setattr(says, "get_node_ids", lambda present=present: present)
+        waits.append([])
+        with pytest.raises(StopIteration) as ended:
+            next(gather(link, CONFIG, "run", rosters[-1]))
+        link, found = ended.value.value
+        rosters.append(found)
+    return waits, rosters[1:]
+
+
+def test_silence_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    for silent in ((1,), (1, 2)):
+        waits, rosters = _silent_run(monkeypatch, 40, lambda node, _: "silent" if node in silent else "")  # noqa: B023
+        asked = {number: wait for number, wait in enumerate(waits) if wait}
+        assert asked == {
+            0: [CONFIG.federation.connect_timeout_s],
+            1: [5.0],
+            3: [10.0],
+            7: [20.0],
+            15: [40.0],
+            23: [40.0],
+            31: [40.0],
+            39: [40.0],
+        }
+        assert sum(map(sum, waits[1:])) <= 5.0 * len(waits[1:])
+        assert all(set(roster.members) == set("abc") - {"abc"[node] for node in silent} for roster in rosters)
+        told = [roster.left_out["b"].split()[-2] for roster in rosters]
+        assert told == ["1", *["2"] * 2, *["4"] * 4, *["8"] * 33]
+    assert rosters[0].left_out["b"] == "no valid answer to the greeting (timeout); it is asked again after 1 round"
+
+
+def test_silent_ones_in_turns_cost_no_more_than_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, _ = _silent_run(
+        monkeypatch, 40, lambda node, number: "" if not node else "gone" if number < node else "silent"
+    )
+    assert max(map(sum, waits[3:])) <= 40.0
+
+
+def test_who_was_silent_is_heard_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within eight rounds; at once where its node went away and came back."""
+    _, rosters = _silent_run(monkeypatch, 32, lambda node, number: "silent" if node == 1 and number < 24 else "")
+    assert [number for number, roster in enumerate(rosters) if "b" in roster.members] == [31]
+
+    def gone(node: int, number: int) -> str:
+        return "" if node != 1 or number > 25 else "gone" if number == 25 else "silent"
+
+    _, rosters = _silent_run(monkeypatch, 28, gone)
+    assert [number for number, roster in enumerate(rosters) if "b" in roster.members] == [26, 27]
+
+
+def test_where_too_few_are_left_the_silent_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the attempts at a round would be over before an agent that starts anew can answer."""
+    waits, _ = _silent_run(monkeypatch, 5, lambda node, number: "silent")
+    assert [wait[-1] for wait in waits] == [120.0] * 5
+
+
+def test_long_nonsense_is_silence_and_a_quick_refusal_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [_says("a"), _says("b", verdict="maybe")]
+    quick = _gather([_registered("a", "b")] * 2, *answers)
+    assert [roster.left_out["b"] for roster in quick] == ["no valid answer to the greeting (malformed-reply)"] * 2
+    monkeypatch.setattr(roster, "AGAIN_S", 0.0)
+    (slow,) = _gather([_registered("a", "b")], *answers)
+    assert slow.left_out["b"].endswith("(malformed-reply); it is asked again after 1 round")
+
+
+def test_within_one_machine_load_shuts_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "AGAIN_S", 0.0)
+    assert not _greet(_says("a"), _says("b", verdict="maybe")).silent
