@@ -6,16 +6,18 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 from common.config import Config
-from common.errors import ConfigError, FederationError, WireError
+from common.errors import ConfigError, FederationError, RefusalCode, WireError
 from common.greeting import Greeting, hello_settings, parse_greeting
 from common.messages import Kind, Request
 from common.plan import Plan, plan
 from server.exchange import POLL_S, Answer, Link, as_registered, ask, patiently
 from server.handshake import other_proposal, other_protocol
-from server.records import Waiting
+from server.records import LATE, Waiting
 
 LONGEST_LOOK_S = 3.0
 """Between two looks at who is connected."""
+SILENCE = LATE - {RefusalCode.EXPIRED.value}
+"""Codes of a greeting that nobody answered; who is too late by its own clock has answered."""
 AGAIN_S = 5.0
 """A node that was silent once is waited for this long, times the rounds that it was passed over."""
 MOST_ROUNDS = 8
@@ -190,7 +192,7 @@ def greet(link: Link, config: Config, run_id: str, known: Roster) -> Roster:
         if isinstance(member, Member):
             members[member.name] = member
             continue
-        if link.trust is not None and (answer.code == "timeout" or waited_s > AGAIN_S):
+        if link.trust is not None and (answer.code in SILENCE or waited_s > AGAIN_S):
             silent[answer.node_id] = _more_silent(silent.get(answer.node_id), member)
             member = silent[answer.node_id].reason
         left_out[_called(link, answer.node_id)] = member

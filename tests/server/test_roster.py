@@ -246,6 +246,10 @@ def test_a_home_that_cannot_be_read_for_a_moment_changes_nothing() -> None:
         open_link(link.grid, damaged)
 
 
+CODES = ("timeout", "flower-3", "flower-4")
+"""Of the coordinator's own clock, and of the link's."""
+
+
 def _silent_run(
     monkeypatch: pytest.MonkeyPatch, rounds: int, answers: Callable[[int, int], str]
 ) -> tuple[list[list[float]], list[Roster]]:
@@ -262,7 +266,7 @@ def _silent_run(
         waits[-1] += [timeout_s] if silent else []
         heard = {node_id: request for node_id, request in requests.items() if node_id not in silent}
         yield from exchange.ask(link, heard, timeout_s)
-        yield from (exchange.Answer(node_id, None, "timeout") for node_id in silent)
+        yield from (exchange.Answer(node_id, None, code) for node_id, code in zip(sorted(silent), CODES, strict=False))
 
     link = open_link(says, lambda: now)
     monkeypatch.setattr(roster, "ask", ask)
