@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +80,30 @@ def test_when_no_site_can_go_on_the_run_ends_well(tmp_path: Path) -> None:
     state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
     assert state is not None
     assert state.round == 2
+
+
+@pytest.mark.parametrize(
+    ("spent", "allowed"),
+    [(1e308, 5e-324), (1e308, 1.7e308), (10.1, 10.0), (1.0, 1e7), (-1.0, 10.0), (math.nan, 10.0), (1.0, math.inf)],
+)
+def test_an_epsilon_that_cannot_be_costs_the_site_its_round(tmp_path: Path, spent: float, allowed: float) -> None:
+    """What a site declares is stated as the federation's: in status, report and privacy.json."""
+
+    def declares(index: int, request: Request, answer: Any) -> tuple[dict[str, Scalar], dict[str, np.ndarray]]:
+        fields, arrays = _release(index, request, answer)
+        return fields | ({"epsilon_spent": spent, "epsilon_allowed": allowed} if index == 1 else {}), arrays
+
+    records = run_sites(tmp_path, _config(**{"federation.rounds": 1}), [_well] * 3, declares)
+    assert records[-1].refused == {"site-1": "malformed-reply"}
+
+
+def test_an_epsilon_at_its_bound_counts_though_it_is_rounded(tmp_path: Path) -> None:
+    def declares(index: int, request: Request, answer: Any) -> tuple[dict[str, Scalar], dict[str, np.ndarray]]:
+        fields, arrays = _release(index, request, answer)
+        return fields | {"epsilon_spent": math.nextafter(10.0, 11.0)}, arrays
+
+    records = run_sites(tmp_path, _config(**{"federation.rounds": 1}), [_well] * 3, declares)
+    assert records[-1].refused == {}
 
 
 def test_malformed_arrays_cost_the_site_its_round(tmp_path: Path) -> None:
