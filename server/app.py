@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, final
@@ -21,12 +22,11 @@ from common.config_text import build_config, read_config
 from common.errors import ConfigError, FederationError, StorageError
 from common.flower_run import HERE, run_path
 from common.lock import alone
-from common.seal import Trust
 from common.sheets import save_sheet
 from server import checkpoint, display
-from server.consortium import load_consortium, load_trust
+from server.consortium import load_consortium
 from server.deadline import round_deadline_s
-from server.exchange import PERMANENT, Link
+from server.exchange import PERMANENT, Link, open_link
 from server.handshake import Met, all_refuse, meet
 from server.lost import check_lost, give_up
 from server.now import Event, open_note
@@ -39,10 +39,11 @@ from server.records import (
     read_records,
     write_records,
 )
+from server.registered import Registered, read_registered
 from server.results import SIMULATED_SECRETS, SITES_SECRETS, write_results
 from server.roster import gather
 from server.rounds import averaged_pair, train
-from server.run_folder import STORAGE_MATTER, RunFolder, open_run, read_nodes
+from server.run_folder import STORAGE_MATTER, RunFolder, open_run
 from server.secure_sum import train_together
 from server.start import begin
 from server.warmup_round import warm_up
@@ -61,16 +62,14 @@ class Job:
         folder: Its folder.
         stop: The wish to stop after the round under way.
         until: The round after which to stop, so that the state there can be looked at; None for the last.
-        trust: Keys of the coordinator and of the enrolled sites; None within one machine.
-        nodes: The site of each registered node, to name those that give no valid answer.
+        registered: Reads anew whom to believe as which node; None within one machine.
     """
 
     config: Config
     folder: RunFolder
     stop: threading.Event = field(default_factory=threading.Event)
     until: int | None = None
-    trust: Trust | None = None
-    nodes: Mapping[int, str] = field(default_factory=dict[int, str])
+    registered: Callable[[], Registered] | None = None
 
 
 def federate(grid: Grid, job: Job) -> Iterator[Event]:
@@ -87,19 +86,19 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
         FederationError: Too few sites connected, or none was heard in three attempts at a round; or too many rounds in
             a row were given up.
         PolicyRefusal: Every site refuses the run for good before anything was learned.
-        StorageError: A checkpoint could not be written; the one before stands.
+        StorageError: A key cannot be read; or a checkpoint could not be written, and the one before stands.
     """
     config, folder = job.config, job.folder
     state = checkpoint.load_latest(folder.checkpoints)
     records = _records_of(folder, state)
     resumed = len(records)
-    link, met = Link(grid, job.trust, job.nodes), Met(folder, config, compact=job.trust is None)
-    roster, attempts = (yield from gather(link, config, folder.run_id, None)), 0
+    link, met = open_link(grid, job.registered), Met(folder, config, compact=job.registered is None)
+    (link, roster), attempts = (yield from gather(link, config, folder.run_id, None)), 0
     last = config.federation.rounds if job.until is None else job.until
     while state is None or (state.round < last and not job.stop.is_set()):
         check_lost(records[resumed:])
         number = 0 if state is None else state.round + 1
-        roster = yield from gather(link, config, folder.run_id, roster)  # 1 who
+        link, roster = yield from gather(link, config, folder.run_id, roster)  # 1 who
         members, link = roster.members, _with_deadline(link, config, records, attempts)
         yield from meet(met, roster.greetings, roster.left_out, begun=state is not None)
         if state is None or number <= config.refinements:
@@ -139,7 +138,7 @@ def run(grid: Grid, job: Job) -> None:
         StorageError: A file could not be written, or another process is at work on the run's folder.
     """
     # Whoever resumes a run that is still at work would spoil its folder.
-    with nullcontext() if job.trust is None else alone(job.folder.lock, "run"):
+    with nullcontext() if job.registered is None else alone(job.folder.lock, "run"):
         for line in checkpoint.stepped_over(job.folder.checkpoints):
             print(line, flush=True)
         with display.open_display(job.config) as show, _open_note(job) as note:
@@ -148,14 +147,14 @@ def run(grid: Grid, job: Job) -> None:
                 note(event)
         state = checkpoint.load_latest(job.folder.checkpoints)
         if state is not None and (not job.stop.is_set() or state.round >= job.config.federation.rounds):
-            secrets = SIMULATED_SECRETS if job.trust is None else SITES_SECRETS
+            secrets = SIMULATED_SECRETS if job.registered is None else SITES_SECRETS
             with unbroken():
                 write_results(job.config, job.folder, state, read_records(job.folder.metrics), secrets)
 
 
 def _open_note(job: Job) -> AbstractContextManager[Callable[[Event], None]]:
     """Open the note of what a run does; within one machine nobody asks for it."""
-    return nullcontext(lambda _: None) if job.trust is None else open_note(job.config, job.folder.now)
+    return nullcontext(lambda _: None) if job.registered is None else open_note(job.config, job.folder.now)
 
 
 @contextmanager
@@ -196,7 +195,6 @@ def job_from(context: Context) -> Job:
     Raises:
         ConfigError: A value is missing or wrong.
         ResumeError: The folder does not fit.
-        StorageError: A key of the coordinator's home cannot be read.
     """
     values = context.run_config
     config_path, classes = values.get("config", ""), values.get("classes", "")
@@ -212,9 +210,9 @@ def job_from(context: Context) -> Job:
         changes = {"federation.rounds": values.get("rounds"), "simulation.sites": values.get("sites")}
         changes |= {"image.classes": tuple(name.strip() for name in classes.split(","))}
     config = build_config(read_config(_config_file(config_path, home, path)) if config_path else {}, changes)
-    trust = load_trust(load_consortium(home)) if home else None
+    registered = partial(read_registered, load_consortium(home)) if home else None
     folder = open_run(path, config, bool(values.get("resume", False)))
-    return Job(config, folder, trust=trust, nodes=read_nodes(path))
+    return Job(config, folder, registered=registered)
 
 
 def _config_file(name: str, home: Path | None, run: Path) -> Path:

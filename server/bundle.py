@@ -65,6 +65,7 @@ MODULES: tuple[str, ...] = (
     "server/now.py",
     "server/pace.py",
     "server/records.py",
+    "server/registered.py",
     "server/report.py",
     "server/report_page.py",
     "server/results.py",

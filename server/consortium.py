@@ -7,6 +7,7 @@
     control.token           what the control API asks for
     superexec.secret        what the ServerApp's executor shows
     sites/NAME.json         an enrolled site
+    nodes.json              as which site the link has let each node in
     start.lock, running/    held by the coordinator and by the process of each run, as long as they live
     link.db, logs/, runs/   what the running link and the runs write
 
@@ -150,6 +151,11 @@ class Consortium:
     def run_lock(self, number: int) -> Path:
         """Return the path of the lock that the process of a run holds, by the link's number of the run."""
         return self.running / str(number)
+
+    @property
+    def nodes(self) -> Path:
+        """Return the path of the list of nodes that the link has let in."""
+        return self.folder / "nodes.json"
 
     def site(self, name: str) -> Path:
         """Return the path of one site's record."""

@@ -39,7 +39,6 @@ from common.node_keys import node_public_pem
 from server.bundle import build_bundle, bundle_hash
 from server.consortium import Consortium, EnrolledSite, read_settings
 from server.own_secrets import read_authority_pem, read_token
-from server.run_folder import write_nodes
 
 FINISHED = "finished"
 NODE_GONE, NODE_ONLINE = "unregistered", "online"
@@ -195,13 +194,11 @@ def submit(client: ControlHttpClient, home: Path, config: Path, folder: Path, re
 
     Raises:
         FederationError: The link did not take it.
-        StorageError: The run folder cannot be written.
 
     Guarantees:
         - sites_read_no_paths: Of a run that lies in the home the sites, which may ask the link for these values, read
           no path of this machine.
     """
-    write_nodes(folder, {node.node_id: node.name for node in list_nodes(client)})
     bundle = build_bundle()
     names = {"consortium": HERE, "config": _within(config, folder), "out": _within(folder, home.absolute())}
     values = user_config_to_proto({**names, "resume": resume})

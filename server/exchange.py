@@ -18,10 +18,11 @@ from flwr.serverapp import Grid
 
 from common import wire
 from common.crypto import VerifyKey
-from common.errors import FederationError, RefusalCode, WireError
+from common.errors import FederationError, RefusalCode, StorageError, WireError
 from common.messages import Reply, Request
 from common.parts import MADE_UP
 from common.seal import Trust, check_reply, seal_request
+from server.registered import Registered
 
 LOG = logging.getLogger("fedmedgan.exchange")
 
@@ -67,18 +68,39 @@ class Link:
     Attributes:
         grid: Flower's grid: in this process, on Ray, or over the network.
         trust: The coordinator's key and those of the enrolled sites; None within one machine.
-        nodes: The site that each node was registered for, where that is known; to name who gave no valid answer, and
-            for nothing else: who answers is shown by a signature.
+        nodes: The site that each node was let in as. With keys, a node that answers as another one is left out.
         deadline_s: How long the round under way waits for answers; None: `federation.round_timeout_s`.
+        registered: Reads keys and nodes anew; None within one machine.
     """
 
     grid: Grid
     trust: Trust | None = None
     nodes: Mapping[int, str] = field(default_factory=dict[int, str])
     deadline_s: float | None = None
+    registered: Callable[[], Registered] | None = None
 
 
 OTHER_PROTOCOL = "other-protocol"
+
+
+def open_link(grid: Grid, registered: Callable[[], Registered] | None) -> Link:
+    """Return the way to the sites that may take part now.
+
+    Raises:
+        StorageError: Who may take part cannot be read.
+    """
+    now = None if registered is None else registered()
+    return Link(grid) if now is None else Link(grid, now.trust, now.nodes, registered=registered)
+
+
+def as_registered(link: Link) -> Link:
+    """Return the link with the keys and nodes of this moment; with those of before where they cannot be read."""
+    try:
+        now = None if link.registered is None else link.registered()
+    except (StorageError, WireError) as error:
+        LOG.error("who may take part stays as it was: %s", error)
+        return link
+    return link if now is None else replace(link, trust=now.trust, nodes=now.nodes)
 
 
 def patiently(ask_grid: Callable[[], Result], outage_s: float = OUTAGE_S) -> Result:

@@ -36,10 +36,11 @@ from uvicorn.config import LifespanType
 from common.errors import ConfigError, ExitCode, FedmedganError
 from server.connections import PromptProtocol, PromptServer, raise_file_limit
 from server.consortium import Consortium, FederationConfig, enrolled, load_consortium, read_settings
-from server.control import connect, register_sites
+from server.control import connect, list_nodes, register_sites
 from server.gate import Admit, Application, Gate, Headers, Limits
 from server.outage import keep_runs, keep_unheard_runs
 from server.own_secrets import is_token, read_secret, read_token
+from server.registered import write_nodes
 from server.supervise import started_process
 
 LOG = logging.getLogger("fedmedgan.link")
@@ -245,6 +246,7 @@ def _watch(
 def _let_in_and_out(consortium: Consortium) -> None:
     with connect(consortium) as client:
         changes = register_sites(client, enrolled(consortium))
+        write_nodes(consortium, {node.node_id: node.name for node in list_nodes(client)})
     if changes.came or changes.went:
         LOG.info("sites let in: %s; put out: %s", changes.came, changes.went)
     if changes.refused:

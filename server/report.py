@@ -41,7 +41,6 @@ LINES = ("#0b6e99", "#c8553d", "#5b8c2a", "#7a4fa3", "#b07d12", "#3a3a3a")
 _KNOWN_FILES = {
     "config.toml": "every setting of the run",
     "run.json": "the run's id in the sites' ledgers",
-    "nodes.json": "which site each node of the link was registered for",
     "cohort.json": "with secure-sum: who takes part, with the declared patients",
     "run.lock": "held while the run is at work",
     "now.txt": "what the run does at this moment",

@@ -27,6 +27,10 @@ from server.ladder import climb
 from server.records import Progress, RoundRecord, SiteRelease
 from server.roster import Member
 
+MAX_EPSILON = 1e6
+"""No policy that allows more says anything. What sites declare is stated as the federation's, so it is bounded."""
+_ROUNDING = 1e-6
+
 Members = Mapping[str, Member]
 Outcome = tuple[State | None, RoundRecord]
 """The state after a round, or None where too few sites were heard; and the round's record."""
@@ -134,8 +138,11 @@ def averaged_pair(config: Config, state: State) -> Pair:
 
 def _release(member: Member, reply: Reply, config: Config, kind: Kind) -> SiteRelease:
     spent, allowed = reply.fields.get("epsilon_spent"), reply.fields.get("epsilon_allowed")
-    if not isinstance(spent, float) or not isinstance(allowed, float) or not (spent >= 0 and allowed >= 0):
-        raise WireError("Expected epsilon_spent and epsilon_allowed as floats of at least 0.")
+    largest = max(MAX_EPSILON, config.privacy.epsilon)
+    if not isinstance(spent, float) or not isinstance(allowed, float):
+        raise WireError("Expected epsilon_spent and epsilon_allowed as floats.")
+    if not 0 <= spent <= allowed * (1 + _ROUNDING) or not allowed <= largest:
+        raise WireError(f"Expected 0 <= epsilon_spent <= epsilon_allowed <= {largest:g}.")
     warmup = kind is Kind.WARMUP
     charge: Charge = (
         member.plan.charge_of_warmup() if warmup else member.plan.charge_of_round(config.train.steps_per_round)

@@ -3,7 +3,6 @@
 config.toml             the whole effective configuration
 run.json                the run's id and state
 handshake.json          what each site said before it was asked: versions, how many rounds it will join
-nodes.json              with a coordinator: which site each node of the link was registered for
 cohort.json             with secure-sum: who takes part, with the declared patients
 start/                  the generator that the run starts from, if it was trained on public data before
 checkpoints/            one file a round, the last three
@@ -160,32 +159,6 @@ def prepare_run(path: Path, config: Config) -> Path:
     """
     write_atomic(make_folder(path) / "config.toml", to_toml(config).encode())
     return path / "config.toml"
-
-
-def write_nodes(path: Path, nodes: Mapping[int, str]) -> None:
-    """Write which site each node of the link is, so that a run can name one whose answer does not read.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    write_atomic(path / "nodes.json", json.dumps(dict(nodes)).encode())
-
-
-def read_nodes(path: Path) -> dict[int, str]:
-    """Return what `write_nodes` wrote; nothing where there is no such file.
-
-    Raises:
-        ResumeError: It does not read.
-    """
-    if not (path / "nodes.json").exists():
-        return {}
-    try:
-        stored: dict[str, Any] = json.loads((path / "nodes.json").read_text(encoding="utf-8"))
-        return {int(node): str(name) for node, name in stored.items()}
-    except (ValueError, AttributeError) as error:
-        raise ResumeError(
-            f"{path / 'nodes.json'} does not read. Delete it: it only names sites in messages."
-        ) from error
 
 
 def _check_same(path: Path, config: Config) -> None:

@@ -18,8 +18,9 @@ from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Arrays, Kind, Rep
 from common.seal import Trust, sign_reply
 from server.app import Event, Job, federate
 from server.records import RoundRecord
+from server.registered import Registered
 from server.run_folder import open_run
-from simulations.local_grid import LocalGrid
+from simulations.local_grid import FIRST_NODE_ID, LocalGrid
 
 SMALL_RUN: Mapping[str, Any] = {
     "image.size": 28,
@@ -101,9 +102,11 @@ def follow_sites(
         return functools.partial(_answer, index, behaviours[index], release, says or {})
 
     grid = AwayGrid(LocalGrid(make_app(connect), len(behaviours)), away)
-    trust = Trust(COORDINATOR, {f"site-{index}": _key(index).verify_key for index in range(len(behaviours))})
-    job = Job(config, open_run(tmp_path / "run", config, config.run.resume), trust=trust if signed else None)
-    return federate(grid, job)
+    names = {index: f"site-{index}" for index in range(len(behaviours))}
+    trust = Trust(COORDINATOR, {name: _key(index).verify_key for index, name in names.items()})
+    now = Registered(trust, {FIRST_NODE_ID + index: name for index, name in names.items()})
+    folder = open_run(tmp_path / "run", config, config.run.resume)
+    return federate(grid, Job(config, folder, registered=(lambda: now) if signed else None))
 
 
 def _key(index: int) -> SigningKey:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import secrets
 import signal
 import socket
@@ -26,6 +27,7 @@ import httpx
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import Message, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
@@ -55,13 +57,14 @@ from common import wire
 from common.config_text import build_config, read_config
 from common.crypto import SigningKey, load_key
 from common.errors import RefusalCode
+from common.files import make_folder, make_own_folder, write_atomic
 from common.messages import Kind, Reply, Request
 from common.node_keys import node_public_pem
 from common.seal import seal_request, sign_reply
 from server import control
 from server.cli import main as coordinator_main
 from server.consortium import Consortium, load_consortium, read_settings
-from tests.coordinator_home import ROOT, client, enrol, openssh, signed_headers
+from tests.coordinator_home import ROOT, client, end, enrol, openssh, signed_headers
 from tests.e2e.federation import Federation
 from tests.e2e.federation import federation as deployed
 
@@ -167,6 +170,10 @@ class Attacked:
     def node(self, name: str) -> int:
         with control.connect(self.hub) as link:
             return next(node.node_id for node in control.list_nodes(link) if node.name == name)
+
+    def online(self, name: str) -> bool:
+        with control.connect(self.hub) as link:
+            return any(node.online for node in control.list_nodes(link) if node.name == name)
 
     def known(self) -> set[str]:
         with control.connect(self.hub) as link:
@@ -556,6 +563,24 @@ def test_random_requests_on_every_listener(federation: Attacked) -> None:
     federation.go_on()
 
 
+def test_a_site_takes_part_through_its_own_node_alone(federation: Attacked) -> None:
+    """A relay with st-john's node key before st-anne's agent, as it goes on until st-anne is revoked and after."""
+    home, anne = federation.home("st-john"), federation.home("st-anne")
+    private = federation.other.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    make_own_folder(home.folder)
+    write_atomic(home.federation, anne.federation.read_bytes(), 0o600)
+    make_folder(home.node_key.parent, 0o700)
+    write_atomic(home.node_key, private, 0o600)
+    relay = federation.made.launch("site", "relay", home.folder, "--socket", anne.socket, log="st-john.log")
+    federation.made.running.callback(end, relay, 60)
+    wait_for(lambda: federation.online("st-john"), "st-john's node")
+    federation.go_on()
+    said = federation.folder / "out.log"
+    line = r"st-john +left out: its node answers as st-anne: one site, its own node"
+    wait_for(lambda: re.search(line, said.read_text()), "the coordinator to say so")
+    assert all("st-john" not in record["sites"] for record in federation.rounds())
+
+
 def test_a_site_that_is_revoked_in_mid_run_is_out(federation: Attacked) -> None:
     federation.question()
     key = read_node_key(federation.home("st-anne").folder)
@@ -570,6 +595,7 @@ def test_a_site_that_is_revoked_in_mid_run_is_out(federation: Attacked) -> None:
     federation.go_on()
     federation.go_on()
     assert set(federation.rounds()[-1]["sites"]) == {"st-mary"}
+    assert "st-anne  left out: it was revoked" in (federation.folder / "out.log").read_text()
 
 
 def test_in_the_end_the_run_completes(federation: Attacked) -> None:

@@ -19,7 +19,7 @@ import pytest
 from client.paths import Home
 from common.errors import ExitCode
 from server.consortium import load_consortium, read_settings
-from server.run_folder import read_nodes
+from server.registered import read_nodes
 from tests.e2e.faults import Script, pin_a_wrong_ca, schedule, small_disk
 from tests.e2e.federation import RUN, SITES, Federation, check_result, federation, wait_for
 from tests.e2e.recording_proxy import recording_proxy
@@ -111,7 +111,7 @@ def _look_at_handshake(made: Federation) -> None:
     assert {one["proposal_sha256"] for one in kept["sites"].values()} == {kept["config_sha256"]}
     for name in SITES:
         assert re.search(rf"{name} +{PATIENTS} patients  fedmedgan \S+  will join 6 of 6 rounds", said)
-    assert set(read_nodes(made.run).values()) == set(SITES)
+    assert set(read_nodes(load_consortium(made.hub)).values()) == set(SITES)
 
 
 def _look_at_status(made: Federation) -> None:

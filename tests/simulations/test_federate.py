@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from common.seal import Trust
 from common.weights import get_weights
 from server import app, checkpoint
 from server.records import Failed, RoundRecord, Waiting, read_records
+from server.registered import Registered
 from server.rounds import initial_pair, round_bytes
 from server.run_folder import open_run
 from simulations.local_grid import LocalGrid
@@ -77,6 +80,30 @@ def test_when_no_site_can_go_on_the_run_ends_well(tmp_path: Path) -> None:
     state = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
     assert state is not None
     assert state.round == 2
+
+
+@pytest.mark.parametrize(
+    ("spent", "allowed"),
+    [(1e308, 5e-324), (1e308, 1.7e308), (10.1, 10.0), (1.0, 1e7), (-1.0, 10.0), (math.nan, 10.0), (1.0, math.inf)],
+)
+def test_an_epsilon_that_cannot_be_costs_the_site_its_round(tmp_path: Path, spent: float, allowed: float) -> None:
+    """What a site declares is stated as the federation's: in status, report and privacy.json."""
+
+    def declares(index: int, request: Request, answer: Any) -> tuple[dict[str, Scalar], dict[str, np.ndarray]]:
+        fields, arrays = _release(index, request, answer)
+        return fields | ({"epsilon_spent": spent, "epsilon_allowed": allowed} if index == 1 else {}), arrays
+
+    records = run_sites(tmp_path, _config(**{"federation.rounds": 1}), [_well] * 3, declares)
+    assert records[-1].refused == {"site-1": "malformed-reply"}
+
+
+def test_an_epsilon_at_its_bound_counts_though_it_is_rounded(tmp_path: Path) -> None:
+    def declares(index: int, request: Request, answer: Any) -> tuple[dict[str, Scalar], dict[str, np.ndarray]]:
+        fields, arrays = _release(index, request, answer)
+        return fields | {"epsilon_spent": math.nextafter(10.0, 11.0)}, arrays
+
+    records = run_sites(tmp_path, _config(**{"federation.rounds": 1}), [_well] * 3, declares)
+    assert records[-1].refused == {}
 
 
 def test_malformed_arrays_cost_the_site_its_round(tmp_path: Path) -> None:
@@ -258,7 +285,8 @@ def test_a_folder_that_a_run_is_at_work_on_is_left_alone(tmp_path: Path) -> None
     """Between machines: `resume` of a run that still runs must not write between its rounds."""
     config = _config(**{"federation.rounds": 1})
     folder = open_run(tmp_path / "run", config, resume=False)
-    job = app.Job(config, folder, trust=Trust(SigningKey.generate(), {}))
+    now = Registered(Trust(SigningKey.generate(), {}), {})
+    job = app.Job(config, folder, registered=lambda: now)
     with alone(folder.path / "run.lock", "run"), pytest.raises(StorageError, match="at work there already"):
         app.run(LocalGrid(make_app(lambda _: lambda _: None), 0), job)
     assert not folder.metrics.exists()
