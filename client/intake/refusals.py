@@ -32,9 +32,11 @@ class Reason(StrEnum):
     NOT_PNG_JPEG = "neither PNG nor JPEG nor TIFF nor NIfTI"
     HEADER = "header not readable"
     NO_IMAGE = "no image in the file"
+    LONG_VALUE = "id, label or fact of the header longer than the limit"
     TOO_LARGE = "larger than the limits"
     MULTI_FRAME = "several pages in a file of one image"
     TOO_MANY_FRAMES = "more frames than the limit"
+    SOURCE_FRAMES = "more frames in the whole source than the limit"
     NO_PATIENT = "no patient id"
     NO_LABEL = "no label"
     OTHER_LABEL = "label not among the classes"
@@ -75,6 +77,7 @@ _NOT_THE_FILES_OWN = (
     Reason.NOT_READABLE,
     Reason.MISSING,
     Reason.INDEX,
+    Reason.SOURCE_FRAMES,
     Reason.NO_DECODER,
     Reason.DIED,
     Reason.TOO_SLOW,

@@ -20,8 +20,8 @@ from client.intake.records import Header, Region, Seen
 from client.intake.rules import IntakeRules
 
 MAX_REASON_BYTES = 200
-MAX_HEADER_BYTES = 2**20
-"""Of the reply with a header: the few elements that a scan asks for."""
+MAX_HEADER_BYTES = 2**13
+"""Of the reply with a header: the few elements that a scan asks for, which are kept for each image."""
 MAX_DIRECTORY_BYTES = 64 * 2**20
 """Of the reply with what a DICOMDIR names: some hundred thousand files."""
 _ROWS_A_REPLY = 256
