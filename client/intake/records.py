@@ -98,6 +98,22 @@ class Header:
 
 
 @final
+@dataclass(frozen=True)
+class Axes:
+    """What the scan needs of a volume's header.
+
+    Attributes:
+        slices: How many axial slices there are.
+        size: Columns and rows of each.
+        state: Of the file.
+    """
+
+    slices: int
+    size: tuple[int, int]
+    state: str
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """One file, member, frame or row that is not used, and why. Its repr shows the reason alone."""

@@ -167,14 +167,20 @@ def describe(refused: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items(), key=lambda it: (-it[1], it[0])))
 
 
+_TALKATIVE = ("pydicom", "nibabel.global")
+
+
 @contextmanager
 def quiet() -> Generator[None, None, None]:
-    """Silence pydicom and Pillow: their warnings and log lines quote values of the file, which may name a patient."""
-    logger = logging.getLogger("pydicom")
-    before, logger.disabled = logger.disabled, True
+    """Silence pydicom, nibabel and Pillow: what they warn of and log quotes the file, which may name a patient."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
