@@ -28,6 +28,7 @@ class Reason(StrEnum):
     NO_PICTURE = "segmentation, map of labels or dose, not a picture"
     ARCHIVE = "archive damaged, encrypted or in another one"
     ARCHIVE_LIMITS = "archive expands beyond the limits"
+    TOO_MANY_MEMBERS = "archive of more members than the limit"
     COMPRESSION = "archive member neither stored nor compressed by deflate"
     NOT_PNG_JPEG = "neither PNG nor JPEG nor TIFF nor NIfTI"
     HEADER = "header not readable"
