@@ -91,9 +91,12 @@ class Archive:
         return state_of(os.fstat(self._file.fileno()))
 
     def members(self) -> list[tuple[str, bool]]:
-        """Return the names of all files in it, and whether each can be told from all others by its name."""
-        infos = [member for member in self._zip.infolist() if not member.is_dir()]
-        return [(member.filename, self._zip.NameToInfo[member.filename] is member) for member in infos]
+        """Return the names of all files in it, and whether each can be had: by a name that no other has, and a file's.
+
+        A folder is left out where it holds nothing.
+        """
+        infos = [member for member in self._zip.infolist() if member.file_size > 0 or not member.is_dir()]
+        return [(one.filename, self._zip.NameToInfo[one.filename] is one and not one.is_dir()) for one in infos]
 
     def read(self, name: str, rules: IntakeRules) -> bytes:
         """Read a member into memory.

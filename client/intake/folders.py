@@ -215,10 +215,10 @@ def _members(file: _File) -> Iterator[_File | Refusal]:
     except Refused as refusal:
         yield file.refusal(refusal.reason)
         return
-    for name, unique in members:
+    for name, had in members:
         member = replace(file, place=f"{file.place}/{name}", member=name)
-        # If not unique, another member has this name and would be read in its place.
-        yield member if unique else member.refusal(Reason.ARCHIVE)
+        # If not, another member has this name and would be read in its place, or it is a folder with data.
+        yield member if had else member.refusal(Reason.ARCHIVE)
 
 
 def _records(file: _File, header: Header, search: _Search) -> Iterator[Found]:

@@ -226,3 +226,12 @@ def test_the_directory_that_is_counted_is_the_one_that_is_read(
     monkeypatch.setattr(archives, "MAX_MEMBERS", 0)
     with pytest.raises(Refused, match=Reason.TOO_MANY_MEMBERS):
         Archive(tmp_path / "a.zip")
+
+
+def test_a_folder_that_holds_data_is_refused(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Every member is used or counted; only a folder that is none of anything is neither."""
+    good = write_dicom(tmp_path / "good").read_bytes()
+    path = zipped(tmp_path / "a.zip", {"one": good, "two/": good, "three/": b""})
+    found = scan(path, "none")
+    assert [record.member for record in found.records] == ["one"]
+    assert [(refusal.member, refusal.reason) for refusal in found.refusals] == [("two/", Reason.ARCHIVE)]
