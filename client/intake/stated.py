@@ -3,6 +3,7 @@
 Out of scope: reading the header (client/intake/headers).
 """
 
+import math
 from typing import Any
 
 from pydicom import Dataset
@@ -70,8 +71,9 @@ def check_pixels(dataset: Dataset, frames: int, there: int) -> None:
     """
     least = _PACKED_FRAME_BYTES * frames
     if dataset.file_meta.TransferSyntaxUID in _NATIVE:
-        bits = dataset.Rows * dataset.Columns * dataset.get("SamplesPerPixel", 1) * dataset.BitsAllocated * frames
-        least = bits // (12 if dataset.get("PhotometricInterpretation") == "YBR_FULL_422" else 8)
+        sizes = dataset.Rows, dataset.Columns, dataset.get("SamplesPerPixel", 1), dataset.BitsAllocated
+        thirds = 2 if dataset.get("PhotometricInterpretation") == "YBR_FULL_422" else 3
+        least = math.prod(map(int, sizes)) * frames * thirds // 24
     if frames > 1 and there < least:
         raise Refused(Reason.PIXELS if there > 0 else Reason.NO_IMAGE)
 
