@@ -14,7 +14,9 @@ from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 
 MAX_DIRECTORY_BYTES = 64 * 1024**2
-"""Of the archive's own directory, which is read whole: some hundred thousand members."""
+"""Of the archive's own directory, which is read whole."""
+MAX_MEMBERS = 200_000
+"""To list them takes zipfile some seconds and 120 MB."""
 MAX_TOTAL_BYTES = 256 * 1024**3
 MAX_RATIO = 200
 """Most bytes in the members for each byte of the archive, beyond `FREE_BYTES`."""
@@ -37,6 +39,8 @@ class Archive:
     Guarantees:
         - expansion_is_bounded: An archive that says it expands beyond `MAX_RATIO` or `MAX_TOTAL_BYTES`, or whose
           directory is beyond `MAX_DIRECTORY_BYTES`, is refused before a member is read.
+        - members_are_counted_before_they_are_listed: An archive of more than `MAX_MEMBERS` is refused before the
+          directory is parsed, whatever it says of their number.
         - members_are_bounded: Of a member no more is inflated than its size as stated (4 KiB where that is less), which
           is within the site's limit on a file.
         - members_that_inflate_without_bound_are_refused: A member packed by anything but deflate is never inflated.
@@ -87,9 +91,12 @@ class Archive:
         return state_of(os.fstat(self._file.fileno()))
 
     def members(self) -> list[tuple[str, bool]]:
-        """Return the names of all files in it, and whether each can be told from all others by its name."""
-        infos = [member for member in self._zip.infolist() if not member.is_dir()]
-        return [(member.filename, self._zip.NameToInfo[member.filename] is member) for member in infos]
+        """Return the names of all files in it, and whether each can be had: by a name that no other has, and a file's.
+
+        A folder is left out where it holds nothing.
+        """
+        infos = [member for member in self._zip.infolist() if member.file_size > 0 or not member.is_dir()]
+        return [(one.filename, self._zip.NameToInfo[one.filename] is one and not one.is_dir()) for one in infos]
 
     def read(self, name: str, rules: IntakeRules) -> bytes:
         """Read a member into memory.
@@ -113,7 +120,7 @@ class Archive:
 
 
 def open_zip(handle: BinaryIO) -> zipfile.ZipFile:
-    """Open a zip archive whose directory is within `MAX_DIRECTORY_BYTES`.
+    """Open a zip archive whose directory is within `MAX_DIRECTORY_BYTES` and `MAX_MEMBERS`.
 
     Raises:
         Refused: The directory is larger.
@@ -123,8 +130,13 @@ def open_zip(handle: BinaryIO) -> zipfile.ZipFile:
         - the_end_that_is_checked_is_the_one_that_is_read: The size of the directory is taken from the record that
           zipfile goes by.
     """
-    if _directory_bytes(handle) > MAX_DIRECTORY_BYTES:
+    place, size = _directory(handle)
+    if size > MAX_DIRECTORY_BYTES:
         raise Refused(Reason.ARCHIVE_LIMITS)
+    handle.seek(max(0, place))
+    # Each member has one, so that there are no more members than these; a name may hold one beside.
+    if handle.read(size).count(b"PK\x01\x02") > MAX_MEMBERS:
+        raise Refused(Reason.TOO_MANY_MEMBERS)
     return zipfile.ZipFile(handle)
 
 
@@ -133,8 +145,10 @@ def inflates_in_bounds(member: zipfile.ZipInfo) -> bool:
     return member.compress_type in _BOUNDED
 
 
-def _directory_bytes(handle: BinaryIO) -> int:
-    """Return the size of the directory as stated in the record that zipfile goes by.
+def _directory(handle: BinaryIO) -> tuple[int, int]:
+    """Return where the directory begins, and its size as stated in the record that zipfile goes by.
+
+    It ends where that record begins, whatever stands before the archive.
 
     Some releases of Python look for the zip64 record where its locator points, some just before the locator: both have
     to be the same place. So a zip64 archive with something before it, or with extensible data, is refused.
@@ -148,11 +162,13 @@ def _directory_bytes(handle: BinaryIO) -> int:
     if not 0 <= end <= len(tail) - 22:
         raise zipfile.BadZipFile
     (directory,) = struct.unpack_from("<L", tail, end + 12)
+    stop = size - len(tail) + end
     locator = tail[max(0, end - 20) : end]
     if locator.startswith(b"PK\x06\x07"):
         (place,) = struct.unpack_from("<Q", locator, 8)
         record = tail[max(0, end - 76) : end - 20]
-        if not record.startswith(b"PK\x06\x06") or place != size - len(tail) + end - 76:
+        if not record.startswith(b"PK\x06\x06") or place != stop - 76:
             raise zipfile.BadZipFile
         (directory,) = struct.unpack_from("<Q", record, 40)
-    return directory
+        stop = place
+    return stop - directory, directory

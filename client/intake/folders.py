@@ -19,7 +19,7 @@ from client.intake.archives import Archive
 from client.intake.directory import named_files
 from client.intake.isolation import DecoderPool
 from client.intake.labels import Labelling, TagLabel, read_label_rules
-from client.intake.records import ALL, Header, LabelSource, Record, Refusal, Scan, Skip, Stamp, scan_of, stamp_of
+from client.intake.records import ALL, Header, LabelSource, Record, Refusal, Room, Scan, Skip, Stamp, scan_of, stamp_of
 from client.intake.refusals import Reason, Refused
 from client.intake.requests import Asked, ask_header
 from client.intake.rules import IntakeRules
@@ -48,6 +48,7 @@ class _Search:
     skip: Skip | None
     skipped: list[Path] = field(repr=False)
     met: set[str] = field(default_factory=set[str], repr=False)
+    room: Room = field(default_factory=Room)
 
 
 def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
@@ -214,15 +215,18 @@ def _members(file: _File) -> Iterator[_File | Refusal]:
     except Refused as refusal:
         yield file.refusal(refusal.reason)
         return
-    for name, unique in members:
+    for name, had in members:
         member = replace(file, place=f"{file.place}/{name}", member=name)
-        # If not unique, another member has this name and would be read in its place.
-        yield member if unique else member.refusal(Reason.ARCHIVE)
+        # If not, another member has this name and would be read in its place, or it is a folder with data.
+        yield member if had else member.refusal(Reason.ARCHIVE)
 
 
-def _records(file: _File, header: Header, search: _Search) -> Iterator[Record]:
+def _records(file: _File, header: Header, search: _Search) -> Iterator[Found]:
     label, site = _label(header, file.place, search)
     frames = (None,) if header.frames is None else search.rules.chosen(header.frames)
+    if not search.room.takes(len(frames)):
+        yield file.refusal(Reason.SOURCE_FRAMES)
+        return
     for frame in frames:
         record = Record(file.path, frame, header.patient, label, site, file.member, file.stamp, header.facts)
         yield replace(record, beside=file.beside, seen=header.seen)

@@ -27,17 +27,15 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
     MediaStorageDirectoryStorage,
-    RTDoseStorage,
-    SegmentationStorage,
     UID_dictionary,
 )
 
 from client.intake.labels import Labelling
 from client.intake.memory import header_bytes, within
-from client.intake.pixels import check_size
 from client.intake.records import Header
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
+from client.intake.stated import as_text, check_header, check_pixels, sop_class
 
 FACTS = (
     "SOPClassUID",
@@ -58,6 +56,8 @@ FACTS = (
     "Columns",
 )
 """What a `Record.header` holds, as far as it is there; `TransferSyntaxUID` of the file meta comes with it."""
+MAX_VALUE = 512
+"""Characters of an id, a label or a fact. A longer one is refused and never cut: that could merge two patients."""
 
 _FORM = ("PatientID", "IssuerOfPatientID", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
 
@@ -79,8 +79,6 @@ _COPIES = 3
 """Of the pixels, while pydicom joins what it read of them."""
 _PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
 """Pixels as whole numbers, as doubles and as floats."""
-_LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
-_NO_PICTURES = (SegmentationStorage, _LABEL_MAP_STORAGE, RTDoseStorage)
 
 
 def is_dicom(path: Path) -> bool:
@@ -104,12 +102,16 @@ def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRul
 
     Raises:
         Refused: There is no picture in it, it is damaged or too large, or names no patient.
+
+    Guarantees:
+        - values_are_bounded: A header of which a value that is kept is longer than `MAX_VALUE` is refused.
     """
     try:
-        dataset = _contents(source, size, rules, _tags((*_FORM, *FACTS, *labels.tags())))
+        dataset, pixel_bytes = _contents(source, size, rules, _tags((*_FORM, *FACTS, *labels.tags())))
         with within(header_bytes(rules)):
             seen = (state, digest_of(dataset))
             frames = check_header(dataset, rules)
+            check_pixels(dataset, frames or 1, pixel_bytes)
             said = {element.keyword: as_text(element.value) for element in dataset}
             said["SOPClassUID"] = sop_class(dataset)
         facts = {name: text for name in FACTS if (text := said.get(name))}
@@ -119,7 +121,10 @@ def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRul
     patient = (said.get("IssuerOfPatientID", ""), said.get("PatientID", ""))
     if not patient[1]:
         raise Refused(Reason.NO_PATIENT)
-    return Header(patient, labels.class_of(said) or "", frames, facts, seen)
+    header = Header(patient, labels.class_of(said) or "", frames, facts, seen)
+    if any(len(text) > MAX_VALUE for text in (*patient, header.label, *facts.values())):
+        raise Refused(Reason.LONG_VALUE)
+    return header
 
 
 def damaged(error: BaseException, reason: Reason) -> Refused:
@@ -143,10 +148,11 @@ def _tags(keywords: tuple[str, ...]) -> tuple[BaseTag, ...]:
     return tuple(map(Tag, keywords))
 
 
-def _contents(source: BinaryIO, size: int, rules: IntakeRules, tags: Sequence[BaseTag] = ()) -> Dataset:
+def _contents(source: BinaryIO, size: int, rules: IntakeRules, tags: Sequence[BaseTag] = ()) -> tuple[Dataset, int]:
     """Read a DICOM file of PS3.10 from its start: whole, or of what stands before the pixels the given tags alone.
 
-    As pydicom's `dcmread`, which would read the file meta a second time and inflate without a bound.
+    As pydicom's `dcmread`, which would read the file meta a second time and inflate without a bound. Beside comes how
+    many bytes of pixels are there, where these are not read.
 
     Raises:
         Refused: It is no such file, or too large now or when inflated.
@@ -171,16 +177,23 @@ def _contents(source: BinaryIO, size: int, rules: IntakeRules, tags: Sequence[Ba
     if syntax == DeflatedExplicitVRLittleEndian:
         inflated = _inflated(source.read(), rules.max_bytes)
         source, size = io.BytesIO(inflated), len(inflated)
+    there = [0]
+
+    def at_pixels(tag: BaseTag, _vr: str | None, length: int) -> bool:
+        if tag in _PIXELS:
+            there[0] = min(length, size - source.tell())
+        return tag in _PIXELS
+
     with within(header_bytes(rules) + (0 if tags else _COPIES * size)):
         dataset = read_dataset(
             source,
             is_implicit_VR=syntax == ImplicitVRLittleEndian,
             is_little_endian=syntax != ExplicitVRBigEndian,
-            stop_when=_at_pixels if tags else None,
+            stop_when=at_pixels if tags else None,
             specific_tags=list(tags) or None,
         )
     dataset.file_meta = FileMetaDataset(meta)
-    return dataset
+    return dataset, there[0]
 
 
 def _inflated(data: bytes, limit: int) -> bytes:
@@ -191,10 +204,6 @@ def _inflated(data: bytes, limit: int) -> bytes:
     if not inflater.eof:
         raise zlib.error("cut short")
     return inflated
-
-
-def _at_pixels(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return tag in _PIXELS
 
 
 def file_meta(source: BinaryIO, rules: IntakeRules) -> Dataset:
@@ -218,43 +227,6 @@ def _skip_command_set(source: BinaryIO, rules: IntakeRules) -> None:
             read_dataset(source, True, True, stop_when=lambda tag, _vr, _length: tag.group != 0)
 
 
-def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
-    """Refuse a header without a picture, or with one beyond the limits; return how many frames it states.
-
-    Raises:
-        Refused: With the reason.
-    """
-    if sop_class(dataset) in _NO_PICTURES:
-        raise Refused(Reason.NO_PICTURE)
-    rows, columns = dataset.get("Rows"), dataset.get("Columns")
-    if rows is None or columns is None:
-        raise Refused(Reason.NO_IMAGE)
-    check_size(int(rows), int(columns))
-    if dataset.get("BitsAllocated") not in (1, 8, 16, 32, 64) or dataset.get("SamplesPerPixel", 1) not in (1, 3):
-        raise Refused(Reason.HEADER)
-    stated = dataset.get("NumberOfFrames")
-    if stated is None or str(stated) == "":
-        return None
-    frames = int(stated)
-    if frames < 1:
-        raise Refused(Reason.NO_IMAGE)
-    if frames > rules.max_frames:
-        raise Refused(Reason.TOO_MANY_FRAMES)
-    return frames if frames > 1 else None
-
-
-def sop_class(dataset: Dataset) -> str:
-    """Return what kind of object a file holds, by its data set or, where that does not say, by its file meta.
-
-    Raises:
-        Refused: They name two.
-    """
-    names = {as_text(dataset.get("SOPClassUID")), as_text(dataset.file_meta.get("MediaStorageSOPClassUID"))} - {""}
-    if len(names) > 1:
-        raise Refused(Reason.SOP_CLASS)
-    return names.pop() if names else ""
-
-
 def parse(data: bytes, rules: IntakeRules) -> tuple[Dataset, str]:
     """Read a whole file from memory, where a length that the header makes up cannot allocate more than the file has.
 
@@ -262,7 +234,7 @@ def parse(data: bytes, rules: IntakeRules) -> tuple[Dataset, str]:
         Refused: As in `read_header`.
         Exception: One of `DAMAGED_DICOM`.
     """
-    dataset = _contents(io.BytesIO(data), len(data), rules)
+    dataset, _ = _contents(io.BytesIO(data), len(data), rules)
     with within(header_bytes(rules)):
         digest = digest_of(dataset)
     check_header(dataset, rules)
@@ -272,14 +244,6 @@ def parse(data: bytes, rules: IntakeRules) -> tuple[Dataset, str]:
 def syntax_name(uid: str) -> str:
     """Return a transfer syntax's registered name; a private UID is text of the file, so it is not shown."""
     return UID(uid).name if uid in UID_dictionary else "an unregistered transfer syntax"
-
-
-def as_text(value: Any) -> str:
-    """Return a tag's value as text; several values are joined as DICOM writes them."""
-    if value is None or isinstance(value, bytes | Dataset):
-        return ""
-    several = not isinstance(value, str | UID) and hasattr(value, "__getitem__")
-    return ("\\".join(str(item) for item in value) if several else str(value)).strip().strip("\0").strip()
 
 
 def _is_bare_data_set(start: bytes) -> bool:

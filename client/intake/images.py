@@ -8,7 +8,8 @@ not count. Files are named relative to the folder. A file of the folder may be a
 import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -16,13 +17,28 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from client.intake.isolation import DecoderPool
 from client.intake.pixels import Levels, check_size, full_range
-from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, scan_of, stamp_of, state_of
+from client.intake.records import (
+    ALL,
+    LabelSource,
+    Record,
+    Refusal,
+    Room,
+    Scan,
+    Seen,
+    Stamp,
+    refuse_tag,
+    scan_of,
+    stamp_of,
+    state_of,
+)
 from client.intake.refusals import DAMAGED, Reason, Refused, unopened
+from client.intake.requests import ask_volume
 from client.intake.rules import IntakeRules
 from client.intake.sizes import Size, size_of
 from client.intake.table import Table, read_table
-from client.intake.volumes import Volume, is_volume
+from client.intake.volumes import is_volume
 from common.errors import IntakeError
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
@@ -46,8 +62,6 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
     file = table.column("file")
     patient = _patient_column(table)
     name = "" if label.kind == "none" else table.column(label.name or "label")
-    records: list[Record] = []
-    refusals: list[Refusal] = []
     root = folder.resolve()
     lines: dict[str, list[str]] = {}
     files = [_spelled_here(root, row[file]) for row in table.rows]
@@ -55,6 +69,7 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
         said = json.dumps([row.get("issuer", ""), row[patient], row[name] if name else ALL])
         lines.setdefault(_normal(of), []).append(said)
     beside = {name: "\n".join(said) for name, said in lines.items()}
+    items: list[Record | Refusal] = []
     for row, of, line in zip(table.rows, files, table.lines, strict=True):
         path, said = root, beside[_normal(of)]
         try:
@@ -62,18 +77,41 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
             _look_at(path)
             if not row[patient]:
                 raise Refused(Reason.NO_PATIENT)
-            frames, size, about = _look(path, rules)
+            stamp, seen, size = _look(path)
         except Refused as refusal:
             named = path if path != root else _named(root, of)
-            refusals.append(Refusal(named, None, refusal.reason, stamp_of(named), said, line=line))
+            items.append(Refusal(named, None, refusal.reason, stamp_of(named), said, line=line))
             continue
         text, who, site = row[name] if name else ALL, (row.get("issuer", ""), row[patient]), row.get("site") or None
-        stamp, seen = (about.st_size, about.st_mtime_ns), (state_of(about), "")
-        records += (
-            Record(path, frame, who, text or None, site, stamp=stamp, beside=said, seen=seen, line=line, size=size)
-            for frame in frames
-        )
-    return scan_of(records, refusals)
+        kept = Record(path, None, who, text or None, site, stamp=stamp, beside=said, seen=seen, line=line, size=size)
+        items.append(kept)
+    found = list(_with_slices(items, rules))
+    return scan_of(
+        [item for item in found if isinstance(item, Record)], [item for item in found if isinstance(item, Refusal)]
+    )
+
+
+def _with_slices(items: Sequence[Record | Refusal], rules: IntakeRules) -> Iterator[Record | Refusal]:
+    """Yield what was found, volumes by their slices: the decoders' processes read their headers."""
+    room = Room()
+    with DecoderPool(rules) as pool:
+        volumes = pool.answers(ask_volume(item.path, rules) for item in items if _is_whole_volume(item))
+        for item in items:
+            if isinstance(item, Refusal) or not _is_whole_volume(item):
+                yield item
+                continue
+            axes = next(volumes)
+            if isinstance(axes, str):
+                yield item.refused(axes)
+            elif not room.takes(len(numbers := rules.chosen(axes.slices))):
+                yield item.refused(Reason.SOURCE_FRAMES)
+            else:
+                for number in numbers:
+                    yield replace(item, frame=number, seen=(axes.state, ""), size=axes.size)
+
+
+def _is_whole_volume(item: Record | Refusal) -> bool:
+    return isinstance(item, Record) and is_volume(item.path)
 
 
 def decode(source: BinaryIO) -> Levels:
@@ -163,18 +201,17 @@ def _look_at(path: Path) -> None:
         raise (Refused(Reason.MISSING) if error.errno == errno.ENAMETOOLONG else unopened(error)) from error
 
 
-def _look(path: Path, rules: IntakeRules) -> tuple[Sequence[int | None], Size | None, os.stat_result]:
-    """Return which frames of a file are used, the size that it states, and what the file system says of it."""
+def _look(path: Path) -> tuple[Stamp, Seen, Size | None]:
+    """Return a file's stamp, and of a picture its state and the size that it states; a volume is opened elsewhere."""
+    if is_volume(path):
+        return stamp_of(path), ("", ""), None
     try:
         with path.open("rb") as handle:
             about = os.fstat(handle.fileno())
-            if is_volume(path):
-                volume = Volume(handle, rules)
-                return rules.chosen(volume.slices), volume.size, about
             if not handle.read(8).startswith(_MAGIC):
                 raise Refused(Reason.NOT_PNG_JPEG)
             handle.seek(0)
-            return (None,), size_of(handle), about
+            return (about.st_size, about.st_mtime_ns), (state_of(about), ""), size_of(handle)
     except OSError as error:
         raise unopened(error) from error
 

@@ -11,6 +11,8 @@ from common.errors import ConfigError
 
 ALL = "all"
 """The one class of every image when labels are switched off."""
+MAX_FRAMES = 2**20
+"""Of a source's files of several frames together: to state many costs a file nothing, and each one is kept."""
 
 
 Stamp = tuple[int, int]
@@ -96,6 +98,22 @@ class Header:
 
 
 @final
+@dataclass(frozen=True)
+class Axes:
+    """What the scan needs of a volume's header.
+
+    Attributes:
+        slices: How many axial slices there are.
+        size: Columns and rows of each.
+        state: Of the file.
+    """
+
+    slices: int
+    size: tuple[int, int]
+    state: str
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """One file, member, frame or row that is not used, and why. Its repr shows the reason alone."""
@@ -127,6 +145,22 @@ class Scan:
     refusals: tuple[Refusal, ...] = field(default=(), repr=False)
     skipped: tuple[Path, ...] = field(default=(), repr=False)
     kind: str = field(default="", repr=False)
+
+
+@final
+class Room:
+    """How many frames of files of several a source may still have."""
+
+    def __init__(self) -> None:
+        """Start with `MAX_FRAMES`."""
+        self._left = MAX_FRAMES
+
+    def takes(self, frames: int) -> bool:
+        """Make room for a file's frames and return True, if there is room; a file of one needs none."""
+        if frames > max(1, self._left):
+            return False
+        self._left -= frames if frames > 1 else 0
+        return True
 
 
 def scan_of(records: Iterable[Record], refusals: Iterable[Refusal], skipped: Iterable[Path] = ()) -> Scan:

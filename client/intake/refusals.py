@@ -28,13 +28,16 @@ class Reason(StrEnum):
     NO_PICTURE = "segmentation, map of labels or dose, not a picture"
     ARCHIVE = "archive damaged, encrypted or in another one"
     ARCHIVE_LIMITS = "archive expands beyond the limits"
+    TOO_MANY_MEMBERS = "archive of more members than the limit"
     COMPRESSION = "archive member neither stored nor compressed by deflate"
     NOT_PNG_JPEG = "neither PNG nor JPEG nor TIFF nor NIfTI"
     HEADER = "header not readable"
     NO_IMAGE = "no image in the file"
+    LONG_VALUE = "id, label or fact of the header longer than the limit"
     TOO_LARGE = "larger than the limits"
     MULTI_FRAME = "several pages in a file of one image"
     TOO_MANY_FRAMES = "more frames than the limit"
+    SOURCE_FRAMES = "more frames in the whole source than the limit"
     NO_PATIENT = "no patient id"
     NO_LABEL = "no label"
     OTHER_LABEL = "label not among the classes"
@@ -75,6 +78,7 @@ _NOT_THE_FILES_OWN = (
     Reason.NOT_READABLE,
     Reason.MISSING,
     Reason.INDEX,
+    Reason.SOURCE_FRAMES,
     Reason.NO_DECODER,
     Reason.DIED,
     Reason.TOO_SLOW,
@@ -164,14 +168,20 @@ def describe(refused: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items(), key=lambda it: (-it[1], it[0])))
 
 
+_TALKATIVE = ("pydicom", "nibabel.global")
+
+
 @contextmanager
 def quiet() -> Generator[None, None, None]:
-    """Silence pydicom and Pillow: their warnings and log lines quote values of the file, which may name a patient."""
-    logger = logging.getLogger("pydicom")
-    before, logger.disabled = logger.disabled, True
+    """Silence pydicom, nibabel and Pillow: what they warn of and log quotes the file, which may name a patient."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled

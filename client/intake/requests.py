@@ -16,12 +16,12 @@ import numpy as np
 from client.intake.headers import FACTS
 from client.intake.labels import Labelling
 from client.intake.pixels import Square
-from client.intake.records import Header, Region, Seen
+from client.intake.records import Axes, Header, Region, Seen
 from client.intake.rules import IntakeRules
 
 MAX_REASON_BYTES = 200
-MAX_HEADER_BYTES = 2**20
-"""Of the reply with a header: the few elements that a scan asks for."""
+MAX_HEADER_BYTES = 2**13
+"""Of the reply with a header: the few elements that a scan asks for, which are kept for each image."""
 MAX_DIRECTORY_BYTES = 64 * 2**20
 """Of the reply with what a DICOMDIR names: some hundred thousand files."""
 _ROWS_A_REPLY = 256
@@ -112,6 +112,12 @@ def ask_directory(path: Path, rules: IntakeRules) -> Asked[FileIds]:
     return Asked(request, 1, 1, MAX_DIRECTORY_BYTES, _unpack_directory)
 
 
+def ask_volume(path: Path, rules: IntakeRules) -> Asked[Axes]:
+    """Ask for the axes of a NIfTI volume, or the reason why it is refused."""
+    request = json.dumps([{"volume": str(path)}, 0, 0, rules.model_dump_json()]).encode()
+    return Asked(request, 1, 1, MAX_HEADER_BYTES, _unpack_axes)
+
+
 def unpack_pixels(reply: bytes, frames: int, form: Form) -> list[Square | str]:
     """Read a reply for so many frames.
 
@@ -144,6 +150,18 @@ def _unpack_header(reply: bytes, _answers: int) -> list[Header | str]:
         raise ValueError("not a header")
     shared = {intern(name): intern(text) for name, text in facts.items()}  # most are the same in thousands of files
     return [Header((intern(issuer), intern(patient)), intern(label), frames, shared, (state, digest))]
+
+
+def _unpack_axes(reply: bytes, _answers: int) -> list[Axes | str]:
+    if not reply.startswith(b"+"):
+        return [_reason(reply, 0)]
+    try:
+        slices, (columns, rows), state = json.loads(reply[1:])
+    except (TypeError, RecursionError) as error:
+        raise ValueError("not the axes of a volume") from error
+    if not isinstance(state, str) or not all(type(number) is int and number > 0 for number in (slices, columns, rows)):
+        raise ValueError("not the axes of a volume")
+    return [Axes(slices, (columns, rows), state)]
 
 
 def _unpack_directory(reply: bytes, _answers: int) -> list[FileIds | str]:

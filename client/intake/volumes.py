@@ -3,7 +3,8 @@
 A NIfTI states no window, so the site's percentiles of each slice are black and white, after the file's scaling.
 
 Source: NIfTI-1.1, nifti1.h (dim, datatype, vox_offset, scl_slope); NIfTI-2. nibabel reads the header, not the file:
-it would take the sizes of extensions from it. Out of scope: pairs of .hdr and .img, more than three axes.
+it would take the sizes of extensions from it. Runs in the decoders' processes: a gzip header may have no end, and a
+file any number of empty members. Out of scope: pairs of .hdr and .img, more than three axes.
 """
 
 import gzip
@@ -26,6 +27,8 @@ SUFFIXES = (".nii", ".nii.gz")
 MAX_VOLUME_BYTES = 2 * 1024**3
 
 _MAX_OFFSET = 1024**2
+_MOST_INFLATED = 1032
+"""Bytes that deflate makes of one, at most."""
 _HEADER_BYTES = 540
 _DAMAGED = (*DAMAGED, TypeError, ArithmeticError)
 
@@ -45,6 +48,7 @@ class Volume:
 
     Guarantees:
         - volume_is_bounded: No more is read or inflated than the header states, and that is within the limits.
+        - slices_are_there: A file that is too short for what it states is refused, packed or not.
         - slices_are_axial: Whatever the order of the axes in the file, slices come from the feet up, in the same pose.
     """
 
@@ -57,19 +61,24 @@ class Volume:
         self._source, self._rules = source, rules
         self._data: Any = None
         try:
-            if source.seek(0, io.SEEK_END) > rules.max_bytes:
+            room = source.seek(0, io.SEEK_END)
+            if room > rules.max_bytes:
                 raise Refused(Reason.TOO_LARGE)
             with _unpacked(source) as handle:
+                room *= _MOST_INFLATED if isinstance(handle, gzip.GzipFile) else 1
                 self._read_header(handle.read(_HEADER_BYTES))
         except _DAMAGED as error:
             raise Refused(Reason.HEADER) from error
         columns, rows, self.slices = (self._shape[int(axis)] for axis in np.argsort(self._orientation[:, 0]))
         self.size = columns, rows
         check_size(rows, columns)
-        if self.slices < 1 or math.prod(self._shape) * self._kind.itemsize > MAX_VOLUME_BYTES:
+        size = math.prod(self._shape) * self._kind.itemsize
+        if self.slices < 1 or size > MAX_VOLUME_BYTES:
             raise Refused(Reason.TOO_LARGE if self.slices > 0 else Reason.NO_IMAGE)
         if self.slices > rules.max_frames:
             raise Refused(Reason.TOO_MANY_FRAMES)
+        if self._offset + size > room:
+            raise Refused(Reason.PIXELS)
 
     def levels(self, number: int) -> Levels:
         """Return a slice, from 0 at the feet.

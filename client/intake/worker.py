@@ -162,7 +162,7 @@ def serve(connection: Connection) -> None:
             except EOFError:
                 return
             what, size, channels, rules = json.loads(request)
-            if "labels" in what or "directory" in what:
+            if "frames" not in what:
                 connection.send_bytes(_listed(what, _rules(rules)))
                 continue
             blank = tuple(map(tuple, what["blank"]))
@@ -172,12 +172,14 @@ def serve(connection: Connection) -> None:
 
 
 def _listed(what: dict[str, Any], rules: IntakeRules) -> bytes:
-    """Answer what a scan asks: a header, or what a DICOMDIR names."""
+    """Answer what a scan asks: a header, the axes of a volume, or what a DICOMDIR names."""
 
     def look() -> bytes:
         if "directory" in what:
             with Path(what["directory"]).open("rb") as handle:
                 said: Any = file_ids(handle, rules)
+        elif "volume" in what:
+            said = _axes(Path(what["volume"]), rules)
         else:
             said = _header(Path(what["path"]), what["member"], parse_labelling(what["labels"]), rules)
         answer = json.dumps(said).encode()
@@ -198,6 +200,12 @@ def _header(path: Path, member: str | None, labels: Labelling, rules: IntakeRule
         state, data = archive.state(), archive.read(member, rules)
         header = read_header(io.BytesIO(data), len(data), labels, rules, state)
     return [header.patient, header.label, header.frames, header.facts, header.seen]
+
+
+def _axes(path: Path, rules: IntakeRules) -> list[Any]:
+    with path.open("rb") as handle:
+        volume = Volume(handle, rules)
+        return [volume.slices, volume.size, state_of(os.fstat(handle.fileno()))]
 
 
 def _replies(job: Job, form: Form) -> Iterator[bytes]:

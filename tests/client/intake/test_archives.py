@@ -188,3 +188,50 @@ def test_an_archive_is_read_once_for_many_members(tmp_path: Path, write_dicom: W
     path = zipped(tmp_path / "a.zip", {str(n): (tmp_path / str(n)).read_bytes() for n in range(5)})
     dataset, _ = read(scan(path, "none"), ["all"], 28)
     assert dataset.number_of_patients == 5
+
+
+def crowded(path: Path, members: int) -> Path:
+    """Return an archive with a directory of so many members, of which the end says that there are none."""
+    head = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 33, 0, 0, 0, 1, 0) + b"a"
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 33, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, len(entry) * members, len(head), 0)
+    path.write_bytes(head + entry * members + end)
+    return path
+
+
+def test_members_are_counted_before_they_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zipfile lists them whatever the end says of their number, and takes 30 s and 700 MB for a million."""
+    with Archive(crowded(tmp_path / "many.zip", 20)) as archive:
+        assert len(archive.members()) == 20
+    crowded(tmp_path / "more.zip", 21)
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 20)
+    with Archive(tmp_path / "many.zip") as archive:
+        assert len(archive.members()) == 20
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("listed"))
+    with pytest.raises(IntakeError, match=Reason.TOO_MANY_MEMBERS):
+        scan(tmp_path / "more.zip", "none")
+
+
+@pytest.mark.parametrize("before", [b"", b"an unpacker's program"])
+@pytest.mark.parametrize("after", [b"", b"a comment"])
+@pytest.mark.parametrize("zip64", [True, False])
+def test_the_directory_that_is_counted_is_the_one_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes, after: bytes, *, zip64: bool
+) -> None:
+    if before and zip64:
+        pytest.skip("refused, see above")
+    whole, end = end_of(tmp_path / "a.zip", monkeypatch, zip64=zip64)
+    (tmp_path / "a.zip").write_bytes(before + whole[: end + 20] + struct.pack("<H", len(after)) + after)
+    Archive(tmp_path / "a.zip").close()
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 0)
+    with pytest.raises(Refused, match=Reason.TOO_MANY_MEMBERS):
+        Archive(tmp_path / "a.zip")
+
+
+def test_a_folder_that_holds_data_is_refused(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Every member is used or counted; only a folder that is none of anything is neither."""
+    good = write_dicom(tmp_path / "good").read_bytes()
+    path = zipped(tmp_path / "a.zip", {"one": good, "two/": good, "three/": b""})
+    found = scan(path, "none")
+    assert [record.member for record in found.records] == ["one"]
+    assert [(refusal.member, refusal.reason) for refusal in found.refusals] == [("two/", Reason.ARCHIVE)]

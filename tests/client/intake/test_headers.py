@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from pydicom import dcmread
 from pydicom.uid import (
@@ -16,8 +17,8 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 
-from client.intake import IntakeRules, Reason, scan
-from client.intake.headers import file_meta
+from client.intake import IntakeRules, Reason, records, scan
+from client.intake.headers import MAX_VALUE, file_meta
 from client.intake.selection import Practice, choose
 from common.errors import IntakeError
 from tests.client.intake.pictures import read
@@ -143,3 +144,55 @@ def test_two_sop_classes_are_refused(tmp_path: Path, write_dicom: WriteDicom) ->
     with_meta_class(path, SECONDARY_CAPTURE)
     with pytest.raises(IntakeError, match="SOP class"):
         scan(tmp_path, "none")
+
+
+LONG = "A" * (MAX_VALUE + 1)
+
+
+def with_text(path: Path, keyword: str, text: str) -> None:
+    """Give an element a value that its VR does not allow."""
+    dataset = dcmread(path)
+    dataset.add_new(keyword, "UT", text)
+    dataset.save_as(path)
+
+
+@pytest.mark.parametrize("keyword", ["PatientID", "IssuerOfPatientID", "Manufacturer", "AdmittingDiagnosesDescription"])
+def test_values_are_bounded(tmp_path: Path, write_dicom: WriteDicom, keyword: str) -> None:
+    """They are kept for each image; cut, two patients could be taken for one."""
+    tags = {"PatientID": "P1", "AdmittingDiagnosesDescription": "x"}
+    with_text(write_dicom(tmp_path / "a", **tags), keyword, LONG[1:])
+    with_text(write_dicom(tmp_path / "b", **tags, syntax=DeflatedExplicitVRLittleEndian), keyword, LONG)
+    found = scan(tmp_path)
+    assert [record.path.name for record in found.records] == ["a"]
+    assert found.refused == {Reason.LONG_VALUE: 1}
+
+
+def test_a_value_that_only_rules_of_labels_look_at_may_be_long(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    with_text(write_dicom(tmp_path / "source" / "a"), "ImageComments", LONG)
+    rules = tmp_path / "rules.toml"
+    rules.write_text("[[label]]\nclass = 'some'\ntag = 'ImageComments'\nmatches = '^A'\n")
+    assert [record.label for record in scan(tmp_path / "source", f"rules:{rules}").records] == ["some"]
+
+
+def test_all_values_together_are_bounded(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    write_dicom(tmp_path / "a")
+    path = write_dicom(tmp_path / "b", SpecificCharacterSet="ISO_IR 192")
+    for keyword in ("PatientID", "IssuerOfPatientID", "Manufacturer", "ManufacturerModelName", "AccessionNumber"):
+        with_text(path, keyword, "\u533b" * MAX_VALUE)
+    found = scan(tmp_path, "none")
+    assert [record.path.name for record in found.records] == ["a"]
+    assert found.refused == {Reason.TOO_LARGE: 1}
+
+
+def test_the_frames_of_a_source_are_bounded(
+    tmp_path: Path, write_dicom: WriteDicom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together, of files of several; one that finds no room leaves it to others, and files of one need none."""
+    monkeypatch.setattr(records, "MAX_FRAMES", 5)
+    frame = np.zeros((8, 8), np.uint8)
+    for name, frames in (("a", 3), ("b", 3), ("c", 2), ("d", 1), ("e", 1)):
+        write_dicom(tmp_path / name, frame, NumberOfFrames=frames, PixelData=bytes(64 * frames), PatientID=name)
+    found = scan(tmp_path, "none", IntakeRules(frames="all"))
+    assert [record.path.name for record in found.records] == [*"aaaccde"]
+    assert [(refusal.path.name, refusal.reason) for refusal in found.refusals] == [("b", Reason.SOURCE_FRAMES)]
+    assert len(scan(tmp_path, "none", IntakeRules(frames="middle")).records) == 5

@@ -1,5 +1,6 @@
 import gzip
 import io
+import logging
 from pathlib import Path
 
 import nibabel as nib
@@ -7,9 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.intake import IntakeRules, Reason, Refused, scan
+from client.intake import IntakeRules, Reason, Refused, records, scan
 from client.intake import volumes as module
+from client.intake.records import Record
+from client.intake.refusals import quiet
 from client.intake.volumes import Volume
+from client.intake.worker import decode
+from common.errors import IntakeError
 from tests.client.intake.pictures import read
 
 WHOLE = IntakeRules(percentiles=(0, 100), frames="all")
@@ -108,3 +113,90 @@ def test_mutated_headers_are_refused_or_read(tmp_path: Path) -> None:
         except Refused as refusal:
             outcomes.add(refusal.reason)
     assert len(outcomes) > 2
+
+
+def indexed(folder: Path, *names: str) -> Path:
+    rows = [f"{name},p{number},x\n" for number, name in enumerate(names)]
+    (folder / "index.csv").write_text("".join(["file,patient,label\n", *rows]))
+    return folder
+
+
+def test_slices_are_there(tmp_path: Path) -> None:
+    """A header alone would make thousands of records."""
+    whole = nifti(tmp_path / "good.nii", np.zeros((8, 8, 4000), np.uint8)).read_bytes()
+    (tmp_path / "short.nii").write_bytes(whole[:-1])
+    (tmp_path / "good.nii.gz").write_bytes(gzip.compress(whole))
+    (tmp_path / "short.nii.gz").write_bytes(gzip.compress(whole[:352]))
+    found = scan(indexed(tmp_path, "good.nii", "short.nii", "good.nii.gz", "short.nii.gz"), rules=WHOLE)
+    assert {record.path.name for record in found.records} == {"good.nii", "good.nii.gz"}
+    assert len(found.records) == 8000
+    assert [(refusal.line, refusal.reason) for refusal in found.refusals] == [(3, Reason.PIXELS), (5, Reason.PIXELS)]
+
+
+def test_the_slices_of_a_source_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where many rows of the index name one file."""
+    nifti(tmp_path / "a.nii")
+    monkeypatch.setattr(records, "MAX_FRAMES", 13)
+    found = scan(indexed(tmp_path, "a.nii", "a.nii", "a.nii"), rules=WHOLE)
+    assert len(found.records) == 12
+    assert [(refusal.line, refusal.reason) for refusal in found.refusals] == [(4, Reason.SOURCE_FRAMES)]
+
+
+ODD = {"magic": (344, b"n+SE"), "dim": (70, b"SE"), "qform": (252, b"SE"), "vox": (108, b"SECR"), "size": (0, b"SECR")}
+"""Places of the header, and what stands there: 17747 as a number of 16 bits."""
+
+
+def odd(folder: Path) -> Path:
+    whole = nifti(folder / "good.nii").read_bytes()
+    for name, (place, value) in ODD.items():
+        (folder / f"{name}.nii").write_bytes(whole[:place] + value + whole[place + len(value) :])
+    return indexed(folder, "good.nii", *(f"{name}.nii" for name in ODD))
+
+
+def test_nothing_of_a_volume_is_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """nibabel logs odd values of a header, to stderr too."""
+    folder = odd(tmp_path)
+    with caplog.at_level(logging.DEBUG):
+        found = scan(folder, rules=WHOLE)
+        assert {record.path.name for record in found.records} >= {"good.nii"}
+        assert Reason.HEADER in found.refused
+        decoded = [decode_outcome(record) for record in found.records]
+        with quiet():
+            outcomes = [scanned_here(folder / f"{name}.nii") for name in ODD]
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+    assert any(outcomes)
+    assert any(decoded)
+    with caplog.at_level(logging.DEBUG):
+        scanned_here(folder / "dim.nii")
+    assert "17747" in caplog.text  # so it would
+
+
+def decode_outcome(record: Record) -> bool:
+    try:
+        return decode(record, WHOLE).size > 0
+    except Refused:
+        return False
+
+
+def scanned_here(path: Path) -> str:
+    try:
+        volume_of(path)
+    except Refused as refusal:
+        return refusal.reason
+    return ""
+
+
+def test_no_volume_is_opened_in_the_importing_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nifti(tmp_path / "a.nii.gz")
+    monkeypatch.delattr(Volume, "__init__")
+    assert len(scan(indexed(tmp_path, "a.nii.gz"), rules=WHOLE).records) == 6
+
+
+def test_a_gzip_header_without_an_end_costs_its_file(tmp_path: Path) -> None:
+    """gzip looks for the end of the name byte by byte."""
+    (tmp_path / "a.nii.gz").write_bytes(b"\x1f\x8b\x08\x08" + bytes(6) + b"A" * 2**25)
+    with pytest.raises(IntakeError, match=Reason.TOO_SLOW):
+        scan(indexed(tmp_path, "a.nii.gz"), rules=IntakeRules(decode_seconds=0.5))
