@@ -105,7 +105,7 @@ def walk(folder: Path) -> Iterator[Path | Refusal]:
         places = [Path(root) / name for name in (*folders, *sorted(names))]
         for number, path in enumerate(places):
             if number < len(folders):
-                if path.is_symlink():
+                if _is_link(path):
                     yield Refusal(path, None, Reason.NOT_A_FILE)
             elif (reason := _no_file(path)) is not None:
                 yield Refusal(path, None, reason)
@@ -113,6 +113,13 @@ def walk(folder: Path) -> Iterator[Path | Refusal]:
                 yield path
     for path in unreadable:
         yield Refusal(path, None, Reason.FOLDER)
+
+
+def _is_link(folder: Path) -> bool:
+    try:
+        return folder.is_symlink()
+    except OSError:  # its path is too long, say: what keeps it from being entered is told when that is tried
+        return False
 
 
 def enter(folder: str | Path) -> None:

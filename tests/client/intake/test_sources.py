@@ -269,3 +269,30 @@ def test_rows_of_labels_without_a_file_are_counted(tmp_path: Path, write_dicom: 
     with pytest.raises(IntakeError, match=r"None of 1 rows of labels.csv names a file that is there"):
         scan(tmp_path)
     assert len(scan(tmp_path, "none").records) == 2
+
+
+def nest(folder: Path, name: str, depth: int) -> None:
+    """Make folders in each other, beyond the longest path that the system takes."""
+    at = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=at)
+        inner = os.open(name, os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = inner
+    os.close(at)
+
+
+@pytest.mark.parametrize("source", ["tree", "index", "arrays"])
+def test_a_path_that_is_too_long(tmp_path: Path, write_dicom: WriteDicom, source: str) -> None:
+    """The folder at the end of it is counted, whatever the source is taken for, and the rest is read."""
+    if source == "tree":
+        write_dicom(tmp_path / "a.dcm")
+        (tmp_path / "notes.csv").write_text("file,patient\n")
+    elif source == "index":
+        pictures(tmp_path, "a.png")
+        (tmp_path / "index.csv").write_text("file,patient\na.png,P1\n")
+    else:
+        np.savez(tmp_path / "a.npz", images=np.zeros((1, 8, 8), np.uint8), patient_id=["P1"])
+    nest(tmp_path, "n" * 200, 22)
+    found = scan(tmp_path, "none")
+    assert (len(found.records), found.refused.get(Reason.FOLDER)) == (1, 1)
