@@ -274,7 +274,7 @@ def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:
 def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], str]:
     """Return the rows of `labels.csv` by file, and the column that holds labels ("" where a tag does)."""
     path = folder / LABELS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):  # one that is no file is an error: labels would come from somewhere else
         if label.kind == "column":
             raise IntakeError(f"--label column:{label.name} needs {LABELS_FILE} (file, {label.name}) beside the DICOM.")
         return {}, ""

@@ -38,6 +38,7 @@ from client.intake.pixels import check_size
 from client.intake.records import Header
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
+from common.files import open_regular
 
 FACTS = (
     "SOPClassUID",
@@ -88,7 +89,7 @@ def is_dicom(path: Path) -> bool:
 
     Source: DICOM PS3.10 7.1.
     """
-    with path.open("rb") as handle:
+    with open_regular(path) as handle:
         return handle.read(132)[128:] == b"DICM"
 
 

@@ -24,6 +24,7 @@ from client.intake.sizes import Size, size_of
 from client.intake.table import Table, read_table
 from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
+from common.files import open_regular
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 
@@ -151,7 +152,7 @@ def _look_at(path: Path) -> None:
 def _look(path: Path, rules: IntakeRules) -> tuple[Sequence[int | None], Size | None, os.stat_result]:
     """Return which frames of a file are used, the size that it states, and what the file system says of it."""
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             about = os.fstat(handle.fileno())
             if is_volume(path):
                 volume = Volume(handle, rules)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import final
 
 from client.intake.deidentify import BlankRules, doubt
+from client.intake.labels import MAX_RULES_BYTES
 from client.intake.patients import PatientTable
 from client.intake.records import Record, Refusal, Scan, parse_label
 from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
 from client.logs import printable
 from client.policy import Doubtful
+from common.files import read_bounded
 from common.wording import counted
 
 _SHOWN, _SHOWN_CHARS = 8, 48
@@ -50,7 +52,9 @@ class Practice:
     def digest(self) -> str:
         """Return a digest of all that decides pixels, labels and patients, beside the files themselves."""
         label = parse_label(self.label)
-        label_rules = Path(label.name).read_text(encoding="utf-8") if label.kind == "rules" else ""
+        label_rules = (
+            read_bounded(Path(label.name), MAX_RULES_BYTES).decode(errors="replace") if label.kind == "rules" else ""
+        )
         rules = self.rules.model_dump(exclude={"workers", "decode_seconds"})
         merged = [sorted(self.patients.merged.items()), sorted(self.patients.by_id.items())]
         said = [_PIXELS, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]

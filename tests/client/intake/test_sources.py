@@ -9,16 +9,18 @@ import pytest
 from PIL import Image
 
 from client.intake import IntakeRules, Reason, folders, scan, worker
+from client.intake.deidentify import read_blank_rules
 from client.intake.folders import scan_folder
-from client.intake.labels import TagLabel
+from client.intake.labels import TagLabel, read_label_rules
 from client.intake.page import save_page
+from client.intake.patients import read_patient_table
 from client.intake.records import LabelSource
 from client.intake.report import Listing
 from client.intake.requests import ask_header as real
 from client.intake.selection import Practice
 from client.intake.sources import find
 from client.intake.survey import Row, survey
-from common.errors import ConfigError, IntakeError, UnreadableSource
+from common.errors import ConfigError, IntakeError, StorageError, UnreadableSource
 from tests.client.intake.pictures import read
 
 WriteDicom = Callable[..., Path]
@@ -296,3 +298,37 @@ def test_a_path_that_is_too_long(tmp_path: Path, write_dicom: WriteDicom, source
     nest(tmp_path, "n" * 200, 22)
     found = scan(tmp_path, "none")
     assert (len(found.records), found.refused.get(Reason.FOLDER)) == (1, 1)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("put", [pipe, zeros])
+def test_a_pipe_neither_waits_nor_a_device_fills(
+    tmp_path: Path, write_dicom: WriteDicom, put: Callable[[Path], None]
+) -> None:
+    """Whatever is read in this process: each table, an NPZ, rules; else the one file is counted."""
+    for name in ("index.csv", "labels.csv", "x.npz"):
+        (folder := tmp_path / f"of {name}").mkdir()
+        put(folder / name)
+        with pytest.raises(IntakeError, match="not a regular file"):
+            scan(folder, "none")
+    write_dicom(tmp_path / "beside" / "a.dcm")
+    put(tmp_path / "beside" / "notes.csv")
+    put(tmp_path / "beside" / "x.npz")
+    found = scan(tmp_path / "beside", "none")
+    assert (len(found.records), found.refused) == (1, {Reason.NOT_A_FILE: 2})
+    put(tmp_path / "rules")
+    for read_file in (read_label_rules, read_blank_rules):
+        with pytest.raises(StorageError, match="not a regular file"):
+            read_file(tmp_path / "rules")
+    with pytest.raises(StorageError, match="not a regular file"):
+        Practice(tmp_path, f"rules:{tmp_path / 'rules'}").digest()
+    with pytest.raises(IntakeError, match="not a regular file"):
+        read_patient_table(tmp_path / "rules")
