@@ -186,7 +186,7 @@ def _write_json(path: Path | None, report: Report) -> None:
     if path is None:
         return
     tree: Mapping[str, Any] = report.as_json()
-    write_atomic(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(), 0o600)
+    write_atomic(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"), 0o600)
 
 
 def progress() -> Progress:

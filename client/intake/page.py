@@ -106,7 +106,7 @@ def save_page(folder: Path, report: Report, rows: Sequence[Row]) -> list[Path]:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     shown = [(row.title, [(name, _embedded(square)) for name, square in row.pictures]) for row in rows]
     text = environment.from_string(_PAGE).render(r=report, rows=shown)
-    files = {"report.html": text.encode()} | ({"contact-sheet.png": png} if png else {})
+    files = {"report.html": text.encode(errors="backslashreplace")} | ({"contact-sheet.png": png} if png else {})
     for name, content in files.items():
         write_atomic(folder / name, content, 0o600)
     return [folder / name for name in files]

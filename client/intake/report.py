@@ -238,12 +238,12 @@ def kinds_of(records: Iterable[Record]) -> Mapping[str, Mapping[str, int]]:
 
 
 def named_counts(counts: Mapping[str, int]) -> str:
-    """Return counts with their names, as one phrase.
+    """Return counts with their names, which may be text of a file, as one phrase.
 
     >>> named_counts({"CT": 2, "MR": 1})
     'CT 2, MR 1'
     """
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+    return ", ".join(f"{escaped(name)} {count}" for name, count in counts.items())
 
 
 def escaped(name: str) -> str:

@@ -229,6 +229,24 @@ def test_a_decoder_that_some_files_lack(run: Run, source: Path, tmp_path: Path, 
     assert "films are not read" in (tmp_path / "seen" / "report.html").read_text()
 
 
+def test_labels_that_cannot_be_written_or_command_the_terminal(run: Run, tmp_path: Path) -> None:
+    """A half of a pair of UTF-16 in an NPZ, and an escape."""
+    labels = ["a\ud800", "\x1b[31mred\x1b]0;title\x07"]
+    stack = np.random.default_rng(0).integers(0, 255, (60, 20, 20)).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", images=stack, patient_id=np.arange(60), labels=labels * 30)
+    places = ("--report", tmp_path / "seen", "--json", tmp_path / "a.json")
+    code, out, err = run("check", tmp_path / "x.npz", *places)
+    assert (code, "\x1b" in out + err) == (0, False)
+    assert r"by class: a\ud800 30, \x1b[31mred\x1b]0;title\x07 30" in out
+    assert json.loads((tmp_path / "a.json").read_text())["classes"] == dict.fromkeys(labels, 30)
+    assert r"a\ud800" in (tmp_path / "seen" / "report.html").read_text()
+    (out + err).encode()
+    for option in ((), ("--show-files",)):
+        code, out, err = run("check", tmp_path / "x.npz", *places, "--classes", "b", *option)
+        assert (code, "\x1b" in out + err) == (ExitCode.DATA, False)
+        (out + err).encode()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
 def test_an_unreadable_folder(run: Run, source: Path, tmp_path: Path) -> None:
     source.chmod(0)
