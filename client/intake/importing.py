@@ -83,6 +83,7 @@ def import_source(
     min_patients: int = 1,
     progress: Progress | None = None,
     alone: AbstractContextManager[None] | None = None,
+    name_labels: bool = False,
 ) -> Imported:
     """Bring a vault up to the state of the site's files.
 
@@ -94,6 +95,7 @@ def import_source(
         min_patients: With fewer the vault stays as it was, and what was decoded is kept for the next import.
         progress: Told before each file that is listed and after each image.
         alone: Held while the vault changes from one state to the next.
+        name_labels: Errors may name labels, which may be values of headers.
 
     Raises:
         IntakeError: Nothing is usable.
@@ -128,7 +130,8 @@ def import_source(
         refused = dict(sorted(sum((Counter(one.refused) for one in seen.values()), Counter[str]()).items()))
         patients = tuple(Counter(rows["patient"].tolist()).values())
         if len(patients) < max(1, min_patients):
-            others, there = other_labels(looked.found, form.classes), bool(before.current().any())
+            others = other_labels(looked.found, form.classes, name_labels)
+            there = bool(before.current().any())
             raise too_few(len(patients), min_patients, refused, others, kept=True, there=there)
         with alone or nullcontext():
             manifest = compact(vault, key, manifest)

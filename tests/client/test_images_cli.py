@@ -362,6 +362,34 @@ def plant(folder: Path, write_dicom: WriteDicom) -> list[str]:
     return [*CANARIES, *dates, *uids]
 
 
+def test_labels_of_headers_stay_out_of_logs(run: Run, tmp_path: Path, write_dicom: WriteDicom, monkeypatch) -> None:
+    """Shown where a terminal shows them, or where that is asked for; else counted."""
+    for number in range(25):
+        write_dicom(
+            tmp_path / "data" / f"{number}", picture(number), PatientID=f"P{number}", PatientName="DOE", **uid(number)
+        )
+    home = make_home(tmp_path, tmp_path / "data", least=5)
+    site = home.folder / "site.toml"
+    site.write_text(site.read_text().replace('"none"', '"tag:PatientName"'))
+    checking = ("check", tmp_path / "data", "--label", "tag:PatientName", "--report", tmp_path / "seen")
+    importing = ("import", home.folder, "--size", 28, "--classes")
+    code, out, err = run(*checking)
+    assert (code, "DOE" in out + err) == (0, False)
+    assert "by label: 1 label, shown on a terminal alone or with --show-files\n" in out
+    for command in ((*checking, "--classes", "x"), (*importing, "x"), (*importing, "x,y")):
+        code, out, err = run(*command)
+        assert (code, "DOE" in out + err) == (ExitCode.DATA, False)
+        assert "25 images have labels that are no class of the run: 1 label, shown on a terminal alone" in err
+        assert "no class of the run: DOE 25." in run(*command, "--show-files")[2]
+    assert "by label: DOE 25\n" in run(*checking, "--show-files")[1]
+    monkeypatch.setattr(images, "_EVERY_S", 1e9)
+    for stream in ("stdout", "stderr"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"sys.{stream}.isatty", lambda: True)
+            assert ("by label, on this terminal alone: DOE 25\n" in run(*checking)[1]) == (stream == "stdout")
+            assert ("run: DOE 25." in run(*importing, "x")[2]) == (stream == "stderr")
+
+
 def test_no_identifier(run: Run, tmp_path: Path, write_dicom: WriteDicom) -> None:
     """Two hundred canaries in names, ids, dates, private tags, UIDs and file names: none in vault, logs, journal,
     ledger, replies, reports or messages, sealed or opened."""
