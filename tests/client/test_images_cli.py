@@ -296,7 +296,7 @@ def test_each_phase_has_its_clock(capsys: pytest.CaptureFixture[str], monkeypatc
         tell("files looked at", done, 0)
     for done in (1, 10, 40, 41):
         tell("images read", done, 1000)
-    said = ["files looked at: 80, 2 a second", "images read: 40 of 1000, 1 a second, 16.0 min left"]
+    said = ["files looked at: 80, 2 a second", "images read: 40 of 1000, 1 a second, 16 min 0 s left"]
     assert capsys.readouterr().err.splitlines() == said
 
 
