@@ -93,8 +93,8 @@ class Report:
         ]
         if self.unopened:
             said.append(
-                f"unchanged: {counted(self.unopened, 'file')}; kinds, parts made black, examples and other warnings "
-                "below are of the files that were opened now alone: `check` shows them of all"
+                "below, kinds, parts made black, examples and other warnings are of the files that were opened now "
+                "alone: `check` shows them of all"
             )
         if self.classes:
             said.append(f"by class: {named_counts(self.classes)}")
