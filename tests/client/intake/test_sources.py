@@ -264,6 +264,9 @@ def test_rows_of_labels_without_a_file_are_counted(tmp_path: Path, write_dicom: 
     (tmp_path / "labels.csv").write_text(rows)
     found = scan(tmp_path)
     assert (len(found.records), found.refused) == (2, {Reason.MISSING: 3})
+    assert [refusal.line for refusal in found.refusals] == [4, 5, 6]
+    (missing,) = survey(Practice(tmp_path)).report.refused
+    assert missing.examples == ("line 4", "line 5", "line 6")
     assert find(tmp_path, "auto", skip=lambda path, _stamp, _beside: path.name == "a").refused == {Reason.MISSING: 3}
     known = find(tmp_path, "auto", skip=lambda *_: True)  # members of an archive that is not opened are not looked at
     assert known.refused == {Reason.MISSING: 2}
