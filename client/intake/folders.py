@@ -37,7 +37,7 @@ Found = Record | Refusal
 @final
 @dataclass(frozen=True)
 class _Search:
-    """What one scan looks for; by file `lines` of the table, `beside` what it says of it, of all its members together."""
+    """What one scan looks for; by file, `lines` of the table, `beside` what it says of it and of all its members."""
 
     rules: IntakeRules
     label: LabelSource

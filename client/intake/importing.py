@@ -1,7 +1,8 @@
 """From the site's files into a vault: what is new or changed is read, the rest stays, what is gone goes.
 
 A file counts as unchanged while its size, its time of change, what tables beside it say of it and the site's rules are
-the same. An import that is interrupted has written whole chunks; the next one goes on from them.
+the same. Not its time of change of status: a backup that is restored, a copy and a link that a backup sets change that,
+and all would be decoded anew. An import that is interrupted has written whole chunks; the next one goes on from them.
 
 Out of scope: which images are used (client/intake/selection), the form of a vault (client/intake/vault).
 """
