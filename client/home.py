@@ -189,6 +189,7 @@ def import_images(
     min_patients: int,
     channels: int = 1,
     progress: Progress | None = None,
+    name_labels: bool = False,
 ) -> Imported:
     """Bring the home's training set up to the state of the site's images.
 
@@ -199,6 +200,7 @@ def import_images(
         min_patients: Fewer usable patients are an error.
         channels: 1 for grey, 3 for colour; images that are the other are converted.
         progress: Told how many of the images that are new or changed are decoded.
+        name_labels: Errors may name labels, which may be values of headers.
 
     Returns:
         What was found, used and refused. For the site's own eyes.
@@ -214,7 +216,8 @@ def import_images(
         raise ConfigError(f"Expected channels={channels} as 1 (grey) or 3 (red, green and blue).")
     vault, form = home.vault(classes, size, channels), Form(tuple(classes), size, channels)
     key = vault_key(home)
-    return import_source(vault, key, form, practice_of(home), min_patients, progress, one_at_a_time(home))
+    alone, practice = one_at_a_time(home), practice_of(home)
+    return import_source(vault, key, form, practice, min_patients, progress, alone, name_labels)
 
 
 def forget_elsewhere(home: Home, done: Imported, imported: Path, min_patients: int) -> list[Forgotten]:

@@ -39,7 +39,9 @@ _BLOCK = 1024
 _EVERY_S = 0.5
 _EVERY_S_IN_A_LOG = 30.0
 
-ShowFiles = Annotated[bool, typer.Option("--show-files", help="Show files by name: names may name patients.")]
+ShowFiles = Annotated[
+    bool, typer.Option("--show-files", help="Show names of files, and labels in a log too: they may name patients.")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the same as JSON to this file.")]
 
 
@@ -68,11 +70,13 @@ def check(
     said = replace(found.report, cost=cost, min_patients=minimum)
     print("\n".join(said.lines()))
     if said.classes is None and found.labels:
-        print(f"by label, on this terminal alone: {shown_labels(found.labels)}")
+        terminal = sys.stdout.isatty()
+        where = ", on this terminal alone" if terminal else ""
+        print(f"by label{where}: {shown_labels(found.labels, terminal or show_files)}")
     for written in save_page(report, said, found.rows, str(path) if show_files else ""):
         print(f"to look at, and to delete then: {written}")
     _write_json(json_file, said)
-    others = other_labels(found.found, names) if names is not None else ""
+    others = other_labels(found.found, names, _may_name(show_files)) if names is not None else ""
     if not said.usable and not others:
         require_usable(found.found)
     if said.patients < minimum:
@@ -101,7 +105,7 @@ def import_(
         allowed = ", ".join(map(str, rules.allowed_image_sizes))
         print(f"warning: the policy allows runs of {allowed} px, not of {size}: none may use this set", file=sys.stderr)
     with _stoppable(Form(tuple(names), size, channels), progress()) as telling:
-        done = import_images(opened, names, size, minimum, channels, telling)
+        done = import_images(opened, names, size, minimum, channels, telling, _may_name(show_files))
     counts = dict(zip(names, done.labels, strict=True))
     print(f"imported {counted(done.images, 'image')} of {counted(len(done.patients), 'patient')}")
     forgotten = forget_elsewhere(opened, done, opened.vault(names, size, channels), minimum)
@@ -110,7 +114,7 @@ def import_(
     said = _report(done, practice_of(opened), twins, counts, show_files)
     print("\n".join(said.lines()))
     _write_json(json_file, said)
-    _warn_of_labels(_others(done, names))
+    _warn_of_labels(_others(done, names, _may_name(show_files)))
     if absent := [name for name, count in counts.items() if not count]:
         print(f"warning: no image here has the class {', '.join(absent)}; check the spelling", file=sys.stderr)
 
@@ -132,15 +136,20 @@ def _what_changed(done: Imported, forgotten: Sequence[Forgotten]) -> list[str]:
     return said
 
 
-def _others(done: Imported, names: Sequence[str]) -> str:
-    if (said := other_labels(done.found, names)) or not (count := done.refused.get(Reason.OTHER_LABEL, 0)):
+def _may_name(show_files: bool) -> bool:
+    """Return whether an error or a warning may name labels: where it goes to a terminal, or that was asked for."""
+    return show_files or sys.stderr.isatty()
+
+
+def _others(done: Imported, names: Sequence[str], show: bool) -> str:
+    if (said := other_labels(done.found, names, show)) or not (count := done.refused.get(Reason.OTHER_LABEL, 0)):
         return said
     images = f"{counted(count, 'image')} {'has a label' if count == 1 else 'have labels'}"
     return f"{images} that no class of the run is, in files that were not opened again; `check --classes` shows which."
 
 
 def _warn_of_labels(others: str) -> None:
-    """Say on this terminal alone which labels are no class: neither the JSON nor the page holds them."""
+    """Say which labels are no class: neither the JSON nor the page holds them."""
     if others:
         print(f"warning: {others}", file=sys.stderr)
 
@@ -193,7 +202,7 @@ def _write_json(path: Path | None, report: Report) -> None:
     if path is None:
         return
     tree: Mapping[str, Any] = report.as_json()
-    write_atomic(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(), 0o600)
+    write_atomic(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"), 0o600)
 
 
 def progress() -> Progress:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, StringConstraints, ValidationError, mode
 from common.config import ModelName, Positive, Proposal, Section
 from common.enrolment import SITE_NAME
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
-from common.files import write_atomic
+from common.files import open_regular, write_atomic
 from common.plan import Plan
 
 LOG = logging.getLogger("fedmedgan.agent")
@@ -112,7 +112,7 @@ def load(path: Path) -> Policy:
         ConfigError: It is missing, too long or not TOML, has an unknown key (the nearest is named) or a bad value.
     """
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             content = handle.read(MAX_POLICY_BYTES + 1)
         if len(content) > MAX_POLICY_BYTES:
             raise ConfigError(f"Expected {path} of at most {MAX_POLICY_BYTES} bytes. Make it anew with `init`.")

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from client.intake import IntakeRules
 from client.paths import Home
+from client.trust import MAX_SITE_BYTES
 from common.config import GradientEngine
 from common.errors import ConfigError
+from common.files import open_regular
 from common.wording import wrong_values
 
 
@@ -54,7 +56,11 @@ def read_site_config(home: Home) -> SiteConfig:
         ConfigError: It is missing, not TOML or has unknown keys.
     """
     try:
-        return SiteConfig.model_validate(tomllib.loads((home.folder / "site.toml").read_text(encoding="utf-8")))
+        with open_regular(home.folder / "site.toml") as handle:
+            content = handle.read(MAX_SITE_BYTES + 1)
+        if len(content) > MAX_SITE_BYTES:
+            raise ConfigError(f"Expected site.toml of at most {MAX_SITE_BYTES} bytes. Write it anew: data = PATH")
+        return SiteConfig.model_validate(tomllib.loads(content.decode()))
     except ValidationError as error:
         raise ConfigError(
             f"Expected other values in site.toml of the home folder: {wrong_values(error.errors())}."

@@ -19,7 +19,7 @@ from pathlib import Path
 from client.paths import Home
 from common.certificates import extra_authorities
 from common.errors import ConfigError, FedmedganError
-from common.files import read_bounded, require_closed, require_in_place
+from common.files import open_regular, read_bounded, require_closed, require_in_place
 
 MAX_BUNDLES_BYTES = 1 << 16
 MAX_EXTRA_CA_BYTES = 1 << 16
@@ -76,7 +76,7 @@ def read_bundles(path: Path) -> AbstractSet[str] | None:
         ConfigError: A line is no SHA-256, or the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_BUNDLES_BYTES + 1)
     except FileNotFoundError:
         return None

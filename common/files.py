@@ -1,9 +1,11 @@
 """Files that matter: written to a temporary name, fsynced, renamed. Out of scope: what is in them."""
 
+import errno
 import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from common.errors import ConfigError, StorageError, WireError
 
@@ -45,15 +47,32 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """Read a file that must not be longer than `limit` bytes.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it, links followed.
 
     Raises:
-        StorageError: It cannot be read.
+        OSError: It cannot be opened, or is not a regular file.
+
+    Guarantees:
+        - neither_waits_nor_endless: A pipe, which would wait for a writer for ever, a socket, a device and a folder are
+          refused at once.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Read a regular file that must not be longer than `limit` bytes.
+
+    Raises:
+        StorageError: It cannot be read, or is not a regular file.
         WireError: It is longer; no more than the limit was read of it.
     """
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             content = handle.read(limit + 1)
     except OSError as error:
         raise StorageError(f"Could not read {path}: {error.strerror}. Name another file.") from error
@@ -114,7 +133,7 @@ def read_credential(name: str, limit: int) -> bytes | None:
 
 
 def _read_with_status(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
-    with path.open("rb") as handle:
+    with open_regular(path) as handle:
         return handle.read(limit + 1), os.fstat(handle.fileno())
 
 

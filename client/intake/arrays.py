@@ -28,6 +28,7 @@ from client.intake.pixels import Levels, check_size, full_range
 from client.intake.records import ALL, LabelSource, Record, Refusal, Scan, refuse_tag, state_of
 from client.intake.refusals import DAMAGED, Reason, Refused
 from common.errors import IntakeError
+from common.files import open_regular
 
 MAX_DECODED_BYTES = 2 * 1024**3
 MAX_IMAGES = 4 * 1024**2
@@ -252,9 +253,9 @@ def _checked(handle: BinaryIO) -> zipfile.ZipFile:
 
 def _file(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
+        return open_regular(path)
     except OSError as error:
-        raise IntakeError(f"The NPZ cannot be read: {error.strerror}. Mend its permissions.") from None
+        raise IntakeError(f"The NPZ cannot be read: {error.strerror}. Mend its permissions, or remove it.") from None
 
 
 @contextmanager

@@ -68,7 +68,6 @@ def cautions(records: Sequence[Record], choice: Choice, practice: Practice, part
         found.append(Caution(said))
     if partial:
         found = [replace(one, said=f"Of the files that were opened now: {one.said}") for one in found]
-        found.append(Caution("Files that were not opened were not looked at for these warnings; `check` looks at all."))
     return found
 
 

@@ -4,6 +4,7 @@ Out of scope: what a chunk and a manifest are (client/intake/vault), when a file
 """
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,6 +32,8 @@ from client.intake.vault import (
 from common.errors import StorageError
 from common.files import sync_folder
 from common.sealing import SealingKey
+
+_FILE = re.compile("pixels-([0-9]{5,})")
 
 
 @final
@@ -196,7 +199,9 @@ def chunk_images(form: Form) -> int:
 
 
 def _files(vault: Path) -> list[tuple[int, Path]]:
-    return sorted((int(path.name.removeprefix("pixels-")), path) for path in vault.glob("pixels-*"))
+    """Return the files of chunks with their numbers; what somebody else put beside them stays what it is."""
+    numbers = {path: int(name[1]) for path in vault.iterdir() if (name := _FILE.fullmatch(path.name))}
+    return sorted((number, path) for path, number in numbers.items() if path == segment_path(vault, number))
 
 
 def _chunks(

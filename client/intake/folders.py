@@ -37,12 +37,13 @@ Found = Record | Refusal
 @final
 @dataclass(frozen=True)
 class _Search:
-    """What one scan looks for; `beside` is what the table says of each file, of all its members together."""
+    """What one scan looks for; by file, `lines` of the table, `beside` what it says of it and of all its members."""
 
     rules: IntakeRules
     label: LabelSource
     labels: Labelling
     table: Mapping[str, Row] = field(repr=False)
+    lines: Mapping[str, int] = field(repr=False)
     column: str
     beside: Mapping[str, str] = field(repr=False)
     skip: Skip | None
@@ -106,7 +107,7 @@ def walk(folder: Path) -> Iterator[Path | Refusal]:
         places = [Path(root) / name for name in (*folders, *sorted(names))]
         for number, path in enumerate(places):
             if number < len(folders):
-                if path.is_symlink():
+                if _is_link(path):
                     yield Refusal(path, None, Reason.NOT_A_FILE)
             elif (reason := _no_file(path)) is not None:
                 yield Refusal(path, None, reason)
@@ -114,6 +115,13 @@ def walk(folder: Path) -> Iterator[Path | Refusal]:
                 yield path
     for path in unreadable:
         yield Refusal(path, None, Reason.FOLDER)
+
+
+def _is_link(folder: Path) -> bool:
+    try:
+        return folder.is_symlink()
+    except OSError:  # its path is too long, say: what keeps it from being entered is told when that is tried
+        return False
 
 
 def enter(folder: str | Path) -> None:
@@ -133,14 +141,14 @@ def _no_file(path: Path) -> Reason | None:
 
 
 def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:
-    table, column = _labels_file(folder, label)
+    table, lines, column = _labels_file(folder, label)
     labels: Labelling = TagLabel(tag=label.name if label.kind == "tag" else AUTO_TAG)
     if label.kind == "rules":
         labels = read_label_rules(Path(label.name))
     for keyword in labels.tags():
         if tag_for_keyword(keyword) is None:
             raise ConfigError(f"Expected DICOM keywords such as {AUTO_TAG} to read labels from, got {keyword!r}.")
-    return _Search(rules, label, labels, table, column, _beside(table, column), skip, [])
+    return _Search(rules, label, labels, table, lines, column, _beside(table, column), skip, [])
 
 
 def _beside(table: Mapping[str, Row], column: str) -> Mapping[str, str]:
@@ -255,7 +263,9 @@ def _rows_without_files(folder: Path, search: _Search) -> Iterator[Refusal]:
             f"None of {len(rows)} rows of {LABELS_FILE} names a file that is there. Give files as folder/file.dcm, "
             "from the folder of the images on, and members of an archive as folder/archive.zip/member."
         )
-    yield from [Refusal(path := folder / LABELS_FILE, None, Reason.MISSING, stamp_of(path))] * len(rows)
+    path = folder / LABELS_FILE
+    missing = Refusal(path, None, Reason.MISSING, stamp_of(path))
+    yield from (replace(missing, line=search.lines[place]) for place in rows)
 
 
 def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:
@@ -268,16 +278,18 @@ def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:
         return
 
 
-def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], str]:
-    """Return the rows of `labels.csv` by file, and the column that holds labels ("" where a tag does)."""
+def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], Mapping[str, int], str]:
+    """Return rows of `labels.csv` and their lines, by file, and the column that holds labels ("" where a tag does)."""
     path = folder / LABELS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):  # one that is no file is an error: labels would come from somewhere else
         if label.kind == "column":
             raise IntakeError(f"--label column:{label.name} needs {LABELS_FILE} (file, {label.name}) beside the DICOM.")
-        return {}, ""
+        return {}, {}, ""
     table = read_table(path, LABELS_FILE)
     file = table.column("file")
-    by_file = {PurePosixPath(row[file]).as_posix(): row for row in table.rows}
+    names = [PurePosixPath(row[file]).as_posix() for row in table.rows]
+    by_file = dict(zip(names, table.rows, strict=True))
     if len(by_file) != len(table.rows):
         raise IntakeError(f"{LABELS_FILE} names a file more than once. Keep one row for each file.")
-    return by_file, table.column(label.name or "label") if label.kind in ("auto", "column") else ""
+    column = table.column(label.name or "label") if label.kind in ("auto", "column") else ""
+    return by_file, dict(zip(names, table.lines, strict=True)), column

@@ -36,6 +36,7 @@ from client.intake.records import Header
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
 from client.intake.stated import as_text, check_header, check_pixels, sop_class
+from common.files import open_regular
 
 FACTS = (
     "SOPClassUID",
@@ -86,7 +87,7 @@ def is_dicom(path: Path) -> bool:
 
     Source: DICOM PS3.10 7.1.
     """
-    with path.open("rb") as handle:
+    with open_regular(path) as handle:
         return handle.read(132)[128:] == b"DICM"
 
 

@@ -40,6 +40,7 @@ from client.intake.sizes import Size, size_of
 from client.intake.table import Table, read_table
 from client.intake.volumes import is_volume
 from common.errors import IntakeError
+from common.files import open_regular
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 
@@ -206,7 +207,7 @@ def _look(path: Path) -> tuple[Stamp, Seen, Size | None]:
     if is_volume(path):
         return stamp_of(path), ("", ""), None
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             about = os.fstat(handle.fileno())
             if not handle.read(8).startswith(_MAGIC):
                 raise Refused(Reason.NOT_PNG_JPEG)

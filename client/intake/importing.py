@@ -1,7 +1,8 @@
 """From the site's files into a vault: what is new or changed is read, the rest stays, what is gone goes.
 
 A file counts as unchanged while its size, its time of change, what tables beside it say of it and the site's rules are
-the same. An import that is interrupted has written whole chunks; the next one goes on from them.
+the same. Not its time of change of status: a backup that is restored, a copy and a link that a backup sets change that,
+and all would be decoded anew. An import that is interrupted has written whole chunks; the next one goes on from them.
 
 Out of scope: which images are used (client/intake/selection), the form of a vault (client/intake/vault).
 """
@@ -83,6 +84,7 @@ def import_source(
     min_patients: int = 1,
     progress: Progress | None = None,
     alone: AbstractContextManager[None] | None = None,
+    name_labels: bool = False,
 ) -> Imported:
     """Bring a vault up to the state of the site's files.
 
@@ -94,6 +96,7 @@ def import_source(
         min_patients: With fewer the vault stays as it was, and what was decoded is kept for the next import.
         progress: Told before each file that is listed and after each image.
         alone: Held while the vault changes from one state to the next.
+        name_labels: Errors may name labels, which may be values of headers.
 
     Raises:
         IntakeError: Nothing is usable.
@@ -128,7 +131,8 @@ def import_source(
         refused = dict(sorted(sum((Counter(one.refused) for one in seen.values()), Counter[str]()).items()))
         patients = tuple(Counter(rows["patient"].tolist()).values())
         if len(patients) < max(1, min_patients):
-            others, there = other_labels(looked.found, form.classes), bool(before.current().any())
+            others = other_labels(looked.found, form.classes, name_labels)
+            there = bool(before.current().any())
             raise too_few(len(patients), min_patients, refused, others, kept=True, there=there)
         with alone or nullcontext():
             manifest = compact(vault, key, manifest)

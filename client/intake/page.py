@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
 from client.intake.pixels import Square
-from client.intake.report import Report
+from client.intake.report import Report, escaped
 from client.intake.survey import SIZE, Row
 from common.files import make_folder, write_atomic
 
@@ -128,9 +128,9 @@ def save_page(folder: Path, report: Report, rows: Sequence[Row], path: str = "")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     shown = [(row.title, [(name, _embedded(square)) for name, square in row.pictures]) for row in rows]
     text = environment.from_string(_PAGE).render(
-        r=report, rows=shown, path=path, moment=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+        r=report, rows=shown, path=escaped(path), moment=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     )
-    files = {"report.html": text.encode()} | ({SHEET: png} if png else {})
+    files = {"report.html": text.encode(errors="backslashreplace")} | ({SHEET: png} if png else {})
     if not png:
         (folder / SHEET).unlink(missing_ok=True)
     for name, content in files.items():

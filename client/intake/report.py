@@ -93,8 +93,8 @@ class Report:
         ]
         if self.unopened:
             said.append(
-                f"unchanged: {counted(self.unopened, 'file')}; kinds, parts made black, examples and other warnings "
-                "below are of the files that were opened now alone: `check` shows them of all"
+                "below, kinds, parts made black, examples and other warnings are of the files that were opened now "
+                "alone: `check` shows them of all"
             )
         if self.classes:
             said.append(f"by class: {named_counts(self.classes)}")
@@ -238,12 +238,12 @@ def kinds_of(records: Iterable[Record]) -> Mapping[str, Mapping[str, int]]:
 
 
 def named_counts(counts: Mapping[str, int]) -> str:
-    """Return counts with their names, as one phrase.
+    """Return counts with their names, which may be text of a file, as one phrase.
 
     >>> named_counts({"CT": 2, "MR": 1})
     'CT 2, MR 1'
     """
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+    return ", ".join(f"{escaped(name)} {count}" for name, count in counts.items())
 
 
 def escaped(name: str) -> str:

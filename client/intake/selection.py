@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import final
 
 from client.intake.deidentify import BlankRules, doubt
+from client.intake.labels import MAX_RULES_BYTES
 from client.intake.patients import PatientTable
 from client.intake.records import Record, Refusal, Scan, parse_label
 from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
 from client.logs import printable
 from client.policy import Doubtful
+from common.files import read_bounded
 from common.wording import counted
 
 _SHOWN, _SHOWN_CHARS = 8, 48
@@ -50,7 +52,9 @@ class Practice:
     def digest(self) -> str:
         """Return a digest of all that decides pixels, labels and patients, beside the files themselves."""
         label = parse_label(self.label)
-        label_rules = Path(label.name).read_text(encoding="utf-8") if label.kind == "rules" else ""
+        label_rules = (
+            read_bounded(Path(label.name), MAX_RULES_BYTES).decode(errors="replace") if label.kind == "rules" else ""
+        )
         rules = self.rules.model_dump(exclude={"workers", "decode_seconds"})
         merged = [sorted(self.patients.merged.items()), sorted(self.patients.by_id.items())]
         said = [_PIXELS, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]
@@ -152,23 +156,28 @@ def other_copies(choice: Choice, lost: Iterable[Record]) -> tuple[Choice, tuple[
     return chosen, copies
 
 
-def other_labels(found: Scan, classes: Sequence[str]) -> str:
-    """Say which labels no class of a run takes, with counts; empty where every label is a class.
+def other_labels(found: Scan, classes: Sequence[str], show: bool) -> str:
+    """Say that labels are no class of a run, with counts; empty where every label is a class.
 
-    For the terminal of whoever imports, and nothing else: a label is the value of a header.
+    Args:
+        found: The scan.
+        classes: Of the run.
+        show: Name the labels: for the terminal of whoever imports, and nothing else, since they are values of headers.
     """
     others = Counter(record.label for record in found.records if record.label not in (None, *classes))
     if not others:
         return ""
     return (
         f"{counted(others.total(), 'image has a label that is', 'images have labels that are')} no class of the run: "
-        f"{shown_labels(others)}. Spelling and capitals "
+        f"{shown_labels(others, show)}. Spelling and capitals "
         "count: if one of these is meant, run again with --classes as the labels are spelled, or map them with rules."
     )
 
 
-def shown_labels(labels: Mapping[str | None, int] | Mapping[str, int]) -> str:
-    """Return the most frequent labels with their counts, cut and printable. For a terminal alone."""
+def shown_labels(labels: Mapping[str | None, int] | Mapping[str, int], show: bool) -> str:
+    """Return the most frequent labels with their counts, cut and printable; not shown, only how many there are."""
+    if not show:
+        return f"{counted(len(labels), 'label')}, shown on a terminal alone or with --show-files"
     named = ", ".join(
         f"{printable(str(label))[:_SHOWN_CHARS]} {count}" for label, count in Counter(labels).most_common(_SHOWN)
     )

@@ -9,6 +9,7 @@ from typing import final
 
 from common.csv_lines import read_lines
 from common.errors import IntakeError
+from common.files import open_regular
 
 MAX_TABLE_BYTES = 256 * 1024**2
 MAX_HEADER_BYTES = 64 * 1024
@@ -48,17 +49,19 @@ def read_table(path: Path, what: str = "The CSV file") -> Table:
         what: How messages call it.
 
     Raises:
-        IntakeError: It is not there, too large, not UTF-8, not CSV with commas, or two columns have one name.
+        IntakeError: It is not there, no regular file, too large, not UTF-8, not CSV with commas, or two columns have
+            one name.
 
     Guarantees:
-        - says_what_is_wrong: What is not there, not UTF-8 or separated by semicolons is told as that.
+        - says_what_is_wrong: What is not there, no regular file, not UTF-8 or separated by semicolons is told as that.
     """
     try:
-        if path.stat().st_size > MAX_TABLE_BYTES:
-            raise IntakeError(f"Expected {what} of at most {MAX_TABLE_BYTES} bytes, got more. Split the folder.")
-        data = path.read_bytes()
+        with open_regular(path) as handle:
+            data = handle.read(MAX_TABLE_BYTES + 1)
     except OSError as error:
         raise IntakeError(f"{what} could not be read: {error.strerror}. Check its name and permissions.") from None
+    if len(data) > MAX_TABLE_BYTES:
+        raise IntakeError(f"Expected {what} of at most {MAX_TABLE_BYTES} bytes, got more. Split the folder.")
     lines = read_lines(data, what)
     columns = tuple(name.strip().lower() for name in lines[0][1]) if lines else ()
     if len(set(columns)) != len(columns):
@@ -70,7 +73,7 @@ def read_table(path: Path, what: str = "The CSV file") -> Table:
 def columns_of(path: Path) -> tuple[str, ...]:
     """Return the column names of a CSV file, and none of what is no CSV file."""
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             line = handle.readline(MAX_HEADER_BYTES).decode("utf-8-sig")
         return tuple(name.strip().lower() for name in next(csv.reader([line]), []))
     except (OSError, UnicodeDecodeError, csv.Error):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, final
 
+from common.files import open_regular
+
 MAX_ELEMENTS: Final = 200_000
 MAX_DEPTH: Final = 64
 MAX_INFLATED: Final = 16 << 20
@@ -57,7 +59,7 @@ def read_identifiers(path: Path) -> Identifiers:
     Guarantees:
         - any_bytes: Whatever the bytes, it returns or raises `NotDicom`, after a bounded number of steps.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         try:
             found = _read(file)
         except (struct.error, UnicodeDecodeError, zlib.error, OverflowError) as error:

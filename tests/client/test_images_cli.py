@@ -202,11 +202,9 @@ def test_import_says_the_same(run: Run, source: Path, tmp_path: Path) -> None:
     assert "new or changed: 0 images; unchanged: 29 files" in again
     assert "expected: 29; read: 27; usable: 24" in again
     assert "1 pair of nearly the same pictures under two patients" in again
-    assert (
-        "unchanged: 29 files; kinds, parts made black, examples and other warnings below are of the files that were "
-        "opened now alone" in again
-    )
-    assert "unchanged" not in "\n".join(line for line in out.splitlines() if not line.startswith("new or changed"))
+    assert "below, kinds, parts made black, examples and other warnings are of the files that were opened now" in again
+    assert (again.count("opened now"), again.count("unchanged"), again.count("not opened")) == (1, 1, 1)
+    assert (out.count("opened now"), out.count("unchanged")) == (0, 1)
 
 
 def test_what_is_gone_leaves_every_set_of_the_home(run: Run, source: Path, tmp_path: Path) -> None:
@@ -257,6 +255,24 @@ def test_a_decoder_that_some_files_lack(run: Run, source: Path, tmp_path: Path, 
     code, out, _ = run("check", source, "--label", "none", "--report", tmp_path / "seen")
     assert (code, "for want of a decoder: MPEG2 Main Profile / Main Level: films are not read" in out) == (0, True)
     assert "films are not read" in (tmp_path / "seen" / "report.html").read_text()
+
+
+def test_labels_that_cannot_be_written_or_command_the_terminal(run: Run, tmp_path: Path) -> None:
+    """A half of a pair of UTF-16 in an NPZ, and an escape."""
+    labels = ["a\ud800", "\x1b[31mred\x1b]0;title\x07"]
+    stack = np.random.default_rng(0).integers(0, 255, (60, 20, 20)).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", images=stack, patient_id=np.arange(60), labels=labels * 30)
+    places = ("--report", tmp_path / "seen", "--json", tmp_path / "a.json")
+    code, out, err = run("check", tmp_path / "x.npz", *places)
+    assert (code, "\x1b" in out + err) == (0, False)
+    assert r"by class: a\ud800 30, \x1b[31mred\x1b]0;title\x07 30" in out
+    assert json.loads((tmp_path / "a.json").read_text())["classes"] == dict.fromkeys(labels, 30)
+    assert r"a\ud800" in (tmp_path / "seen" / "report.html").read_text()
+    (out + err).encode()
+    for option in ((), ("--show-files",)):
+        code, out, err = run("check", tmp_path / "x.npz", *places, "--classes", "b", *option)
+        assert (code, "\x1b" in out + err) == (ExitCode.DATA, False)
+        (out + err).encode()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
@@ -372,6 +388,34 @@ def plant(folder: Path, write_dicom: WriteDicom) -> list[str]:
     for word in words:
         (folder / f"{word}.txt").write_text(word)
     return [*CANARIES, *dates, *uids]
+
+
+def test_labels_of_headers_stay_out_of_logs(run: Run, tmp_path: Path, write_dicom: WriteDicom, monkeypatch) -> None:
+    """Shown where a terminal shows them, or where that is asked for; else counted."""
+    for number in range(25):
+        write_dicom(
+            tmp_path / "data" / f"{number}", picture(number), PatientID=f"P{number}", PatientName="DOE", **uid(number)
+        )
+    home = make_home(tmp_path, tmp_path / "data", least=5)
+    site = home.folder / "site.toml"
+    site.write_text(site.read_text().replace('"none"', '"tag:PatientName"'))
+    checking = ("check", tmp_path / "data", "--label", "tag:PatientName", "--report", tmp_path / "seen")
+    importing = ("import", home.folder, "--size", 28, "--classes")
+    code, out, err = run(*checking)
+    assert (code, "DOE" in out + err) == (0, False)
+    assert "by label: 1 label, shown on a terminal alone or with --show-files\n" in out
+    for command in ((*checking, "--classes", "x"), (*importing, "x"), (*importing, "x,y")):
+        code, out, err = run(*command)
+        assert (code, "DOE" in out + err) == (ExitCode.DATA, False)
+        assert "25 images have labels that are no class of the run: 1 label, shown on a terminal alone" in err
+        assert "no class of the run: DOE 25." in run(*command, "--show-files")[2]
+    assert "by label: DOE 25\n" in run(*checking, "--show-files")[1]
+    monkeypatch.setattr(images, "_EVERY_S", 1e9)
+    for stream in ("stdout", "stderr"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"sys.{stream}.isatty", lambda: True)
+            assert ("by label, on this terminal alone: DOE 25\n" in run(*checking)[1]) == (stream == "stdout")
+            assert ("run: DOE 25." in run(*importing, "x")[2]) == (stream == "stderr")
 
 
 def test_no_identifier(run: Run, tmp_path: Path, write_dicom: WriteDicom) -> None:

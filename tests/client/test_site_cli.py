@@ -90,9 +90,8 @@ def test_import_in_colour(run, tiny_home, tiny_proposal):
 
 
 def test_import_warns_of_a_class_that_nobody_has(run, tiny_home, tmp_path):
-    code, out, err = run(
-        "import", tiny_home.folder, "--classes", "clear,opacitty", "--size", 28, "--json", tmp_path / "j"
-    )
+    arguments = ("import", tiny_home.folder, "--classes", "clear,opacitty", "--size", 28, "--json", tmp_path / "j")
+    code, out, err = run(*arguments, "--show-files")
     found = int(out.split("by class: clear ")[1].split(",")[0])
     left = len(load_images(tiny_home, ("clear", "opacity"), 28).images) - found
     assert (code, "no image here has the class opacitty" in err) == (0, True)
@@ -108,6 +107,8 @@ def test_import_and_check_with_no_class_that_is_there(run, tiny_home, tmp_path):
     check = ("check", source, "--classes", "Clear,Opacity", "--report", tmp_path / "seen")
     for command in (("import", tiny_home.folder, "--classes", "Clear,Opacity", "--size", 28), check):
         code, _, err = run(*command)
+        assert (code, "run: 2 labels, shown on a terminal alone or with --show-files. " in err) == (ExitCode.DATA, True)
+        code, _, err = run(*command, "--show-files")
         assert code == ExitCode.DATA
         named = err.split("labels that are no class of the run: ")[1].split(".")[0]
         assert sorted(one.split()[0] for one in named.split(", ")) == ["clear", "opacity"]

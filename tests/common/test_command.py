@@ -60,3 +60,21 @@ def test_an_unreadable_path_is_the_commands_own_to_tell(
     code, text = said(capsys, "read", str(tmp_path), "--also", str(tmp_path))
     assert (code, "Traceback" in text, "Usage" in text) == (ExitCode.STORAGE, False, False), text
     assert f"error: No permission for {tmp_path}." in text
+
+
+@pytest.mark.parametrize("kind", [errno.ENAMETOOLONG, errno.EACCES])
+def test_no_name_by_an_exception(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    names = str(tmp_path / "DOE"), None, str(tmp_path / "ROE")
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(kind, "text of the system", *names)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    code, text = said(capsys, "read", str(tmp_path))
+    assert code == (ExitCode.STORAGE if kind == errno.EACCES else ExitCode.INTERNAL)
+    assert "/DOE" not in text, text
+    assert "/ROE" not in text, text
+    assert "whose name is not shown here" in text, text
+    assert kind == errno.EACCES or "File name too long (errno 36)" in text

@@ -12,6 +12,7 @@ from common.files import (
     append_durably,
     make_folder,
     make_own_folder,
+    open_regular,
     read_bounded,
     read_credential,
     read_secret,
@@ -181,3 +182,19 @@ def test_a_path_that_everybody_can_exchange_is_refused(tmp_path):
     for path in (folder / "file", folder / "gone" / "file"):
         with pytest.raises(StorageError, match=f"mode is 757: .*chmod o-w {folder}$"):
             require_in_place(path)
+
+
+def test_neither_waits_nor_endless(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    for name in ("pipe", "zeros", "folder"):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(tmp_path / name)
+        with pytest.raises(StorageError, match="not a regular file"):
+            read_bounded(tmp_path / name, 100)
+        with pytest.raises(StorageError, match="not a regular file"):
+            read_secret(tmp_path / name, 100)
+    assert read_bounded(tmp_path / "link", 100) == b"content"

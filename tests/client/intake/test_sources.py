@@ -9,16 +9,18 @@ import pytest
 from PIL import Image
 
 from client.intake import IntakeRules, Reason, folders, scan, worker
+from client.intake.deidentify import read_blank_rules
 from client.intake.folders import scan_folder
-from client.intake.labels import TagLabel
+from client.intake.labels import TagLabel, read_label_rules
 from client.intake.page import save_page
+from client.intake.patients import read_patient_table
 from client.intake.records import LabelSource
 from client.intake.report import Listing
 from client.intake.requests import ask_header as real
 from client.intake.selection import Practice
 from client.intake.sources import find
 from client.intake.survey import Row, survey
-from common.errors import ConfigError, IntakeError, UnreadableSource
+from common.errors import ConfigError, IntakeError, StorageError, UnreadableSource
 from tests.client.intake.pictures import read
 
 WriteDicom = Callable[..., Path]
@@ -262,6 +264,9 @@ def test_rows_of_labels_without_a_file_are_counted(tmp_path: Path, write_dicom: 
     (tmp_path / "labels.csv").write_text(rows)
     found = scan(tmp_path)
     assert (len(found.records), found.refused) == (2, {Reason.MISSING: 3})
+    assert [refusal.line for refusal in found.refusals] == [4, 5, 6]
+    (missing,) = survey(Practice(tmp_path)).report.refused
+    assert missing.examples == ("line 4", "line 5", "line 6")
     assert find(tmp_path, "auto", skip=lambda path, _stamp, _beside: path.name == "a").refused == {Reason.MISSING: 3}
     known = find(tmp_path, "auto", skip=lambda *_: True)  # members of an archive that is not opened are not looked at
     assert known.refused == {Reason.MISSING: 2}
@@ -269,3 +274,64 @@ def test_rows_of_labels_without_a_file_are_counted(tmp_path: Path, write_dicom: 
     with pytest.raises(IntakeError, match=r"None of 1 rows of labels.csv names a file that is there"):
         scan(tmp_path)
     assert len(scan(tmp_path, "none").records) == 2
+
+
+def nest(folder: Path, name: str, depth: int) -> None:
+    """Make folders in each other, beyond the longest path that the system takes."""
+    at = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=at)
+        inner = os.open(name, os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = inner
+    os.close(at)
+
+
+@pytest.mark.parametrize("source", ["tree", "index", "arrays"])
+def test_a_path_that_is_too_long(tmp_path: Path, write_dicom: WriteDicom, source: str) -> None:
+    """The folder at the end of it is counted, whatever the source is taken for, and the rest is read."""
+    if source == "tree":
+        write_dicom(tmp_path / "a.dcm")
+        (tmp_path / "notes.csv").write_text("file,patient\n")
+    elif source == "index":
+        pictures(tmp_path, "a.png")
+        (tmp_path / "index.csv").write_text("file,patient\na.png,P1\n")
+    else:
+        np.savez(tmp_path / "a.npz", images=np.zeros((1, 8, 8), np.uint8), patient_id=["P1"])
+    nest(tmp_path, "n" * 200, 22)
+    found = scan(tmp_path, "none")
+    assert (len(found.records), found.refused.get(Reason.FOLDER)) == (1, 1)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("put", [pipe, zeros])
+def test_a_pipe_neither_waits_nor_a_device_fills(
+    tmp_path: Path, write_dicom: WriteDicom, put: Callable[[Path], None]
+) -> None:
+    """Whatever is read in this process: each table, an NPZ, rules; else the one file is counted."""
+    for name in ("index.csv", "labels.csv", "x.npz"):
+        (folder := tmp_path / f"of {name}").mkdir()
+        put(folder / name)
+        with pytest.raises(IntakeError, match="not a regular file"):
+            scan(folder, "none")
+    write_dicom(tmp_path / "beside" / "a.dcm")
+    put(tmp_path / "beside" / "notes.csv")
+    put(tmp_path / "beside" / "x.npz")
+    found = scan(tmp_path / "beside", "none")
+    assert (len(found.records), found.refused) == (1, {Reason.NOT_A_FILE: 2})
+    put(tmp_path / "rules")
+    for read_file in (read_label_rules, read_blank_rules):
+        with pytest.raises(StorageError, match="not a regular file"):
+            read_file(tmp_path / "rules")
+    with pytest.raises(StorageError, match="not a regular file"):
+        Practice(tmp_path, f"rules:{tmp_path / 'rules'}").digest()
+    with pytest.raises(IntakeError, match="not a regular file"):
+        read_patient_table(tmp_path / "rules")

@@ -184,3 +184,15 @@ def test_no_number_twice(tmp_path: Path):
     found = chunks.recover(tmp_path, key, vault.read_manifest(tmp_path, key))
     assert (len(found.rows), found.next) == (0, 1)
     assert not list(tmp_path.glob("pixels-*"))
+
+
+def test_what_stands_beside_the_chunks_stays(tmp_path: Path):
+    key = SealingKey.generate()
+    filled(tmp_path, key, 60)
+    strays = [tmp_path / name for name in ("pixels-00000.bak", "pixels-0", "pixels-", "pixels-000001", "pixels-\u0663")]
+    for stray in strays:
+        stray.write_bytes(b"x")
+    manifest = chunks.recover(tmp_path, key, vault.read_manifest(tmp_path, key))
+    chunks.delete_unnamed(tmp_path, manifest)
+    assert all(stray.exists() for stray in strays)
+    assert len(opened(tmp_path, key)) == 60
