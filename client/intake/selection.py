@@ -6,13 +6,13 @@ Out of scope: finding them (client/intake/sources), decoding them (client/intake
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import final
+from typing import Protocol, final
 
 from client.intake.deidentify import BlankRules, doubt
-from client.intake.patients import PatientTable
+from client.intake.patients import Patient, PatientTable
 from client.intake.records import Record, Refusal, Scan, parse_label
 from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
@@ -67,17 +67,29 @@ class Choice:
         refusals: Those of the scan and the ones made here.
         uncounted: Refusals that the scan only counted, by reason.
         copies: Refused as the same image as another of the scan; used where that one does not decode.
+        shared: Pairs of records of one image under two patients; of an image that is in use already, its own twice.
     """
 
     records: tuple[Record, ...] = field(repr=False)
     refusals: tuple[Refusal, ...] = field(repr=False)
     uncounted: tuple[tuple[str, int], ...] = field(repr=False)
     copies: tuple[Record, ...] = field(default=(), repr=False)
+    shared: tuple[tuple[Record, Record], ...] = field(default=(), repr=False)
 
 
-def choose(
-    found: Scan, practice: Practice, classes: Sequence[str] | None, instances: Container[str] = frozenset()
-) -> Choice:
+class InUse(Protocol):
+    """DICOM instances that are in use already."""
+
+    def __contains__(self, name: object, /) -> bool:
+        """Return whether an instance is."""
+        ...
+
+    def of_another(self, name: str, patient: Patient, /) -> bool:
+        """Return whether it is, for another patient than this one."""
+        ...
+
+
+def choose(found: Scan, practice: Practice, classes: Sequence[str] | None, instances: InUse | None = None) -> Choice:
     """Decide about each image from its header.
 
     Args:
@@ -105,7 +117,7 @@ def choose(
             names = _names(record)
             if names[0] not in once and names[-1] in once:
                 copies.append(replace(record, patient=patient, blank=blank))
-            if any(name in once for name in names) or instance_of(record) in instances:
+            if any(name in once for name in names) or (instances is not None and instance_of(record) in instances):
                 reason = Reason.DUPLICATE
             once.update(names)
         if reason is not None:
@@ -119,7 +131,8 @@ def choose(
         counted[refusal.reason] = counted.get(refusal.reason, 0) + 1
     rest = {reason: count - counted.get(reason, 0) for reason, count in found.refused.items()}
     uncounted = tuple((reason, count) for reason, count in rest.items() if count > 0)
-    return Choice(tuple(chosen), tuple(refusals), uncounted, tuple(copies))
+    shared = _under_two_patients(found.records, practice, instances)
+    return Choice(tuple(chosen), tuple(refusals), uncounted, tuple(copies), shared)
 
 
 def other_copies(choice: Choice, lost: Iterable[Record]) -> tuple[Choice, tuple[Record, ...]]:
@@ -196,6 +209,23 @@ def _reason(record: Record, practice: Practice, classes: Sequence[str] | None) -
     if record.label is None:
         return Reason.NO_LABEL
     return Reason.OTHER_LABEL if classes is not None and record.label not in classes else None
+
+
+def _under_two_patients(
+    records: Sequence[Record], practice: Practice, instances: InUse | None
+) -> tuple[tuple[Record, Record], ...]:
+    """Find images whose patients differ from that of their first record, used or not: both ids are one person's."""
+    first: dict[object, Record] = {}
+    found: list[tuple[Record, Record]] = []
+    for record in records:
+        met = [first.setdefault(name, record) for name in _names(record)]
+        patient, instance = practice.patients.of(record.patient), instance_of(record)
+        others = [one for one in met if one is not record and practice.patients.of(one.patient) != patient]
+        if others:
+            found.append((others[0], record))
+        elif instances is not None and instance and instances.of_another(instance, patient):
+            found.append((record, record))
+    return tuple(found)
 
 
 def _names(record: Record) -> list[object]:

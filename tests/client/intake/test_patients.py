@@ -132,6 +132,20 @@ def test_same_instance_twice() -> None:
     assert "second time" not in said(twice[1:])
 
 
+def test_same_instance_under_two_patients() -> None:
+    """Whether or not it is used: what is not used shows as well that two ids are one person."""
+    twice = [record(1, "p", SOPInstanceUID="1.2"), record(2, "q", SOPInstanceUID="1.2"), record(3, "q")]
+    assert "1 image is there under two patients: one person with two ids?" in said(twice)
+    assert "under two" not in said(twice, PatientTable({("", "q"): ("", "p")}))
+    assert "under two" not in said([twice[0], replace(twice[1], patient=("", " P "))])
+    assert "under two" not in said([twice[0], replace(twice[1], frame=1)])
+    unlabelled = [replace(one, label=None) for one in twice]
+    assert "2 images are there under two patients" in said([*unlabelled, record(4, "r", SOPInstanceUID="1.2")])
+    rows = [replace(record(5, name), line=line) for line, name in enumerate(("p", "p", "q"), 1)]  # of one file
+    assert "1 image is there under two patients" in said(rows)
+    assert "under two" not in said(rows[:2])
+
+
 def test_several_issuers() -> None:
     assert "1 id comes with more than one issuer" in said([record(1, "p", "A"), record(2, "p")])
     assert "issuer," not in said([record(1, "p", "A"), record(2, "q")])
