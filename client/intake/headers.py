@@ -32,6 +32,7 @@ from pydicom.uid import (
     UID_dictionary,
 )
 
+from client.intake.attributes import QUALIFIERS, as_text, qualified_issuer
 from client.intake.labels import Labelling
 from client.intake.memory import header_bytes, within
 from client.intake.pixels import check_size
@@ -59,7 +60,7 @@ FACTS = (
 )
 """What a `Record.header` holds, as far as it is there; `TransferSyntaxUID` of the file meta comes with it."""
 
-_FORM = ("PatientID", "IssuerOfPatientID", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
+_FORM = ("PatientID", "IssuerOfPatientID", QUALIFIERS, "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
 
 # What pydicom, its decoders and NumPy raise beside, found by the fuzz test and by reading pydicom: values of a wrong
 # type (TypeError, AttributeError, ArithmeticError), unknown VRs (NotImplementedError, a RuntimeError), nesting
@@ -75,6 +76,7 @@ DAMAGED_DICOM = (
     AssertionError,
 )
 
+_QUALIFIERS = Tag(QUALIFIERS)  # pydicom may have parsed it already: what it says is digested
 _COPIES = 3
 """Of the pixels, while pydicom joins what it read of them."""
 _PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
@@ -110,13 +112,15 @@ def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRul
         with within(header_bytes(rules)):
             seen = (state, digest_of(dataset))
             frames = check_header(dataset, rules)
+            issuer = as_text(dataset.get("IssuerOfPatientID")) or qualified_issuer(dataset)
+            dataset.pop(QUALIFIERS, None)
             said = {element.keyword: as_text(element.value) for element in dataset}
             said["SOPClassUID"] = sop_class(dataset)
         facts = {name: text for name in FACTS if (text := said.get(name))}
         facts["TransferSyntaxUID"] = str(dataset.file_meta.TransferSyntaxUID)
     except DAMAGED_DICOM as error:
         raise damaged(error, Reason.HEADER) from error
-    patient = (said.get("IssuerOfPatientID", ""), said.get("PatientID", ""))
+    patient = (issuer, said.get("PatientID", ""))
     if not patient[1]:
         raise Refused(Reason.NO_PATIENT)
     return Header(patient, labels.class_of(said) or "", frames, facts, seen)
@@ -133,9 +137,10 @@ def digest_of(dataset: Dataset) -> str:
     Taken before anything else looks at the data set, of the values as they stand in the file: pydicom puts what it
     makes of a value in its place.
     """
-    values: list[Any] = [dataset.get_item(tag) for tag in _tags((*_FORM, *FACTS))]
+    values: list[Any] = [dataset.get_item(tag) for tag in _tags((*_FORM, *FACTS)) if tag != _QUALIFIERS]
     said = [None if element is None else element.value for element in values]
-    return hashlib.sha256(repr([said, dataset.file_meta.get("MediaStorageSOPClassUID")]).encode()).hexdigest()
+    others = dataset.file_meta.get("MediaStorageSOPClassUID"), qualified_issuer(dataset)
+    return hashlib.sha256(repr([said, *others]).encode()).hexdigest()
 
 
 @lru_cache(maxsize=8)
@@ -272,14 +277,6 @@ def parse(data: bytes, rules: IntakeRules) -> tuple[Dataset, str]:
 def syntax_name(uid: str) -> str:
     """Return a transfer syntax's registered name; a private UID is text of the file, so it is not shown."""
     return UID(uid).name if uid in UID_dictionary else "an unregistered transfer syntax"
-
-
-def as_text(value: Any) -> str:
-    """Return a tag's value as text; several values are joined as DICOM writes them."""
-    if value is None or isinstance(value, bytes | Dataset):
-        return ""
-    several = not isinstance(value, str | UID) and hasattr(value, "__getitem__")
-    return ("\\".join(str(item) for item in value) if several else str(value)).strip().strip("\0").strip()
 
 
 def _is_bare_data_set(start: bytes) -> bool:

@@ -36,6 +36,11 @@ def normalised(patient: Patient) -> Patient:
     return issuer, name
 
 
+def readable(patient: Patient) -> bool:
+    """Return whether an id and its issuer kept every letter when they were decoded: else two of them may look alike."""
+    return not any("\ufffd" in text for text in patient)
+
+
 @final
 @dataclass(frozen=True)
 class PatientTable:

@@ -36,6 +36,7 @@ class Reason(StrEnum):
     MULTI_FRAME = "several pages in a file of one image"
     TOO_MANY_FRAMES = "more frames than the limit"
     NO_PATIENT = "no patient id"
+    PATIENT_UNREADABLE = "patient id or issuer not readable in its character set"
     NO_LABEL = "no label"
     OTHER_LABEL = "label not among the classes"
     NO_DECODER = "decoder missing for"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, final
 
 from client.intake.deidentify import BlankRules, doubt
-from client.intake.patients import Patient, PatientTable
+from client.intake.patients import Patient, PatientTable, readable
 from client.intake.records import Record, Refusal, Scan, parse_label
 from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
@@ -102,6 +102,7 @@ def choose(found: Scan, practice: Practice, classes: Sequence[str] | None, insta
         - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used; by
           `other_copies` the first of the instance that decodes.
         - accounted: Every record is either chosen or refused with one reason.
+        - mangled_ids_merge_nobody: An image whose patient's id or issuer lost letters in decoding is not used.
         - text_before_labels: An image that may show text is refused for that, labelled or not.
         - patients_adjacent: Records come by (issuer, id) of their patient, one patient's together.
     """
@@ -204,6 +205,8 @@ def instance_of(record: Record) -> str:
 
 
 def _reason(record: Record, practice: Practice, classes: Sequence[str] | None) -> Reason | None:
+    if not readable(record.patient):
+        return Reason.PATIENT_UNREADABLE
     if (doubtful := doubt(record, practice.allowed)) is not None:  # first: it tells whoever looks before labelling
         return doubtful
     if record.label is None:

@@ -18,9 +18,10 @@ from pydicom.pixels import apply_voi_lut, convert_color_space
 from pydicom.uid import MPEG2MPML, JPEG2000Lossless, RLELossless
 
 from client.intake import Reason, scan
-from client.intake.dicom import stages
+from client.intake.dicom import DicomImage, stages
 from client.intake.refusals import Refused
 from client.intake.rules import IntakeRules
+from client.intake.selection import Practice, choose
 from client.intake.worker import Source
 from common.errors import ConfigError, IntakeError
 from tests.client.intake.pictures import read
@@ -47,6 +48,52 @@ def test_patients_are_grouped_by_issuer_and_id(tmp_path: Path, write_dicom: Writ
     assert dataset.patients.tolist() == [0, 0, 1]
     assert dataset.labels.tolist() == [0, 0, 1]
     assert not refused
+
+
+def test_patients_are_grouped_by_the_qualified_issuer(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """PS3.3 C.7.1.1: two hospitals that number alike may be told apart by the qualifiers of the issuer alone."""
+    for name, number, issuer in (
+        ("a", "1.2", None),
+        ("b", "1.3", None),
+        ("c", "1.3", " "),
+        ("d", "1.2", "X"),
+        ("e", "", None),
+    ):
+        item = DicomDataset()
+        item.UniversalEntityID, item.UniversalEntityIDType = number, "ISO" if number else ""
+        tags = {} if issuer is None else {"IssuerOfPatientID": issuer}
+        write_dicom(tmp_path / name, IssuerOfPatientIDQualifiersSequence=[item], **tags)
+    write_dicom(tmp_path / "f", IssuerOfPatientIDQualifiersSequence=[])
+    found = scan(tmp_path, "none")
+    assert [record.patient[0] for record in found.records] == ["ISO:1.2", "ISO:1.3", "ISO:1.3", "X", "", ""]
+    assert read(found, ["all"], 32)[0].number_of_patients == 4
+
+
+def test_a_qualified_issuer_that_changed_is_seen_at_decoding(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    digests: set[str] = set()
+    for number in ("1.2", "1.3", "1.3"):
+        item = DicomDataset()
+        item.UniversalEntityID = number
+        path = write_dicom(tmp_path / "a", SOPInstanceUID="1.9", IssuerOfPatientIDQualifiersSequence=[item])
+        found = scan(tmp_path, "none").records[0]
+        assert DicomImage(path.read_bytes(), WHOLE).digest == found.seen[1]
+        digests.add(found.seen[1])
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("keyword", ["PatientID", "IssuerOfPatientID"])
+def test_ids_that_cannot_be_decoded_merge_nobody(tmp_path: Path, write_dicom: WriteDicom, keyword: str) -> None:
+    """Three ids in Latin-1 that are declared UTF-8 would all read as M\ufffd1."""
+    for number, letter in enumerate(("\xfc", "\xf6", "\xe4")):
+        path = write_dicom(tmp_path / f"{number}", **{keyword: "MXX1"}, SpecificCharacterSet="ISO_IR 192")
+        path.write_bytes(path.read_bytes().replace(b"MXX1", f"M{letter}1 ".encode("latin-1")))
+    write_dicom(tmp_path / "3", **{keyword: "M\xfc1"}, SpecificCharacterSet="ISO_IR 192")
+    write_dicom(tmp_path / "4", **{keyword: "M\xfc1"}, SpecificCharacterSet="ISO_IR 100")
+    found = scan(tmp_path, "none")
+    choice = choose(found, Practice(tmp_path, "none"), None)
+    assert [record.path.name for record in choice.records] == ["3", "4"]
+    assert [refusal.reason for refusal in choice.refusals] == [Reason.PATIENT_UNREADABLE] * 3
+    assert len({record.patient for record in choice.records}) == 1
 
 
 def test_without_a_window_the_full_range_of_the_image(tmp_path: Path, write_dicom: WriteDicom) -> None:

@@ -11,6 +11,7 @@ from client.intake.cautions import cautions
 from client.intake.deidentify import BlankRule, BlankRules
 from client.intake.patients import PatientTable, normalised, read_patient_table
 from client.intake.records import Record, Scan
+from client.intake.refusals import Reason
 from client.intake.selection import Practice, choose
 from client.intake.twins import Twins
 from common.errors import IntakeError
@@ -144,6 +145,13 @@ def test_same_instance_under_two_patients() -> None:
     rows = [replace(record(5, name), line=line) for line, name in enumerate(("p", "p", "q"), 1)]  # of one file
     assert "1 image is there under two patients" in said(rows)
     assert "under two" not in said(rows[:2])
+
+
+def test_mangled_ids_merge_nobody() -> None:
+    """Of an index or an array too: an export that replaced letters made one id of several."""
+    choice = choose(Scan((record(1, "M\ufffd1"), record(2, "m1")), {}), Practice(Path()), None)
+    assert [one.patient for one in choice.records] == [("", "m1")]
+    assert [one.reason for one in choice.refusals] == [Reason.PATIENT_UNREADABLE]
 
 
 def test_several_issuers() -> None:
