@@ -85,7 +85,7 @@ class DicomImage:
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
                 with within(header_bytes(self._rules)):
                     said = stages(dataset, frame, self._rules)
-                return show(_stored_bits(stored, dataset), said)
+                return show(_stored_bits(stored, dataset, said.padding), said)
             levels = _colours(stored, dataset, photometric)
         except DAMAGED_DICOM as error:
             raise damaged(error, Reason.PIXELS) from error
@@ -177,9 +177,10 @@ def _lut(item: Dataset, dataset: Dataset) -> Lut:
 
 
 def _padding(dataset: Dataset) -> tuple[float, float] | None:
-    """Return the range of stored values that mean "no image here".
+    """Return the range of stored values that mean "no image here"; beyond the stored bits, of words as they stand.
 
-    Source: DICOM PS3.3 C.7.5.1.1.2: one value, or with PixelPaddingRangeLimit all between the two.
+    Source: DICOM PS3.3 C.7.5.1.1.2: one value, or with PixelPaddingRangeLimit all between the two. It has 16 bits and
+        the sign of the pixels, which the VR (US or SS) may contradict.
     """
     integer = "PixelData" in dataset
     name = "PixelPaddingValue" if integer else f"{next(n for n in _FLOATS if n in dataset)[:-4]}PaddingValue"
@@ -189,20 +190,29 @@ def _padding(dataset: Dataset) -> tuple[float, float] | None:
     limit = dataset.get(name.replace("Value", "RangeLimit"))
     ends = [value, value if limit is None else limit]
     if integer:
-        ends = [int(_clear(np.array(int(end)), dataset, 64)) for end in ends]
+        lowest = -(2**15) if dataset.PixelRepresentation else 0
+        ends = [(int(end) - lowest) % 2**16 + lowest for end in ends]
     low, high = sorted(float(end) for end in ends)
     return low, high
 
 
-def _stored_bits(values: Num[np.ndarray, "rows columns"], dataset: Dataset) -> Num[np.ndarray, "rows columns"]:
-    """Clear what stands beside the stored bits, where the file holds pixels as they are; decoders do it for others."""
+def _stored_bits(
+    values: Num[np.ndarray, "rows columns"], dataset: Dataset, padding: tuple[float, float] | None = None
+) -> Num[np.ndarray, "rows columns"]:
+    """Clear what stands beside the stored bits, where the file holds pixels as they are; decoders do it for others.
+
+    A whole word that is padding stays: in the stored bits alone it could be a pixel's value.
+    """
     if values.dtype.kind not in "iu" or not _as_it_is(dataset):
         return values
     bits, shift = _bits(dataset)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.PixelRepresentation else (0, 2**bits - 1)
     if shift == 0 and values.size and values.min() >= low and values.max() <= high:
         return values
-    return _clear(values >> shift, dataset, values.itemsize * 8)
+    cleared = _clear(values >> shift, dataset, values.itemsize * 8)
+    if padding is None or shift:
+        return cleared
+    return np.where((values >= padding[0]) & (values <= padding[1]), values, cleared)
 
 
 def _as_it_is(dataset: Dataset) -> bool:

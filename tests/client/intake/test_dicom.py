@@ -474,6 +474,48 @@ def test_padding_is_a_value_or_a_range(tmp_path: Path, write_dicom: WriteDicom) 
         assert np.isclose(grey[pixels == low + 1], 255 / (RAMP.max() - low), atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("signed", "vr", "value", "limit"),
+    [
+        (1, "SS", -32768, None),  # would be 0 in 12 bits
+        (1, "US", 32768, None),
+        (0, "US", 61640, None),  # would be 200
+        (0, "SS", -3896, None),
+        (0, "US", 61500, 61700),
+        (1, "SS", -32768, -30000),
+    ],
+)
+def test_padding_beyond_the_stored_bits_is_no_pixel(
+    tmp_path: Path, write_dicom: WriteDicom, signed: int, vr: str, value: int, limit: int | None
+) -> None:
+    """Such a value takes no pixel away; where a word of the file is that value as it stands, it is padding."""
+    tags: dict[str, Any] = {"PixelRepresentation": signed, "WindowCenter": 100, "WindowWidth": 400}
+    plain = decode(write_dicom(tmp_path / "a", RAMP, **tags))
+
+    def padded(pixels: np.ndarray) -> np.ndarray:
+        dataset = dcmread(write_dicom(tmp_path / "b", pixels, **tags))
+        dataset.add_new("PixelPaddingValue", vr, value)
+        if limit is not None:
+            dataset.add_new("PixelPaddingRangeLimit", vr, limit)
+        dataset.save_as(tmp_path / "b")
+        return decode(tmp_path / "b")
+
+    assert np.array_equal(padded(RAMP), plain)
+    words = RAMP.copy()
+    words[5] = value % 2**16
+    plain[5] = 0
+    assert np.array_equal(padded(words), plain)
+
+
+def test_padding_in_words_with_other_bits(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """What stands beside the stored bits, such as an overlay, does not hide padding."""
+    words = RAMP | np.uint16(0x7000)
+    assert np.array_equal(
+        decode(write_dicom(tmp_path / "a", words, PixelPaddingValue=300)),
+        decode(write_dicom(tmp_path / "b", RAMP, PixelPaddingValue=300)),
+    )
+
+
 def test_windows_by_rule(tmp_path: Path, write_dicom: WriteDicom) -> None:
     several = {"WindowCenter": [100, 200], "WindowWidth": [101, 51]}
     path = write_dicom(tmp_path / "a", RAMP, **several)
