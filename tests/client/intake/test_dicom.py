@@ -15,13 +15,14 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset as DicomDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_voi_lut, convert_color_space
-from pydicom.uid import MPEG2MPML, JPEG2000Lossless, RLELossless
+from pydicom.uid import MPEG2MPML, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from client.intake import Reason, scan
-from client.intake.dicom import DicomImage, stages
+from client.intake.dicom import DicomImage
 from client.intake.refusals import Refused
 from client.intake.rules import IntakeRules
 from client.intake.selection import Practice, choose
+from client.intake.stages import stages
 from client.intake.worker import Source
 from common.errors import ConfigError, IntakeError
 from tests.client.intake.pictures import read
@@ -142,6 +143,70 @@ def test_lookup_tables(tmp_path: Path, write_dicom: WriteDicom, sequence: str) -
     grey = decode(write_dicom(tmp_path / "a", RAMP, **{sequence: [item]}))
     expected = np.clip(RAMP.astype(float) - 50, 0, 99) * 2
     assert np.allclose(grey, expected if sequence == "VOILUTSequence" else expected * (255 / 198), atol=1e-3)
+
+
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+@pytest.mark.parametrize("vr", ["US", "SS"])
+@pytest.mark.parametrize("lowest", [-400, 0])
+def test_lookup_tables_of_signed_values(
+    tmp_path: Path, write_dicom: WriteDicom, sequence: str, vr: str, lowest: int
+) -> None:
+    """PS3.3 C.11.2.1.1: their first value has the sign of the values, whether or not a pixel is below zero."""
+    item = DicomDataset()
+    item.add_new("LUTDescriptor", vr, [1024, 2**16 - 512 if vr == "US" else -512, 10])
+    item.add_new("LUTData", "OW", np.arange(1024, dtype="<u2").tobytes())
+    values = RAMP.astype(np.int16) + lowest
+    grey = decode(write_dicom(tmp_path / "a", values, PixelRepresentation=1, **{sequence: [item]}))
+    expected = (values + 512) * (255 / 1023) if sequence == "VOILUTSequence" else RAMP * (255 / RAMP.max())
+    assert np.allclose(grey, expected, atol=1e-3)
+
+
+def test_a_table_after_a_rescale_below_zero(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Of unsigned pixels too, such as CT: what the table is given may be below zero."""
+    item = DicomDataset()
+    item.add_new("LUTDescriptor", "US", [1024, 2**16 - 512, 10])
+    item.add_new("LUTData", "OW", np.arange(1024, dtype="<u2").tobytes())
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -100, "VOILUTSequence": [item]}
+    grey = decode(write_dicom(tmp_path / "a", RAMP + 100, **rescale))
+    assert np.allclose(grey, (RAMP + 512) * (255 / 1023), atol=1e-3)
+
+
+def test_a_first_value_in_the_upper_half_of_unsigned_values(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    item = DicomDataset()
+    item.add_new("LUTDescriptor", "US", [1024, 40000, 10])
+    item.add_new("LUTData", "OW", np.arange(1024, dtype="<u2").tobytes())
+    tags = {"BitsStored": 16, "HighBit": 15, "VOILUTSequence": [item]}
+    grey = decode(write_dicom(tmp_path / "a", RAMP + np.uint16(40000), **tags))
+    assert np.allclose(grey, RAMP * (255 / 1023), atol=1e-3)
+
+
+def test_a_rescale_that_makes_all_values_one_is_refused(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    with pytest.raises(Refused, match="header not readable"):
+        decode(write_dicom(tmp_path / "a", RAMP, RescaleSlope=0, RescaleIntercept=5))
+    item = DicomDataset()  # a modality LUT takes its place
+    item.LUTDescriptor, item.LUTData = [384, 0, 16], RAMP.tobytes()
+    item["LUTDescriptor"].VR, item["LUTData"].VR = "US", "OW"
+    decode(write_dicom(tmp_path / "b", RAMP, RescaleSlope=0, RescaleIntercept=5, ModalityLUTSequence=[item]))
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+def test_colours_of_other_stored_bits(tmp_path: Path, write_dicom: WriteDicom, syntax: str) -> None:
+    """Twelve bits at the top of sixteen are the same colours; below zero there are none."""
+    colours = np.random.default_rng(2).integers(0, 4096, (24, 16, 3)).astype(np.uint16)
+
+    def packed(pixels: np.ndarray, **tags: Any) -> np.ndarray:
+        dataset = dcmread(write_dicom(tmp_path / "a", pixels, BitsStored=16, HighBit=15))
+        if syntax == RLELossless:
+            dataset.compress(RLELossless)
+        for keyword, value in ({"BitsStored": 12, "HighBit": 11} | tags).items():
+            setattr(dataset, keyword, value)
+        dataset.save_as(tmp_path / "a")
+        return decode(tmp_path / "a")
+
+    assert np.allclose(packed(colours), colours * (255 / 4095), atol=1e-3)
+    assert np.allclose(packed(colours << 4 | 5, HighBit=15), colours * (255 / 4095), atol=1e-3)
+    with pytest.raises(Refused, match="pixels not decodable"):
+        packed(colours.astype(np.int16), PixelRepresentation=1)
 
 
 COLOURS = np.random.default_rng(0).integers(40, 210, (28, 28, 3)).astype(np.uint8)
