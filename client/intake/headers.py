@@ -32,7 +32,7 @@ from pydicom.uid import (
     UID_dictionary,
 )
 
-from client.intake.attributes import QUALIFIERS, as_text, qualified_issuer
+from client.intake.attributes import JUDGED, QUALIFIERS, all_text, as_text, qualified_issuer
 from client.intake.labels import Labelling
 from client.intake.memory import header_bytes, within
 from client.intake.pixels import check_size
@@ -229,6 +229,8 @@ def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
     Raises:
         Refused: With the reason.
     """
+    if not all_text(dataset, *JUDGED) or not all_text(dataset.file_meta, "MediaStorageSOPClassUID"):
+        raise Refused(Reason.HEADER)
     if sop_class(dataset) in _NO_PICTURES:
         raise Refused(Reason.NO_PICTURE)
     rows, columns = dataset.get("Rows"), dataset.get("Columns")

@@ -25,6 +25,10 @@ def record(**header: str) -> Record:
 
 DOUBTFUL: list[tuple[Doubtful, dict[str, str], Reason]] = [
     ("burned-in", {"BurnedInAnnotation": "YES"}, Reason.BURNED_IN),
+    ("burned-in", {"BurnedInAnnotation": "YES\\YES"}, Reason.BURNED_IN),
+    ("burned-in", {"BurnedInAnnotation": "NO\\ yes"}, Reason.BURNED_IN),
+    ("secondary-capture", {"SOPClassUID": "1.2\\1.2.840.10008.5.1.4.1.1.7"}, Reason.SECONDARY_CAPTURE),
+    ("ultrasound", {"Modality": "CR\\US"}, Reason.ULTRASOUND),
     ("secondary-capture", {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, Reason.SECONDARY_CAPTURE),
     ("secondary-capture", {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.4"}, Reason.SECONDARY_CAPTURE),
     ("secondary-capture", {"ImageType": "DERIVED\\SECONDARY\\SCREEN SAVE"}, Reason.SECONDARY_CAPTURE),
