@@ -27,7 +27,17 @@ def said(records: list[Record], table: PatientTable | None = None, blank: BlankR
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("P1", " p1 "), ("P  1", "p 1"), ("\uff211", "a1"), ("Müller", "MU\u0308LLER")]
+    ("one", "other"),
+    [
+        ("P1", " p1 "),
+        ("P  1", "p 1"),
+        ("\uff211", "a1"),
+        ("Müller", "MU\u0308LLER"),
+        ("Z\u200bz", "zz"),
+        ("\ufeffP1", "p1"),
+        ("P1 \u200b", "p1"),
+        ("u\u200b\u0308", "\u00fc"),
+    ],
 )
 def test_spelling_does_not_split(one: str, other: str) -> None:
     assert normalised(("Ward", one)) == normalised((" WARD", other))
@@ -152,6 +162,8 @@ def test_mangled_ids_merge_nobody() -> None:
     choice = choose(Scan((record(1, "M\ufffd1"), record(2, "m1")), {}), Practice(Path()), None)
     assert [one.patient for one in choice.records] == [("", "m1")]
     assert [one.reason for one in choice.refusals] == [Reason.PATIENT_UNREADABLE]
+    unseen = choose(Scan((record(1, "\u200b"), record(2, "\ufeff")), {}), Practice(Path()), None)
+    assert [one.reason for one in unseen.refusals] == [Reason.PATIENT_UNREADABLE] * 2
 
 
 def test_several_issuers() -> None:
