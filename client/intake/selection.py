@@ -22,8 +22,8 @@ from common.wording import counted
 
 _SHOWN, _SHOWN_CHARS = 8, 48
 """Labels that are shown, and characters of each."""
-_PIXELS = 2
-"""Raised by a release that makes other pixels of the same file, so that imported images are read again."""
+_READING = 3
+"""Raised by a release that makes other pixels, or another patient, of the same file: imported images are read again."""
 
 
 @final
@@ -53,7 +53,7 @@ class Practice:
         label_rules = Path(label.name).read_text(encoding="utf-8") if label.kind == "rules" else ""
         rules = self.rules.model_dump(exclude={"workers", "decode_seconds"})
         merged = [sorted(self.patients.merged.items()), sorted(self.patients.by_id.items())]
-        said = [_PIXELS, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]
+        said = [_READING, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
