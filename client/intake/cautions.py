@@ -50,7 +50,8 @@ def cautions(records: Sequence[Record], choice: Choice, practice: Practice, part
         - nothing_false_of_a_part: Where only some files were opened, each warning says so, and what only the whole can
           show is not said.
         - black_by_rule, rows_as_people, accession_like, several_birth_dates_or_sexes, thousands_under_one_id,
-          same_instance_twice, several_issuers: Each is warned of where it is so, and not where it is not.
+          same_instance_twice, same_instance_under_two_patients, several_issuers: Each is warned of where it is so, and
+          not where it is not.
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -61,7 +62,7 @@ def cautions(records: Sequence[Record], choice: Choice, practice: Practice, part
     if twice := [refusal for refusal in choice.refusals if refusal.reason == Reason.DUPLICATE]:
         said = f"{counted(len(twice), 'image is', 'images are')} there a second time; the second is not used."
         found.append(Caution(said, tuple(twice)))
-    found += [*_black(choice.records), *_rows_as_people(records)]
+    found += [*_shared(choice), *_black(choice.records), *_rows_as_people(records)]
     if not partial and (unused := practice.patients.unused(record.patient for record in records)):
         lines = ", ".join(map(str, unused[:_LINES])) + (", ..." if len(unused) > _LINES else "")
         said = f"{counted(len(unused), 'line')} of the table of patients: nobody of that id is there (line {lines})."
@@ -69,6 +70,13 @@ def cautions(records: Sequence[Record], choice: Choice, practice: Practice, part
     if partial:
         found = [replace(one, said=f"Of the files that were opened now: {one.said}") for one in found]
     return found
+
+
+def _shared(choice: Choice) -> list[Caution]:
+    """Warn of one image under two patients: a copy that is not decoded never reaches the look for twins."""
+    said = "under two patients: one person with two ids? If so merge them (`patients` in site.toml)."
+    files = tuple({id(one): one for pair in choice.shared for one in pair}.values())
+    return [Caution(f"{counted(len(choice.shared), 'image is', 'images are')} there {said}", files)] if files else []
 
 
 def _black(records: Sequence[Record]) -> list[Caution]:

@@ -1,4 +1,4 @@
-"""What a compressed image says of its own size, read before it is decoded: its header may say something else.
+"""What a compressed image says of its own form, read before it is decoded: its header may say something else.
 
 Decoders allocate what the codestream states, and pydicom lays out what they give as the DICOM header states it.
 
@@ -27,12 +27,30 @@ def shape_of(data: bytes) -> Shape:
     """
     if data.startswith(b"\xff\xd8"):
         return _of_jpeg(data)
-    start = _codestream(data) if data.startswith(_JP2) else 0
-    if data[start : start + 4] != b"\xff\x4f\xff\x51":
-        raise ValueError("no codestream")
+    start = _siz(data)
     right, bottom, left, top = struct.unpack_from(">4L", data, start + 8)
     (samples,) = struct.unpack_from(">H", data, start + 40)
     return bottom - top, right - left, samples
+
+
+def has_signs(data: bytes) -> bool:
+    """Return whether the first component of a JPEG 2000 image may be below zero; JPEG and JPEG-LS have no signs.
+
+    Raises:
+        ValueError, struct.error: As `shape_of`.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return False
+    (depth,) = struct.unpack_from(">B", data, _siz(data) + 42)
+    return depth >= 0x80
+
+
+def _siz(data: bytes) -> int:
+    """Return where the codestream of a JPEG 2000 image begins, whose second marker is SIZ."""
+    start = _codestream(data) if data.startswith(_JP2) else 0
+    if data[start : start + 4] != b"\xff\x4f\xff\x51":
+        raise ValueError("no codestream")
+    return start
 
 
 def _of_jpeg(data: bytes) -> Shape:

@@ -17,6 +17,7 @@ Every rule that fits an image is applied. Source: DICOM PS3.3 C.7.6.1.1.1 (Image
 Out of scope: finding text (client/intake/screening).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, final
 
@@ -106,19 +107,25 @@ def doubt(record: Record, allowed: tuple[Doubtful, ...]) -> Reason | None:
     """Return why an image may show text about the patient, unless that kind is allowed.
 
     Guarantees:
-        - doubtful_is_refused: Each kind is refused by default and used where it is allowed.
+        - doubtful_is_refused: Each kind, by any one value of an attribute, is refused by default and used where it is
+          allowed.
     """
     header = record.header
-    sop, image_type = header.get("SOPClassUID", ""), header.get("ImageType", "").upper()
+    image_type = header.get("ImageType", "").upper()
     kinds = {
-        "burned-in": header.get("BurnedInAnnotation", "").upper() == "YES",
-        "secondary-capture": _is(sop, _SECONDARY_CAPTURE)
+        "burned-in": "YES" in _values(header, "BurnedInAnnotation"),
+        "secondary-capture": _is(header, _SECONDARY_CAPTURE)
         or "ConversionType" in header
         or any(name in image_type.replace("_", " ") for name in _SCREEN),
-        "ultrasound": header.get("Modality", "").upper() in ("US", "IVUS") or any(_is(sop, one) for one in _ULTRASOUND),
+        "ultrasound": bool({"US", "IVUS"} & _values(header, "Modality")) or _is(header, *_ULTRASOUND),
     }
     return next((_REASONS[kind] for kind, found in kinds.items() if found and kind not in allowed), None)
 
 
-def _is(sop: str, family: str) -> bool:
-    return sop == family or sop.startswith(f"{family}.")
+def _values(header: Mapping[str, str], keyword: str) -> set[str]:
+    """Return the values of an attribute, which may state several where it should state one."""
+    return {value.strip() for value in header.get(keyword, "").upper().split("\\")}
+
+
+def _is(header: Mapping[str, str], *families: str) -> bool:
+    return any(f"{sop}.".startswith(f"{family}.") for sop in _values(header, "SOPClassUID") for family in families)

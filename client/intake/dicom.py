@@ -25,18 +25,17 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.intake.codestream import shape_of
+from client.intake.codestream import has_signs, shape_of
 from client.intake.headers import DAMAGED_DICOM, damaged, parse, syntax_name
 from client.intake.memory import header_bytes, within
 from client.intake.pixels import Levels
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
-from client.intake.windows import Lut, Stages, Window, show
+from client.intake.stages import FLOATS, bits_of, stages, stored_range
+from client.intake.windows import show
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 """What pydicom hands over as red, green and blue, as its decoders or itself convert it."""
-
-_FLOATS = ("FloatPixelData", "DoubleFloatPixelData")
 
 
 @final
@@ -49,6 +48,7 @@ class DicomImage:
     Guarantees:
         - frame_groups_win: Rescale and window of a frame's functional groups win over shared ones and the top level.
         - codestreams_have_the_headers_shape: A compressed frame of other rows, columns or samples is not decoded.
+        - codestreams_have_the_headers_sign: Nor is one with signs where the header knows none.
         - high_bits_are_cleared: What stands beside the stored bits changes nothing.
     """
 
@@ -61,7 +61,7 @@ class DicomImage:
         self._rules = rules
         try:
             self._dataset, self.digest = parse(data, rules)
-            if not any(name in self._dataset for name in ("PixelData", *_FLOATS)):
+            if not any(name in self._dataset for name in ("PixelData", *FLOATS)):
                 raise Refused(Reason.NO_IMAGE)
             self._plugin = _plugin(self._dataset)
         except DAMAGED_DICOM as error:
@@ -75,7 +75,7 @@ class DicomImage:
         """
         dataset = self._dataset
         try:
-            _check_shape(dataset, frame)
+            _check_form(dataset, frame)
             # Unused bits are cleared here: pydicom does not look at HighBit.
             # A view, where nothing is compressed: it is read once and never written to.
             options: Any = {"correct_unused_bits": not _as_it_is(dataset), "view_only": True}
@@ -85,7 +85,7 @@ class DicomImage:
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
                 with within(header_bytes(self._rules)):
                     said = stages(dataset, frame, self._rules)
-                return show(_stored_bits(stored, dataset), said)
+                return show(_stored_bits(stored, dataset, said.padding), said)
             levels = _colours(stored, dataset, photometric)
         except DAMAGED_DICOM as error:
             raise damaged(error, Reason.PIXELS) from error
@@ -94,8 +94,12 @@ class DicomImage:
         return levels
 
 
-def _check_shape(dataset: Dataset, frame: int) -> None:
-    """Refuse a codestream of another shape than the header's: decoders allocate it, and pydicom would shear it."""
+def _check_form(dataset: Dataset, frame: int) -> None:
+    """Refuse a codestream of another form than the header's.
+
+    Decoders allocate its shape, and pydicom would shear it. Values below zero would be taken for the highest where the
+    header knows no sign; the reverse is known: words that have signs by the header, packed as if they had none.
+    """
     syntax: UID = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated or syntax == RLELossless:
         return
@@ -108,115 +112,34 @@ def _check_shape(dataset: Dataset, frame: int) -> None:
     )
     if shape_of(data) != (dataset.Rows, dataset.Columns, dataset.get("SamplesPerPixel", 1)):
         raise Refused(Reason.PIXELS)
-
-
-def stages(dataset: Dataset, frame: int, rules: IntakeRules) -> Stages:
-    """Read what a header says about a frame's values.
-
-    Raises:
-        Exception: One of `DAMAGED_DICOM`, where a value is not what it should be.
-    """
-    modality = _group(dataset, frame, "PixelValueTransformationSequence")
-    slope, intercept = modality.get("RescaleSlope"), modality.get("RescaleIntercept")
-    scale = None if slope is None or intercept is None else (float(slope), float(intercept))
-    table = dataset.get("ModalityLUTSequence")
-    hounsfield = scale is not None and not table and modality.get("RescaleType", "HU") in ("HU", "", None)
-    shape = str(dataset.get("PresentationLUTShape", ""))
-    return Stages(
-        *(scale or (1.0, 0.0)),
-        modality=_lut(table[0], dataset) if table else None,
-        view=_view(dataset, frame, rules, hounsfield),
-        percentiles=rules.percentiles,
-        inverse=dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE",
-        padding=_padding(dataset),
-    )
-
-
-def _view(dataset: Dataset, frame: int, rules: IntakeRules, hounsfield: bool) -> Lut | Window | None:
-    preset = rules.hounsfield_window()
-    if preset is not None and hounsfield and dataset.get("Modality") == "CT":
-        return Window(*preset)
-    if isinstance(rules.window, str):
-        return None
-    if luts := dataset.get("VOILUTSequence"):
-        return _lut(luts[min(rules.window, len(luts) - 1)], dataset)
-    group = _group(dataset, frame, "FrameVOILUTSequence")
-    pairs = list(zip(_numbers(group.get("WindowCenter")), _numbers(group.get("WindowWidth")), strict=False))
-    if not pairs:
-        return None
-    window = Window(*pairs[min(rules.window, len(pairs) - 1)], str(group.get("VOILUTFunction") or "LINEAR"))
-    return window if window.makes_sense() else None
-
-
-def _group(dataset: Dataset, frame: int, name: str) -> Dataset:
-    """Return the item that holds attributes for a frame: its functional group, a shared one, or the top level."""
-    frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    for groups in (frames[frame : frame + 1], dataset.get("SharedFunctionalGroupsSequence") or []):
-        for group in groups:
-            if items := group.get(name):
-                return items[0]
-    return dataset
-
-
-def _lut(item: Dataset, dataset: Dataset) -> Lut:
-    """Read a table of 16-bit words, or of bytes of which two are packed in a word, the lower one first.
-
-    Source: DICOM PS3.3 C.11.1.1.1, C.11.2.1.1.
-    """
-    entries, first, bits = (int(number) for number in item.LUTDescriptor)
-    entries = entries % 2**16 or 2**16  # of a descriptor in signed words too
-    order = "<" if dataset.original_encoding[1] else ">"
-    data = item.LUTData
-    words = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
-    table = words.astype("<u2")
-    if len(table) != entries and bits <= 8 and len(table) == (entries + 1) // 2:
-        table = table.view(np.uint8)[:entries]
-    if len(table) != entries or not 1 <= bits <= 16 or int(table.max()) >= 2**bits:
+    if has_signs(data) and not dataset.PixelRepresentation:
         raise Refused(Reason.PIXELS)
-    return Lut(first, table.astype(np.float64), bits)
 
 
-def _padding(dataset: Dataset) -> tuple[float, float] | None:
-    """Return the range of stored values that mean "no image here".
+def _stored_bits(
+    values: Num[np.ndarray, "rows columns *samples"], dataset: Dataset, padding: tuple[float, float] | None = None
+) -> Num[np.ndarray, "rows columns *samples"]:
+    """Clear what stands beside the stored bits, where the file holds pixels as they are; decoders do it for others.
 
-    Source: DICOM PS3.3 C.7.5.1.1.2: one value, or with PixelPaddingRangeLimit all between the two.
+    A whole word that is padding stays: in the stored bits alone it could be a pixel's value.
     """
-    integer = "PixelData" in dataset
-    name = "PixelPaddingValue" if integer else f"{next(n for n in _FLOATS if n in dataset)[:-4]}PaddingValue"
-    value = dataset.get(name)
-    if value is None:
-        return None
-    limit = dataset.get(name.replace("Value", "RangeLimit"))
-    ends = [value, value if limit is None else limit]
-    if integer:
-        ends = [int(_clear(np.array(int(end)), dataset, 64)) for end in ends]
-    low, high = sorted(float(end) for end in ends)
-    return low, high
-
-
-def _stored_bits(values: Num[np.ndarray, "rows columns"], dataset: Dataset) -> Num[np.ndarray, "rows columns"]:
-    """Clear what stands beside the stored bits, where the file holds pixels as they are; decoders do it for others."""
     if values.dtype.kind not in "iu" or not _as_it_is(dataset):
         return values
-    bits, shift = _bits(dataset)
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.PixelRepresentation else (0, 2**bits - 1)
+    low, high = stored_range(dataset)
+    _, shift = bits_of(dataset)
     if shift == 0 and values.size and values.min() >= low and values.max() <= high:
         return values
-    return _clear(values >> shift, dataset, values.itemsize * 8)
+    cleared = _clear(values >> shift, dataset, values.itemsize * 8)
+    if padding is None or shift:
+        return cleared
+    return np.where((values >= padding[0]) & (values <= padding[1]), values, cleared)
 
 
 def _as_it_is(dataset: Dataset) -> bool:
-    """Return whether the file holds grey values or places in a palette bit by bit, not as a codec made them."""
+    """Return whether the file holds grey values, places in a palette or RGB bit by bit, not as a codec made them."""
     syntax: UID = dataset.file_meta.TransferSyntaxUID
-    return dataset.get("SamplesPerPixel", 1) == 1 and (not syntax.is_compressed or syntax == RLELossless)
-
-
-def _bits(dataset: Dataset) -> tuple[int, int]:
-    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
-    shift = int(dataset.get("HighBit", stored - 1)) + 1 - stored
-    if not 1 <= stored <= allocated:
-        raise Refused(Reason.HEADER)
-    return stored, shift if 0 <= shift <= allocated - stored else 0
+    kept = dataset.get("SamplesPerPixel", 1) == 1 or dataset.get("PhotometricInterpretation") == "RGB"
+    return kept and (not syntax.is_compressed or syntax == RLELossless)
 
 
 def _clear(values: Num[np.ndarray, "..."], dataset: Dataset, width: int) -> Num[np.ndarray, "..."]:
@@ -232,10 +155,12 @@ def _colours(stored: Num[np.ndarray, "..."], dataset: Dataset, photometric: str)
     if photometric == "PALETTE COLOR":
         colour = apply_color_lut(_stored_bits(stored, dataset), dataset)
         return colour[..., :3].astype(np.float32) * np.float32(255 / np.iinfo(colour.dtype).max)
-    bits = int(dataset.BitsStored)
-    if stored.ndim != 3 or photometric not in _COLOURS or (photometric != "RGB" and bits != 8):
+    bits, shift = bits_of(dataset)
+    if stored.ndim != 3 or photometric not in _COLOURS or (photometric != "RGB" and (bits, shift) != (8, 0)):
         raise Refused(Reason.PIXELS)  # pydicom knows no other as colours
-    return stored.astype(np.float32) * np.float32(255 / (2**bits - 1))
+    if dataset.PixelRepresentation:  # no colour is below zero
+        raise Refused(Reason.PIXELS)
+    return _stored_bits(stored, dataset).astype(np.float32) * np.float32(255 / (2**bits - 1))
 
 
 def _plugin(dataset: Dataset) -> str:
@@ -268,9 +193,3 @@ def _preferred(syntax: UID) -> tuple[str, ...]:
     if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit):
         return ("pillow", "pylibjpeg", "gdcm")
     return ("pydicom", "pylibjpeg", "gdcm")
-
-
-def _numbers(value: Any) -> list[float]:
-    if value is None or isinstance(value, str):
-        return []
-    return [float(item) for item in (value if hasattr(value, "__getitem__") else [value])]

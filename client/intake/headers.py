@@ -30,12 +30,13 @@ from pydicom.uid import (
     UID_dictionary,
 )
 
+from client.intake.attributes import QUALIFIERS, as_text, qualified_issuer
 from client.intake.labels import Labelling
 from client.intake.memory import header_bytes, within
 from client.intake.records import Header
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
-from client.intake.stated import as_text, check_header, check_pixels, sop_class
+from client.intake.stated import check_header, check_pixels, sop_class
 from common.files import open_regular
 
 FACTS = (
@@ -60,7 +61,7 @@ FACTS = (
 MAX_VALUE = 512
 """Characters of an id, a label or a fact. A longer one is refused and never cut: that could merge two patients."""
 
-_FORM = ("PatientID", "IssuerOfPatientID", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
+_FORM = ("PatientID", "IssuerOfPatientID", QUALIFIERS, "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
 
 # What pydicom, its decoders and NumPy raise beside, found by the fuzz test and by reading pydicom: values of a wrong
 # type (TypeError, AttributeError, ArithmeticError), unknown VRs (NotImplementedError, a RuntimeError), nesting
@@ -76,6 +77,7 @@ DAMAGED_DICOM = (
     AssertionError,
 )
 
+_QUALIFIERS = Tag(QUALIFIERS)  # pydicom may have parsed it already: what it says is digested
 _COPIES = 3
 """Of the pixels, while pydicom joins what it read of them."""
 _PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
@@ -113,13 +115,15 @@ def read_header(source: BinaryIO, size: int, labels: Labelling, rules: IntakeRul
             seen = (state, digest_of(dataset))
             frames = check_header(dataset, rules)
             check_pixels(dataset, frames or 1, pixel_bytes)
+            issuer = as_text(dataset.get("IssuerOfPatientID")) or qualified_issuer(dataset)
+            dataset.pop(QUALIFIERS, None)
             said = {element.keyword: as_text(element.value) for element in dataset}
             said["SOPClassUID"] = sop_class(dataset)
         facts = {name: text for name in FACTS if (text := said.get(name))}
         facts["TransferSyntaxUID"] = str(dataset.file_meta.TransferSyntaxUID)
     except DAMAGED_DICOM as error:
         raise damaged(error, Reason.HEADER) from error
-    patient = (said.get("IssuerOfPatientID", ""), said.get("PatientID", ""))
+    patient = (issuer, said.get("PatientID", ""))
     if not patient[1]:
         raise Refused(Reason.NO_PATIENT)
     header = Header(patient, labels.class_of(said) or "", frames, facts, seen)
@@ -139,9 +143,10 @@ def digest_of(dataset: Dataset) -> str:
     Taken before anything else looks at the data set, of the values as they stand in the file: pydicom puts what it
     makes of a value in its place.
     """
-    values: list[Any] = [dataset.get_item(tag) for tag in _tags((*_FORM, *FACTS))]
+    values: list[Any] = [dataset.get_item(tag) for tag in _tags((*_FORM, *FACTS)) if tag != _QUALIFIERS]
     said = [None if element is None else element.value for element in values]
-    return hashlib.sha256(repr([said, dataset.file_meta.get("MediaStorageSOPClassUID")]).encode()).hexdigest()
+    others = dataset.file_meta.get("MediaStorageSOPClassUID"), qualified_issuer(dataset)
+    return hashlib.sha256(repr([said, *others]).encode()).hexdigest()
 
 
 @lru_cache(maxsize=8)

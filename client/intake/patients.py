@@ -2,7 +2,7 @@
 
 Privacy is promised to each patient as a whole, so a patient under two ids breaks the promise, while two patients under
 one id only share what one may contribute. Hence ids are brought together generously: characters of one meaning (NFKC),
-capitals and spaces at the ends or doubled do not tell two patients apart.
+capitals, letters that nobody sees (Unicode's Cf) and spaces at the ends or doubled do not tell two patients apart.
 
 The table is a CSV file with the columns `patient` and `to` and, if wanted, `issuer` and `to_issuer`: the images of
 `patient` count as those of `to`. A line without an issuer means the patient of that id whatever the issuer, and one
@@ -27,13 +27,27 @@ def normalised(patient: Patient) -> Patient:
     """Return what tells patients apart.
 
     Guarantees:
-        - spelling_does_not_split: Capitals, spaces and forms of one character do not make two patients of one.
+        - spelling_does_not_split: Capitals, spaces, characters without width and forms of one character do not make two
+          patients of one.
 
     >>> normalised(("Ward", " ab  12 "))
     ('ward', 'ab 12')
     """
-    issuer, name = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in patient)
+    issuer, name = (" ".join(unicodedata.normalize("NFKC", _seen(text)).casefold().split()) for text in patient)
     return issuer, name
+
+
+def readable(patient: Patient) -> bool:
+    """Return whether an id and its issuer kept every letter when they were decoded, and any of the id can be seen.
+
+    Else two of them may look alike.
+    """
+    return not any("\ufffd" in text for text in patient) and normalised(patient)[1] != ""
+
+
+def _seen(text: str) -> str:
+    """Take characters away that only format others: zero-width spaces, byte order marks, soft hyphens."""
+    return text if text.isascii() else "".join(one for one in text if unicodedata.category(one) != "Cf")
 
 
 @final

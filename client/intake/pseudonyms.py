@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path, PurePath
 from typing import final
 
+from client.intake.patients import Patient
 from client.intake.records import Record, Refusal, Scan, Stamp
 from client.intake.refusals import Reason, may_pass
 from client.intake.selection import Choice, instance_of
@@ -70,7 +71,7 @@ class Names:
     def row(self, record: Record, label: int) -> tuple[bytes, bytes, bytes, bytes, bytes, int]:
         """Name an image."""
         part = self.key.pseudonym(json.dumps([record.member, record.frame]).encode(), "part")
-        patient = self.key.pseudonym(json.dumps(record.patient).encode(), "patient")
+        patient = _patient(self.key, record.patient)
         name = instance_of(record)
         instance = self.key.pseudonym(name.encode(), "instance") if name else bytes(PSEUDONYM_BYTES)
         return self.file(record.path), self.stamp(record.stamp, record.beside), part, patient, instance, label
@@ -135,9 +136,18 @@ class Instances:
     def __init__(self, key: SealingKey, manifest: Manifest, kept: Set[bytes]) -> None:
         """Collect those of the files `kept`."""
         rows = manifest.rows[manifest.current()]
-        pairs = zip(rows["file"].tolist(), rows["instance"].tolist(), strict=True)
-        self._key, self._there = key, {instance for file, instance in pairs if file in kept}
+        each = zip(rows["file"].tolist(), rows["instance"].tolist(), rows["patient"].tolist(), strict=True)
+        self._key, self._there = key, {instance: patient for file, instance, patient in each if file in kept}
 
     def __contains__(self, name: object) -> bool:
         """Return whether an instance is there."""
         return bool(name) and self._key.pseudonym(str(name).encode(), "instance") in self._there
+
+    def of_another(self, name: str, patient: Patient) -> bool:
+        """Return whether an instance is there, for another patient than this one."""
+        there = self._there.get(self._key.pseudonym(name.encode(), "instance"))
+        return there is not None and there != _patient(self._key, patient)
+
+
+def _patient(key: SealingKey, patient: Patient) -> bytes:
+    return key.pseudonym(json.dumps(patient).encode(), "patient")

@@ -39,6 +39,7 @@ class Reason(StrEnum):
     TOO_MANY_FRAMES = "more frames than the limit"
     SOURCE_FRAMES = "more frames in the whole source than the limit"
     NO_PATIENT = "no patient id"
+    PATIENT_UNREADABLE = "patient id or issuer not readable in its character set"
     NO_LABEL = "no label"
     OTHER_LABEL = "label not among the classes"
     NO_DECODER = "decoder missing for"

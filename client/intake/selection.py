@@ -6,14 +6,14 @@ Out of scope: finding them (client/intake/sources), decoding them (client/intake
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import final
+from typing import Protocol, final
 
 from client.intake.deidentify import BlankRules, doubt
 from client.intake.labels import MAX_RULES_BYTES
-from client.intake.patients import PatientTable
+from client.intake.patients import Patient, PatientTable, readable
 from client.intake.records import Record, Refusal, Scan, parse_label
 from client.intake.refusals import Reason
 from client.intake.rules import IntakeRules
@@ -24,8 +24,8 @@ from common.wording import counted
 
 _SHOWN, _SHOWN_CHARS = 8, 48
 """Labels that are shown, and characters of each."""
-_PIXELS = 2
-"""Raised by a release that makes other pixels of the same file, so that imported images are read again."""
+_READING = 3
+"""Raised by a release that makes other pixels, or another patient, of the same file: imported images are read again."""
 
 
 @final
@@ -57,7 +57,7 @@ class Practice:
         )
         rules = self.rules.model_dump(exclude={"workers", "decode_seconds"})
         merged = [sorted(self.patients.merged.items()), sorted(self.patients.by_id.items())]
-        said = [_PIXELS, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]
+        said = [_READING, self.label, label_rules, rules, sorted(self.allowed), self.blank.model_dump(), merged]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
@@ -71,17 +71,29 @@ class Choice:
         refusals: Those of the scan and the ones made here.
         uncounted: Refusals that the scan only counted, by reason.
         copies: Refused as the same image as another of the scan; used where that one does not decode.
+        shared: Pairs of records of one image under two patients; of an image that is in use already, its own twice.
     """
 
     records: tuple[Record, ...] = field(repr=False)
     refusals: tuple[Refusal, ...] = field(repr=False)
     uncounted: tuple[tuple[str, int], ...] = field(repr=False)
     copies: tuple[Record, ...] = field(default=(), repr=False)
+    shared: tuple[tuple[Record, Record], ...] = field(default=(), repr=False)
 
 
-def choose(
-    found: Scan, practice: Practice, classes: Sequence[str] | None, instances: Container[str] = frozenset()
-) -> Choice:
+class InUse(Protocol):
+    """DICOM instances that are in use already."""
+
+    def __contains__(self, name: object, /) -> bool:
+        """Return whether an instance is."""
+        ...
+
+    def of_another(self, name: str, patient: Patient, /) -> bool:
+        """Return whether it is, for another patient than this one."""
+        ...
+
+
+def choose(found: Scan, practice: Practice, classes: Sequence[str] | None, instances: InUse | None = None) -> Choice:
     """Decide about each image from its header.
 
     Args:
@@ -94,6 +106,7 @@ def choose(
         - an_instance_once: Of images with one SOP instance, or that are one image of one file, the first is used; by
           `other_copies` the first of the instance that decodes.
         - accounted: Every record is either chosen or refused with one reason.
+        - mangled_ids_merge_nobody: An image whose patient's id or issuer lost letters in decoding is not used.
         - text_before_labels: An image that may show text is refused for that, labelled or not.
         - patients_adjacent: Records come by (issuer, id) of their patient, one patient's together.
     """
@@ -109,7 +122,7 @@ def choose(
             names = _names(record)
             if names[0] not in once and names[-1] in once:
                 copies.append(replace(record, patient=patient, blank=blank))
-            if any(name in once for name in names) or instance_of(record) in instances:
+            if any(name in once for name in names) or (instances is not None and instance_of(record) in instances):
                 reason = Reason.DUPLICATE
             once.update(names)
         if reason is not None:
@@ -123,7 +136,8 @@ def choose(
         counted[refusal.reason] = counted.get(refusal.reason, 0) + 1
     rest = {reason: count - counted.get(reason, 0) for reason, count in found.refused.items()}
     uncounted = tuple((reason, count) for reason, count in rest.items() if count > 0)
-    return Choice(tuple(chosen), tuple(refusals), uncounted, tuple(copies))
+    shared = _under_two_patients(found.records, practice, instances)
+    return Choice(tuple(chosen), tuple(refusals), uncounted, tuple(copies), shared)
 
 
 def other_copies(choice: Choice, lost: Iterable[Record]) -> tuple[Choice, tuple[Record, ...]]:
@@ -200,11 +214,30 @@ def instance_of(record: Record) -> str:
 
 
 def _reason(record: Record, practice: Practice, classes: Sequence[str] | None) -> Reason | None:
+    if not readable(record.patient):
+        return Reason.PATIENT_UNREADABLE
     if (doubtful := doubt(record, practice.allowed)) is not None:  # first: it tells whoever looks before labelling
         return doubtful
     if record.label is None:
         return Reason.NO_LABEL
     return Reason.OTHER_LABEL if classes is not None and record.label not in classes else None
+
+
+def _under_two_patients(
+    records: Sequence[Record], practice: Practice, instances: InUse | None
+) -> tuple[tuple[Record, Record], ...]:
+    """Find images whose patients differ from that of their first record, used or not: both ids are one person's."""
+    first: dict[object, Record] = {}
+    found: list[tuple[Record, Record]] = []
+    for record in records:
+        met = [first.setdefault(name, record) for name in _names(record)]
+        patient, instance = practice.patients.of(record.patient), instance_of(record)
+        others = [one for one in met if one is not record and practice.patients.of(one.patient) != patient]
+        if others:
+            found.append((others[0], record))
+        elif instances is not None and instance and instances.of_another(instance, patient):
+            found.append((record, record))
+    return tuple(found)
 
 
 def _names(record: Record) -> list[object]:

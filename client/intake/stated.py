@@ -4,11 +4,9 @@ Out of scope: reading the header (client/intake/headers).
 """
 
 import math
-from typing import Any
 
 from pydicom import Dataset
 from pydicom.uid import (
-    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -17,6 +15,7 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 
+from client.intake.attributes import JUDGED, all_text, as_text
 from client.intake.pixels import check_size
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -34,6 +33,8 @@ def check_header(dataset: Dataset, rules: IntakeRules) -> int | None:
     Raises:
         Refused: With the reason.
     """
+    if not all_text(dataset, *JUDGED) or not all_text(dataset.file_meta, "MediaStorageSOPClassUID"):
+        raise Refused(Reason.HEADER)
     if sop_class(dataset) in _NO_PICTURES:
         raise Refused(Reason.NO_PICTURE)
     rows, columns = dataset.get("Rows"), dataset.get("Columns")
@@ -88,11 +89,3 @@ def sop_class(dataset: Dataset) -> str:
     if len(names) > 1:
         raise Refused(Reason.SOP_CLASS)
     return names.pop() if names else ""
-
-
-def as_text(value: Any) -> str:
-    """Return a tag's value as text; several values are joined as DICOM writes them."""
-    if value is None or isinstance(value, bytes | Dataset):
-        return ""
-    several = not isinstance(value, str | UID) and hasattr(value, "__getitem__")
-    return ("\\".join(str(item) for item in value) if several else str(value)).strip().strip("\0").strip()

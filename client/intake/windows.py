@@ -4,7 +4,7 @@ All of it is a curve over single values. Where the values are whole numbers of a
 for each value that may occur and then looked up, so that a large image costs one look-up a pixel.
 
 Source: DICOM PS3.3 C.11.1 (modality LUT), C.11.2 (VOI LUT), C.7.5.1.1.2 (pixel padding), C.7.6.3.1.2 (MONOCHROME1).
-Out of scope: where these are found in a header (client/intake/attributes).
+Out of scope: where these are found in a header (client/intake/stages).
 """
 
 from dataclasses import dataclass, field
@@ -42,8 +42,7 @@ class Lut:
 
     def __call__(self, values: Values) -> Values:
         """Look values up."""
-        first = self.first - 2**16 if self.first >= 2**15 and values.size and values.min() < 0 else self.first
-        index = np.clip(np.rint(values) - first, 0, len(self.entries) - 1)
+        index = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
         return self.entries[index.astype(np.int64)]
 
 

@@ -188,6 +188,24 @@ def make_home(folder: Path, source: Path, least: int = 10) -> Home:
     return create_home(folder / "home", SiteConfig(data=str(source), label="none"), rules)
 
 
+def test_an_image_under_two_patients_is_warned_of(
+    run: Run, tmp_path: Path, source: Path, write_dicom: WriteDicom
+) -> None:
+    write_dicom(source / "zebra", picture(5), PatientID="ZEBRA", Modality="CR", **uid(5))
+    home, said = make_home(tmp_path, source), "1 image is there under two patients: one person with two ids?"
+    json_file = tmp_path / "a.json"
+    for arguments in (
+        ("check", source, "--home", home.folder, "--report", tmp_path / "seen", "--json", json_file),
+        ("import", home.folder, "--classes", "all", "--size", 28, "--json", json_file),
+    ):
+        code, out, _ = run(*arguments)
+        assert (code, f"warning: {said}" in out, "zebra" in out.lower()) == (0, True, False)
+        assert any(one["said"].startswith(said) for one in json.loads(json_file.read_text())["warnings"])
+    page = (tmp_path / "seen" / "report.html").read_text()
+    assert (said in page, "zebra" in page.lower()) == (True, False)
+    assert "zebra" in run("check", source, "--show-files", "--label", "none", "--report", tmp_path / "seen")[1]
+
+
 def test_import_says_the_same(run: Run, source: Path, tmp_path: Path) -> None:
     home = make_home(tmp_path, source)
     arguments = ("import", home.folder, "--classes", "all", "--size", 28, "--json", tmp_path / "i.json")

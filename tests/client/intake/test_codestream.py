@@ -7,10 +7,11 @@ import jpeg_ls
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless
 
-from client.intake.codestream import shape_of
+from client.intake.codestream import has_signs, shape_of
 from client.intake.refusals import Refused
 from client.intake.rules import IntakeRules
 from client.intake.worker import Source
@@ -58,6 +59,36 @@ def test_codestreams_have_the_headers_shape(
     source = Source(path, None, IntakeRules(percentiles=(0, 100)))
     if shape == RAMP.shape:
         assert np.allclose(source.levels(None), RAMP * (255 / 254), atol=4)
+    else:
+        with pytest.raises(Refused, match="pixels not decodable"):
+            source.levels(None)
+
+
+def test_the_sign_of_a_codestream() -> None:
+    whole = packed(RAMP, "JPEG2000")
+    assert not any(has_signs(packed(RAMP, kind)) for kind in ("JPEG", "JPEG2000", "JP2", "JPEG-LS"))
+    assert has_signs(whole[:42] + bytes([0x87]) + whole[43:])
+    with pytest.raises(struct.error):
+        has_signs(whole[:42])
+
+
+@pytest.mark.parametrize(("signed", "marked", "read"), [(0, 0, True), (1, 1, True), (1, 0, True), (0, 1, False)])
+def test_codestreams_have_the_headers_sign(
+    tmp_path: Path, write_dicom: WriteDicom, signed: int, marked: int, read: bool
+) -> None:
+    """Values below zero read as unsigned would be the brightest. Signed words packed as unsigned are known."""
+    values = np.tile(np.arange(-2048, 2048, 32, dtype=np.int16), (32, 1))
+    dataset = dcmread(write_dicom(tmp_path / "a", values, PixelRepresentation=marked))
+    if not marked:
+        dataset.PixelData = (values & 0xFFF).tobytes()
+    dataset.compress(JPEG2000Lossless)
+    dataset.PixelRepresentation = signed
+    dataset.save_as(tmp_path / "a")
+    source = Source(tmp_path / "a", None, IntakeRules(percentiles=(0, 100)))
+    if read:
+        expected = values.astype(float) if signed else (values & 0xFFF).astype(float)
+        low, high = expected.min(), expected.max()
+        assert np.allclose(source.levels(None), (expected - low) * (255 / (high - low)), atol=1e-3)
     else:
         with pytest.raises(Refused, match="pixels not decodable"):
             source.levels(None)

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from client.intake import Reason, decode_records, scan, screening
 from client.intake.deidentify import BlankRules, doubt, read_blank_rules
 from client.intake.labels import read_label_rules
+from client.intake.patients import Patient
 from client.intake.records import Record, Scan
 from client.intake.selection import Practice, choose
 from client.policy import Doubtful
@@ -24,6 +25,10 @@ def record(**header: str) -> Record:
 
 DOUBTFUL: list[tuple[Doubtful, dict[str, str], Reason]] = [
     ("burned-in", {"BurnedInAnnotation": "YES"}, Reason.BURNED_IN),
+    ("burned-in", {"BurnedInAnnotation": "YES\\YES"}, Reason.BURNED_IN),
+    ("burned-in", {"BurnedInAnnotation": "NO\\ yes"}, Reason.BURNED_IN),
+    ("secondary-capture", {"SOPClassUID": "1.2\\1.2.840.10008.5.1.4.1.1.7"}, Reason.SECONDARY_CAPTURE),
+    ("ultrasound", {"Modality": "CR\\US"}, Reason.ULTRASOUND),
     ("secondary-capture", {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, Reason.SECONDARY_CAPTURE),
     ("secondary-capture", {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.4"}, Reason.SECONDARY_CAPTURE),
     ("secondary-capture", {"ImageType": "DERIVED\\SECONDARY\\SCREEN SAVE"}, Reason.SECONDARY_CAPTURE),
@@ -140,10 +145,23 @@ def test_a_tag_that_is_no_keyword(tmp_path: Path, write_dicom: WriteDicom) -> No
         scan(tmp_path / "source", f"rules:{tmp_path / 'labels.toml'}")
 
 
+class InUse:
+    """One instance that is in use already, for somebody else."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __contains__(self, name: object) -> bool:
+        return name == self.name
+
+    def of_another(self, name: str, patient: Patient) -> bool:
+        return name == self.name
+
+
 def test_an_instance_once(tmp_path: Path) -> None:
     names = [("a", "1.1"), ("b", "1.1"), ("c", "1.2"), ("c", "1.2"), ("d", ""), ("e", "")]
     records = [replace(record(SOPInstanceUID=sop) if sop else record(), path=tmp_path / name) for name, sop in names]
-    choice = choose(Scan(tuple(records), {}), Practice(tmp_path), None, {"1.2#None"})
+    choice = choose(Scan(tuple(records), {}), Practice(tmp_path), None, InUse("1.2#None"))
     assert [one.path.name for one in choice.records] == ["a", "d", "e"]
     assert [one.reason for one in choice.refusals] == [Reason.DUPLICATE] * 3
 

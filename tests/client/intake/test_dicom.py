@@ -15,12 +15,14 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset as DicomDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_voi_lut, convert_color_space
-from pydicom.uid import MPEG2MPML, JPEG2000Lossless, RLELossless
+from pydicom.uid import MPEG2MPML, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from client.intake import Reason, scan
-from client.intake.dicom import stages
+from client.intake.dicom import DicomImage
 from client.intake.refusals import Refused
 from client.intake.rules import IntakeRules
+from client.intake.selection import Practice, choose
+from client.intake.stages import stages
 from client.intake.worker import Source
 from common.errors import ConfigError, IntakeError
 from tests.client.intake.pictures import read
@@ -47,6 +49,52 @@ def test_patients_are_grouped_by_issuer_and_id(tmp_path: Path, write_dicom: Writ
     assert dataset.patients.tolist() == [0, 0, 1]
     assert dataset.labels.tolist() == [0, 0, 1]
     assert not refused
+
+
+def test_patients_are_grouped_by_the_qualified_issuer(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """PS3.3 C.7.1.1: two hospitals that number alike may be told apart by the qualifiers of the issuer alone."""
+    for name, number, issuer in (
+        ("a", "1.2", None),
+        ("b", "1.3", None),
+        ("c", "1.3", " "),
+        ("d", "1.2", "X"),
+        ("e", "", None),
+    ):
+        item = DicomDataset()
+        item.UniversalEntityID, item.UniversalEntityIDType = number, "ISO" if number else ""
+        tags = {} if issuer is None else {"IssuerOfPatientID": issuer}
+        write_dicom(tmp_path / name, IssuerOfPatientIDQualifiersSequence=[item], **tags)
+    write_dicom(tmp_path / "f", IssuerOfPatientIDQualifiersSequence=[])
+    found = scan(tmp_path, "none")
+    assert [record.patient[0] for record in found.records] == ["ISO:1.2", "ISO:1.3", "ISO:1.3", "X", "", ""]
+    assert read(found, ["all"], 32)[0].number_of_patients == 4
+
+
+def test_a_qualified_issuer_that_changed_is_seen_at_decoding(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    digests: set[str] = set()
+    for number in ("1.2", "1.3", "1.3"):
+        item = DicomDataset()
+        item.UniversalEntityID = number
+        path = write_dicom(tmp_path / "a", SOPInstanceUID="1.9", IssuerOfPatientIDQualifiersSequence=[item])
+        found = scan(tmp_path, "none").records[0]
+        assert DicomImage(path.read_bytes(), WHOLE).digest == found.seen[1]
+        digests.add(found.seen[1])
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("keyword", ["PatientID", "IssuerOfPatientID"])
+def test_ids_that_cannot_be_decoded_merge_nobody(tmp_path: Path, write_dicom: WriteDicom, keyword: str) -> None:
+    """Three ids in Latin-1 that are declared UTF-8 would all read as M\ufffd1."""
+    for number, letter in enumerate(("\xfc", "\xf6", "\xe4")):
+        path = write_dicom(tmp_path / f"{number}", **{keyword: "MXX1"}, SpecificCharacterSet="ISO_IR 192")
+        path.write_bytes(path.read_bytes().replace(b"MXX1", f"M{letter}1 ".encode("latin-1")))
+    write_dicom(tmp_path / "3", **{keyword: "M\xfc1"}, SpecificCharacterSet="ISO_IR 192")
+    write_dicom(tmp_path / "4", **{keyword: "M\xfc1"}, SpecificCharacterSet="ISO_IR 100")
+    found = scan(tmp_path, "none")
+    choice = choose(found, Practice(tmp_path, "none"), None)
+    assert [record.path.name for record in choice.records] == ["3", "4"]
+    assert [refusal.reason for refusal in choice.refusals] == [Reason.PATIENT_UNREADABLE] * 3
+    assert len({record.patient for record in choice.records}) == 1
 
 
 def test_without_a_window_the_full_range_of_the_image(tmp_path: Path, write_dicom: WriteDicom) -> None:
@@ -95,6 +143,70 @@ def test_lookup_tables(tmp_path: Path, write_dicom: WriteDicom, sequence: str) -
     grey = decode(write_dicom(tmp_path / "a", RAMP, **{sequence: [item]}))
     expected = np.clip(RAMP.astype(float) - 50, 0, 99) * 2
     assert np.allclose(grey, expected if sequence == "VOILUTSequence" else expected * (255 / 198), atol=1e-3)
+
+
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+@pytest.mark.parametrize("vr", ["US", "SS"])
+@pytest.mark.parametrize("lowest", [-400, 0])
+def test_lookup_tables_of_signed_values(
+    tmp_path: Path, write_dicom: WriteDicom, sequence: str, vr: str, lowest: int
+) -> None:
+    """PS3.3 C.11.2.1.1: their first value has the sign of the values, whether or not a pixel is below zero."""
+    item = DicomDataset()
+    item.add_new("LUTDescriptor", vr, [1024, 2**16 - 512 if vr == "US" else -512, 10])
+    item.add_new("LUTData", "OW", np.arange(1024, dtype="<u2").tobytes())
+    values = RAMP.astype(np.int16) + lowest
+    grey = decode(write_dicom(tmp_path / "a", values, PixelRepresentation=1, **{sequence: [item]}))
+    expected = (values + 512) * (255 / 1023) if sequence == "VOILUTSequence" else RAMP * (255 / RAMP.max())
+    assert np.allclose(grey, expected, atol=1e-3)
+
+
+def test_a_table_after_a_rescale_below_zero(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Of unsigned pixels too, such as CT: what the table is given may be below zero."""
+    item = DicomDataset()
+    item.add_new("LUTDescriptor", "US", [1024, 2**16 - 512, 10])
+    item.add_new("LUTData", "OW", np.arange(1024, dtype="<u2").tobytes())
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -100, "VOILUTSequence": [item]}
+    grey = decode(write_dicom(tmp_path / "a", RAMP + 100, **rescale))
+    assert np.allclose(grey, (RAMP + 512) * (255 / 1023), atol=1e-3)
+
+
+def test_a_first_value_in_the_upper_half_of_unsigned_values(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    item = DicomDataset()
+    item.add_new("LUTDescriptor", "US", [1024, 40000, 10])
+    item.add_new("LUTData", "OW", np.arange(1024, dtype="<u2").tobytes())
+    tags = {"BitsStored": 16, "HighBit": 15, "VOILUTSequence": [item]}
+    grey = decode(write_dicom(tmp_path / "a", RAMP + np.uint16(40000), **tags))
+    assert np.allclose(grey, RAMP * (255 / 1023), atol=1e-3)
+
+
+def test_a_rescale_that_makes_all_values_one_is_refused(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    with pytest.raises(Refused, match="header not readable"):
+        decode(write_dicom(tmp_path / "a", RAMP, RescaleSlope=0, RescaleIntercept=5))
+    item = DicomDataset()  # a modality LUT takes its place
+    item.LUTDescriptor, item.LUTData = [384, 0, 16], RAMP.tobytes()
+    item["LUTDescriptor"].VR, item["LUTData"].VR = "US", "OW"
+    decode(write_dicom(tmp_path / "b", RAMP, RescaleSlope=0, RescaleIntercept=5, ModalityLUTSequence=[item]))
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+def test_colours_of_other_stored_bits(tmp_path: Path, write_dicom: WriteDicom, syntax: str) -> None:
+    """Twelve bits at the top of sixteen are the same colours; below zero there are none."""
+    colours = np.random.default_rng(2).integers(0, 4096, (24, 16, 3)).astype(np.uint16)
+
+    def packed(pixels: np.ndarray, **tags: Any) -> np.ndarray:
+        dataset = dcmread(write_dicom(tmp_path / "a", pixels, BitsStored=16, HighBit=15))
+        if syntax == RLELossless:
+            dataset.compress(RLELossless)
+        for keyword, value in ({"BitsStored": 12, "HighBit": 11} | tags).items():
+            setattr(dataset, keyword, value)
+        dataset.save_as(tmp_path / "a")
+        return decode(tmp_path / "a")
+
+    assert np.allclose(packed(colours), colours * (255 / 4095), atol=1e-3)
+    assert np.allclose(packed(colours << 4 | 5, HighBit=15), colours * (255 / 4095), atol=1e-3)
+    with pytest.raises(Refused, match="pixels not decodable"):
+        packed(colours.astype(np.int16), PixelRepresentation=1)
 
 
 COLOURS = np.random.default_rng(0).integers(40, 210, (28, 28, 3)).astype(np.uint8)
@@ -425,6 +537,48 @@ def test_padding_is_a_value_or_a_range(tmp_path: Path, write_dicom: WriteDicom) 
         assert not grey[pixels < low].any()
         assert grey[pixels == low] == 0  # the lowest value that is an image
         assert np.isclose(grey[pixels == low + 1], 255 / (RAMP.max() - low), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("signed", "vr", "value", "limit"),
+    [
+        (1, "SS", -32768, None),  # would be 0 in 12 bits
+        (1, "US", 32768, None),
+        (0, "US", 61640, None),  # would be 200
+        (0, "SS", -3896, None),
+        (0, "US", 61500, 61700),
+        (1, "SS", -32768, -30000),
+    ],
+)
+def test_padding_beyond_the_stored_bits_is_no_pixel(
+    tmp_path: Path, write_dicom: WriteDicom, signed: int, vr: str, value: int, limit: int | None
+) -> None:
+    """Such a value takes no pixel away; where a word of the file is that value as it stands, it is padding."""
+    tags: dict[str, Any] = {"PixelRepresentation": signed, "WindowCenter": 100, "WindowWidth": 400}
+    plain = decode(write_dicom(tmp_path / "a", RAMP, **tags))
+
+    def padded(pixels: np.ndarray) -> np.ndarray:
+        dataset = dcmread(write_dicom(tmp_path / "b", pixels, **tags))
+        dataset.add_new("PixelPaddingValue", vr, value)
+        if limit is not None:
+            dataset.add_new("PixelPaddingRangeLimit", vr, limit)
+        dataset.save_as(tmp_path / "b")
+        return decode(tmp_path / "b")
+
+    assert np.array_equal(padded(RAMP), plain)
+    words = RAMP.copy()
+    words[5] = value % 2**16
+    plain[5] = 0
+    assert np.array_equal(padded(words), plain)
+
+
+def test_padding_in_words_with_other_bits(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """What stands beside the stored bits, such as an overlay, does not hide padding."""
+    words = RAMP | np.uint16(0x7000)
+    assert np.array_equal(
+        decode(write_dicom(tmp_path / "a", words, PixelPaddingValue=300)),
+        decode(write_dicom(tmp_path / "b", RAMP, PixelPaddingValue=300)),
+    )
 
 
 def test_windows_by_rule(tmp_path: Path, write_dicom: WriteDicom) -> None:

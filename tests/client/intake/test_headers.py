@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from pydicom import dcmread
+from pydicom import DataElement, dcmread
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -20,6 +20,7 @@ from pydicom.uid import (
 from client.intake import IntakeRules, Reason, records, scan
 from client.intake.headers import MAX_VALUE, file_meta
 from client.intake.selection import Practice, choose
+from client.intake.sources import find
 from common.errors import IntakeError
 from tests.client.intake.pictures import read
 from tests.client.intake.test_directory import dicomdir
@@ -111,6 +112,28 @@ def test_an_expression_that_never_ends_costs_its_file(tmp_path: Path, write_dico
 
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "vr"),
+    [
+        ("BurnedInAnnotation", "YES", "OB"),
+        ("Modality", "US", "OB"),
+        ("Modality", "US", "US"),
+        ("ImageType", "DERIVED\\SECONDARY\\SCREEN SAVE", "OW"),
+        ("Manufacturer", "acme", "OB"),
+        ("IssuerOfPatientID", "H1", "OB"),
+    ],
+)
+def test_what_is_judged_is_text(tmp_path: Path, write_dicom: WriteDicom, keyword: str, value: str, vr: str) -> None:
+    """Under another VR a rule would see no value, and find nothing to refuse, to blank or to tell apart."""
+    dataset = dcmread(write_dicom(tmp_path / "a", PatientID="P1"))
+    dataset.add_new(keyword, vr, int.from_bytes(value.encode(), "little") if vr == "US" else value.encode())
+    dataset.save_as(tmp_path / "a")
+    assert find(tmp_path, "none").refused == {Reason.HEADER: 1}
+    dataset[keyword] = DataElement(dataset[keyword].tag, "UN", value.encode())  # pydicom knows what it should be
+    dataset.save_as(tmp_path / "a")
+    assert not find(tmp_path, "none").refused
 
 
 def with_meta_class(path: Path, kind: str) -> None:

@@ -16,6 +16,7 @@ from pydicom.uid import JPEGLSLossless
 
 from client.intake import Form, Reason, importing
 from client.intake import vault as vaults
+from client.intake.cautions import cautions
 from client.intake.forgetting import forget
 from client.intake.importing import Imported, import_source
 from client.intake.patients import PatientTable
@@ -170,6 +171,18 @@ def test_refused_before_deleted(tmp_path: Path, source: Path) -> None:
     with pytest.raises(IntakeError, match=r"12 file missing.*stay in use as they were"):
         run(vault, source)
     assert values(vault) == before
+
+
+def test_an_instance_of_another_patient_shows_also_in_the_next_import(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """The first file is not opened again; whose image it was is known by pseudonym."""
+    practice = Practice(tmp_path / "source", "none")
+    for name, patient, instance in (("a", "A", "1.1"), ("b", "B", "1.1"), ("c", "C", "1.2"), ("d", "c", "1.2")):
+        write_dicom(practice.source / name, PatientID=patient, SOPInstanceUID=instance)
+    for unchanged in (0, 2):
+        found = import_source(tmp_path / "vault", KEY, FORM, practice)
+        assert (found.unchanged, found.images, found.refused) == (unchanged, 2, {Reason.DUPLICATE: 2})
+        said = [one.said for one in cautions(found.found.records, found.choice, practice, bool(unchanged))]
+        assert sum("1 image is there under two patients" in one for one in said) == 1
 
 
 def test_gone_images_are_counted(tmp_path: Path, source: Path) -> None:

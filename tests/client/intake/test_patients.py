@@ -11,6 +11,7 @@ from client.intake.cautions import cautions
 from client.intake.deidentify import BlankRule, BlankRules
 from client.intake.patients import PatientTable, normalised, read_patient_table
 from client.intake.records import Record, Scan
+from client.intake.refusals import Reason
 from client.intake.selection import Practice, choose
 from client.intake.twins import Twins
 from common.errors import IntakeError
@@ -26,7 +27,17 @@ def said(records: list[Record], table: PatientTable | None = None, blank: BlankR
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("P1", " p1 "), ("P  1", "p 1"), ("\uff211", "a1"), ("Müller", "MU\u0308LLER")]
+    ("one", "other"),
+    [
+        ("P1", " p1 "),
+        ("P  1", "p 1"),
+        ("\uff211", "a1"),
+        ("Müller", "MU\u0308LLER"),
+        ("Z\u200bz", "zz"),
+        ("\ufeffP1", "p1"),
+        ("P1 \u200b", "p1"),
+        ("u\u200b\u0308", "\u00fc"),
+    ],
 )
 def test_spelling_does_not_split(one: str, other: str) -> None:
     assert normalised(("Ward", one)) == normalised((" WARD", other))
@@ -129,6 +140,29 @@ def test_same_instance_twice() -> None:
     twice = [record(1, "p", SOPInstanceUID="1.2"), record(2, "q", SOPInstanceUID="1.2"), record(3, "q")]
     assert "1 image is there a second time" in said(twice)
     assert "second time" not in said(twice[1:])
+
+
+def test_same_instance_under_two_patients() -> None:
+    """Whether or not it is used: what is not used shows as well that two ids are one person."""
+    twice = [record(1, "p", SOPInstanceUID="1.2"), record(2, "q", SOPInstanceUID="1.2"), record(3, "q")]
+    assert "1 image is there under two patients: one person with two ids?" in said(twice)
+    assert "under two" not in said(twice, PatientTable({("", "q"): ("", "p")}))
+    assert "under two" not in said([twice[0], replace(twice[1], patient=("", " P "))])
+    assert "under two" not in said([twice[0], replace(twice[1], frame=1)])
+    unlabelled = [replace(one, label=None) for one in twice]
+    assert "2 images are there under two patients" in said([*unlabelled, record(4, "r", SOPInstanceUID="1.2")])
+    rows = [replace(record(5, name), line=line) for line, name in enumerate(("p", "p", "q"), 1)]  # of one file
+    assert "1 image is there under two patients" in said(rows)
+    assert "under two" not in said(rows[:2])
+
+
+def test_mangled_ids_merge_nobody() -> None:
+    """Of an index or an array too: an export that replaced letters made one id of several."""
+    choice = choose(Scan((record(1, "M\ufffd1"), record(2, "m1")), {}), Practice(Path()), None)
+    assert [one.patient for one in choice.records] == [("", "m1")]
+    assert [one.reason for one in choice.refusals] == [Reason.PATIENT_UNREADABLE]
+    unseen = choose(Scan((record(1, "\u200b"), record(2, "\ufeff")), {}), Practice(Path()), None)
+    assert [one.reason for one in unseen.refusals] == [Reason.PATIENT_UNREADABLE] * 2
 
 
 def test_several_issuers() -> None:

@@ -64,12 +64,6 @@ def test_windows_that_make_no_sense() -> None:
     assert {window: window.makes_sense() for window in cases} == cases
 
 
-def test_a_lut_whose_first_value_is_a_signed_one() -> None:
-    """PS3.3 C.11.2.1.1: the descriptor's second value has the sign of the values; many files write it without."""
-    lut = Lut(2**16 - 500, np.arange(2048.0), 11)
-    assert np.allclose(show(RAMP, Stages(view=lut)).ravel(), np.arange(2048) * (255 / 2047), atol=1e-3)
-
-
 def test_values_that_are_not_finite_are_refused() -> None:
     for values in (np.array([[np.nan, 1.0]]), np.array([[1.0, np.inf]])):
         with pytest.raises(Refused, match="finite"):
