@@ -8,6 +8,7 @@
     superexec.secret        what the ServerApp's executor shows
     sites/NAME.json         an enrolled site
     start.lock, running/    held by the coordinator and by the process of each run, as long as they live
+    submit.lock             held while a run is submitted
     link.db, logs/, runs/   what the running link and the runs write
 
 Secrets have mode 0600. Out of scope: how a site is enrolled or revoked (server/enrol), the link itself.
@@ -121,6 +122,11 @@ class Consortium:
     def lock(self) -> Path:
         """Return the path of the lock that the one coordinator at work on this home holds."""
         return self.folder / "start.lock"
+
+    @property
+    def submitting(self) -> Path:
+        """Return the path of the lock that is held from the look at what is under way until a run is submitted."""
+        return self.folder / "submit.lock"
 
     @property
     def running(self) -> Path:

@@ -41,7 +41,7 @@ from server.consortium import Consortium, EnrolledSite, read_settings
 from server.own_secrets import read_authority_pem, read_token
 from server.run_folder import write_nodes
 
-FINISHED = "finished"
+RUNNING, FINISHED = "running", "finished"
 NODE_GONE, NODE_ONLINE = "unregistered", "online"
 """Words of Flower's own."""
 KILLED, UNHEARD = "its process was killed", "No heartbeat received from the task"

@@ -1,0 +1,162 @@
+"""`fedmedgan-coordinator run`, `resume` and `stop`: runs are submitted to the link, followed and ended.
+
+Torch takes seconds to import: this module does without. Out of scope: asking the link (server/control), what a run does
+(server/app).
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.config_text import build_config, read_config
+from common.errors import ConfigError, ExitCode, FederationError, ResumeError
+from common.lock import alone, is_held
+from server import control
+from server.consortium import Consortium, enrolled, load_consortium
+from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
+from server.status import COMPLETED, stand, under_way, without_process
+from server.status_text import failure
+
+SUBMIT_S = 60.0
+"""How long a `run` or `resume` waits for another one's submission, which takes seconds."""
+
+HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the run.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add this module's commands to `fedmedgan-coordinator`."""
+    for command in (run, resume, stop):
+        app.command()(command)
+
+
+def run(
+    home: HomeArgument,
+    config: Annotated[Path, typer.Argument(help="A TOML file of the run.")],
+    detach: DetachOption = False,
+) -> None:
+    """Start a run with the enrolled sites and follow it. Ctrl-C ends the following, not the run."""
+    consortium = load_consortium(home.absolute())
+    sites = [name for name, site in enrolled(consortium).items() if not site.revoked]
+    if not sites:
+        raise ConfigError(f"No site is enrolled. Enrol one: fedmedgan-coordinator enrol {home} FILE")
+    proposed = build_config(read_config(config), {"simulation.sites": len(sites)})
+    if not proposed.image.classes:
+        raise ConfigError("Expected image.classes: sites have to know what to import. Name them in the configuration.")
+
+    def submit(client: control.ControlHttpClient) -> tuple[Path, int]:
+        _require_idle(consortium, client)
+        folder = next_folder(consortium.runs)
+        file = prepare_run(folder, proposed)
+        return folder, control.submit(client, consortium.folder, file, folder, resume=False)
+
+    _start_run(consortium, submit, detach)
+
+
+def resume(
+    home: HomeArgument,
+    folder: Annotated[Path, typer.Argument(help="The run that ended early: its name or its folder.")],
+    detach: DetachOption = False,
+) -> None:
+    """Go on with a run from its last whole round, and follow it."""
+    consortium = load_consortium(home.absolute())
+    path = folder_of(consortium, folder)
+    require_run(path)
+    if is_complete(path):
+        raise ResumeError(f"The run of {path} is complete: see its report.html. There is nothing to go on with.")
+
+    def submit(client: control.ControlHttpClient) -> tuple[Path, int]:
+        _require_idle(consortium, client, path)
+        begun = (path / "run.json").exists()  # else it ended before it had an id: it begins anew
+        return path, control.submit(client, consortium.folder, path / "config.toml", path, begun)
+
+    _start_run(consortium, submit, detach)
+
+
+def stop(
+    home: HomeArgument,
+    run: Annotated[
+        Path | None, typer.Argument(help="One run, its name or folder; all when left out.", show_default=False)
+    ] = None,
+) -> None:
+    """Stop the runs under way; `resume` goes on with them.
+
+    A run goes on from its last whole round.
+    """
+    consortium = load_consortium(home.absolute())
+    with control.connect(consortium) as client:
+        active = [one for one in control.list_runs(client, consortium.folder) if one.status != control.FINISHED]
+        chosen = [one for one in active if run is None or one.folder == folder_of(consortium, run)]
+        if run is not None and not chosen:
+            raise ResumeError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
+        for one in chosen:
+            control.stop_run(client, one.run_id)
+            print(f"stopped {one.name}; to go on: fedmedgan-coordinator resume {home} {one.name}")
+    if not chosen:
+        print("no run is under way")
+
+
+def folder_of(consortium: Consortium, run: Path) -> Path:
+    """Return the folder of a run that is given by its name or by a path to its folder."""
+    return consortium.runs / run if run.parent == Path() and not (run / "config.toml").exists() else run.absolute()
+
+
+def require_run(path: Path) -> None:
+    """Refuse a folder that is none of a run.
+
+    Raises:
+        ResumeError: It has no configuration.
+    """
+    if not (path / "config.toml").exists():
+        raise ResumeError(f"{path} is no folder of a run. `fedmedgan-coordinator status HOME` names the runs.")
+
+
+def _require_idle(consortium: Consortium, client: control.ControlHttpClient, resumed: Path | None = None) -> None:
+    """Refuse a second run beside one under way: each would wait for the other's sites, and both spend budget."""
+    runs = control.list_runs(client, consortium.folder)
+    alive = under_way(runs, without_process(consortium, runs))
+    # Of the run itself the link may believe for a while that it runs on, after the coordinator went down around it.
+    busy = [
+        one for one in alive if one.folder != resumed or one.status != control.RUNNING or _has_process(consortium, one)
+    ]
+    home = shlex.quote(str(consortium.folder))
+    if busy:
+        name, own = busy[0].name, busy[0].folder == resumed
+        raise FederationError(
+            f"{name} is under way {'already' if own else 'with these sites'}. Wait for its end (fedmedgan-coordinator "
+            f"status {home}), or end it: fedmedgan-coordinator stop {home} {name}"
+        )
+    if resumed is not None and is_held(RunFolder(resumed, "").lock):
+        raise FederationError(f"{resumed.name} was stopped, and its process has not ended yet. Try again in a minute.")
+
+
+def _has_process(consortium: Consortium, run: control.RunStatus) -> bool:
+    return is_held(consortium.run_lock(run.run_id))
+
+
+def _start_run(
+    consortium: Consortium, submit: Callable[[control.ControlHttpClient], tuple[Path, int]], detach: bool
+) -> None:
+    """Submit a run and follow it. From the look at what is under way until the link lists it nobody else submits."""
+    with control.connect(consortium) as client:
+        with alone(consortium.submitting, "`run` or `resume`", SUBMIT_S):
+            folder, run_id = submit(client)
+        print(f"{folder.name} in {folder}", flush=True)
+        if detach:
+            return
+        try:
+            for text in control.follow(client, run_id):
+                print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            home = consortium.folder
+            print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {folder.name}", file=sys.stderr)
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        ended = control.read_run(client, consortium.folder, run_id)
+    if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
+        (standing,) = stand([], [ended], time.time())[1]
+        raise failure(standing, consortium.folder)
