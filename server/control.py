@@ -224,8 +224,12 @@ def read_run(client: ControlHttpClient, home: Path, run_id: int) -> RunStatus:
 
 
 def stop_run(client: ControlHttpClient, run_id: int) -> None:
-    """Stop a run: its rounds end; what a site is at work on is not used."""
-    client.StopRun(StopRunRequest(run_id=run_id))
+    """Stop a run, unless it has finished: its rounds end; what a site is at work on is not used."""
+    try:
+        client.StopRun(StopRunRequest(run_id=run_id))
+    except httpx.HTTPStatusError:  # so the link answers also where the run finished a moment before
+        if _read(client, run_id).status.status != FINISHED:
+            raise
 
 
 def follow(client: ControlHttpClient, run_id: int) -> Iterator[str]:

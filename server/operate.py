@@ -20,10 +20,12 @@ from server import control
 from server.consortium import Consortium, enrolled, load_consortium
 from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
 from server.status import COMPLETED, stand, under_way, without_process
-from server.status_text import failure
+from server.status_text import STOPPED, failure, how_it_ended
 
 SUBMIT_S = 60.0
 """How long a `run` or `resume` waits for another one's submission, which takes seconds."""
+END_S, LOOK_S = 60.0, 0.2
+"""How long `stop` waits for a run's process: it hears of its end within half a minute, and writes what it has begun."""
 
 HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the run.")]
@@ -84,7 +86,7 @@ def stop(
         Path | None, typer.Argument(help="One run, its name or folder; all when left out.", show_default=False)
     ] = None,
 ) -> None:
-    """Stop the runs under way; `resume` goes on with them.
+    """Stop the runs under way, and wait for their processes' end; `resume` goes on with them.
 
     A run goes on from its last whole round.
     """
@@ -96,9 +98,37 @@ def stop(
             raise ResumeError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
         for one in chosen:
             control.stop_run(client, one.run_id)
-            print(f"stopped {one.name}; to go on: fedmedgan-coordinator resume {home} {one.name}")
+        for one in chosen:
+            ended = _wait_for_end(consortium, one)
+            print(_stopped(consortium, control.read_run(client, consortium.folder, one.run_id), ended), flush=True)
     if not chosen:
         print("no run is under way")
+
+
+def _wait_for_end(consortium: Consortium, run: control.RunStatus) -> bool:
+    """Wait for the process of a run that was stopped; return whether it has ended in time."""
+    deadline = time.monotonic() + END_S
+    if told := _has_process(consortium, run):
+        print(f"waiting for the process of {run.name} to end", flush=True)
+    while told and _has_process(consortium, run):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_S)
+    return True
+
+
+def _stopped(consortium: Consortium, run: control.RunStatus, ended: bool) -> str:
+    """Say what became of a run that was to be stopped: its results may have been written meanwhile."""
+    if is_complete(run.folder):
+        return f"{run.name} was completed meanwhile: see {run.folder / 'report.html'}"
+    if run.outcome != STOPPED:
+        (standing,) = stand([], [run], time.time())[1]
+        return how_it_ended(standing, consortium.folder)
+    home = shlex.quote(str(consortium.folder))
+    again = f"fedmedgan-coordinator resume {home} {run.name}"
+    if not ended:
+        return f"stopped {run.name}; its process has not ended yet. To go on when it has: {again}"
+    return f"stopped {run.name}; to go on: {again}"
 
 
 def folder_of(consortium: Consortium, run: Path) -> Path:

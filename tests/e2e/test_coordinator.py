@@ -131,6 +131,7 @@ def write_config(consortium: Consortium, **federation: float) -> Path:
     return path
 
 
+@pytest.mark.timeout(300)
 def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Consortium) -> None:
     config = write_config(coordinator, connect_timeout_s=100.0)
     assert ask(coordinator, "run", coordinator.folder, config)[0] == 3  # nobody is enrolled
@@ -145,9 +146,22 @@ def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Conso
     assert f"fedmedgan-coordinator stop {coordinator.folder} run-0001" in said
     code, said = ask(coordinator, "stop", coordinator.folder)
     assert (code, "stopped run-0001" in said) == (0, True)
-    wait_for(lambda: not processes_of(coordinator, "--run"))
+    assert not processes_of(coordinator, "--run")
     tree = json.loads(ask(coordinator, "status", coordinator.folder, "--json")[1])
     assert [one["state"] for one in tree["runs"]] == ["stopped"]
+    _resume_twice(coordinator)
+
+
+def _resume_twice(coordinator: Consortium) -> None:
+    """One is taken, at once after the stop; the other is told."""
+    resumes = [
+        command(coordinator, "resume", coordinator.folder, "run-0001", "--detach", stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [resume.communicate(timeout=90)[1] for resume in resumes]
+    assert sorted(resume.returncode for resume in resumes) == [0, 8], said
+    assert "run-0001 is under way already" in "".join(said)
+    assert ask(coordinator, "stop", coordinator.folder, "run-0001")[0] == 0
 
 
 def test_a_killed_run_ends(coordinator: Consortium) -> None:

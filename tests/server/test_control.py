@@ -1,6 +1,7 @@
 """Which sites the link lets in, against a stand-in for its control API."""
 
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,17 @@ from common.errors import EnrolmentError, StorageError
 from common.files import write_atomic
 from common.node_keys import node_public_pem
 from server.consortium import Consortium, EnrolledSite
-from server.control import NODE_GONE, Changes, connect, list_nodes, list_runs, read_run, register_sites, submit
+from server.control import (
+    NODE_GONE,
+    Changes,
+    connect,
+    list_nodes,
+    list_runs,
+    read_run,
+    register_sites,
+    stop_run,
+    submit,
+)
 from server.own_secrets import is_token, read_authority_pem, read_secret, read_token
 from server.supervise import supervise
 from tests.coordinator_home import make_home, openssh
@@ -151,3 +162,19 @@ def test_sites_read_no_paths(tmp_path: Path) -> None:
     elsewhere.mkdir()
     submit(control, home, elsewhere / "config.toml", elsewhere, resume=True)
     assert read_run(control, home, 7).folder == elsewhere
+
+
+@pytest.mark.parametrize("status", ["finished", "running"])
+def test_a_run_that_finished_a_moment_before_is_stopped_without_a_word(status: str) -> None:
+    class Finished(SimpleNamespace):
+        def StopRun(self, request: object) -> None:  # noqa: N802
+            response = httpx.Response(409, request=httpx.Request("POST", "https://link"))
+            raise httpx.HTTPStatusError("finished", request=response.request, response=response)
+
+        def ListRuns(self, request: ListRunsRequest) -> ListRunsResponse:  # noqa: N802
+            run = FlowerRun(run_id=7)
+            run.status.status = status
+            return ListRunsResponse(run_dict={7: run})
+
+    with nullcontext() if status == "finished" else pytest.raises(httpx.HTTPStatusError):
+        stop_run(Finished(), 7)

@@ -9,7 +9,7 @@ import pytest
 from common.errors import ExitCode
 from common.files import make_folder, write_atomic
 from common.lock import alone, is_held
-from server import control
+from server import control, operate
 from server.consortium import Consortium
 from server.control import RunStatus
 from server.status import under_way
@@ -120,3 +120,54 @@ def test_a_run_of_which_only_the_link_believes_that_it_runs_is_taken_up(
     assert "run-0001 is under way already" in capsys.readouterr().err
     Consortium(hub).run_lock(7).unlink()
     assert exit_of("resume", hub, "run-0001", "--detach") == ExitCode.OK
+
+
+def stopped(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, outcome: str = "stopped", looks: int = 3
+) -> list[str]:
+    """Stop run-0001, whose process is seen `looks` times before it has ended; return what the link was asked."""
+    folder, asked = begun(hub, "run-0001"), list[str]()
+    left = iter([True] * looks)
+
+    def has_process(*_: object) -> bool:
+        asked.append("look")
+        return next(left, False)
+
+    def read(*_: object) -> RunStatus:
+        asked.append("read")
+        return RunStatus(7, "finished", outcome, "a reason", folder, runs[0].started)
+
+    monkeypatch.setattr(operate, "is_held", has_process)
+    monkeypatch.setattr(control, "stop_run", lambda *_: asked.append("stop"))
+    monkeypatch.setattr(control, "read_run", read)
+    assert exit_of("stop", hub) == ExitCode.OK
+    return asked
+
+
+def test_stop_waits_for_the_process(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that the `resume` that it names can be typed at once."""
+    monkeypatch.setattr(operate, "LOOK_S", 0.0)
+    assert stopped(hub, runs, monkeypatch) == ["stop", *["look"] * 4, "read"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "waiting for the process of run-0001 to end"
+    assert said[1:] == [f"stopped run-0001; to go on: fedmedgan-coordinator resume {hub} run-0001"]
+
+
+def test_stop_does_not_wait_for_ever(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(operate, "END_S", -1.0)
+    assert stopped(hub, runs, monkeypatch) == ["stop", "look", "look", "read"]
+    assert "its process has not ended yet. To go on when it has: " in capsys.readouterr().out
+
+
+def test_stop_looks_at_what_became_of_the_run(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped(hub, runs, monkeypatch, outcome="failed", looks=0)
+    assert capsys.readouterr().out.startswith("run-0001 failed before its first round: a reason. ")
+    write_atomic(begun(hub, "run-0001") / "report.html", b"")  # a stop while the results are written waits for them
+    stopped(hub, runs, monkeypatch, looks=0)
+    assert capsys.readouterr().out == f"run-0001 was completed meanwhile: see {hub}/runs/run-0001/report.html\n"
