@@ -182,11 +182,11 @@ def _start_run(
         try:
             for text in control.follow(client, run_id):
                 print(text, end="", flush=True)
+            ended = control.read_run(client, consortium.folder, run_id)
         except KeyboardInterrupt:
-            home = consortium.folder
+            home = shlex.quote(str(consortium.folder))
             print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {folder.name}", file=sys.stderr)
-            raise typer.Exit(ExitCode.INTERRUPTED) from None
-        ended = control.read_run(client, consortium.folder, run_id)
+            sys.exit(ExitCode.INTERRUPTED)  # not typer.Exit, after which the command line says that it was stopped
     if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
         (standing,) = stand([], [ended], time.time())[1]
         raise failure(standing, consortium.folder)

@@ -1,6 +1,7 @@
 """Runs submitted, followed and ended: what is refused, and what is said."""
 
 import threading
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -171,3 +172,20 @@ def test_stop_looks_at_what_became_of_the_run(
     write_atomic(begun(hub, "run-0001") / "report.html", b"")  # a stop while the results are written waits for them
     stopped(hub, runs, monkeypatch, looks=0)
     assert capsys.readouterr().out == f"run-0001 was completed meanwhile: see {hub}/runs/run-0001/report.html\n"
+
+
+def test_who_ends_the_following_hears_that_the_run_goes_on(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing else: not that it was stopped."""
+
+    def follow(*_: object) -> Iterator[str]:
+        yield "waiting\n"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(control, "submit", lambda *_, **__: 8)
+    monkeypatch.setattr(control, "follow", follow)
+    runs.clear()
+    assert exit_of("run", hub, hub.parent / "run.toml") == ExitCode.INTERRUPTED
+    goes_on = f"the run goes on; to end it: fedmedgan-coordinator stop {hub} run-0001"
+    assert capsys.readouterr().err.split("\n") == ["", goes_on, ""]
