@@ -13,9 +13,11 @@ from typing import Annotated
 
 import typer
 
+from common.config import MAX_SITES, Config
 from common.config_text import build_config, read_config
 from common.errors import ConfigError, ExitCode, FederationError, ResumeError
 from common.lock import alone, is_held
+from common.wording import counted
 from server import control
 from server.consortium import Consortium, enrolled, load_consortium
 from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
@@ -44,12 +46,7 @@ def run(
 ) -> None:
     """Start a run with the enrolled sites and follow it. Ctrl-C ends the following, not the run."""
     consortium = load_consortium(home.absolute())
-    sites = [name for name, site in enrolled(consortium).items() if not site.revoked]
-    if not sites:
-        raise ConfigError(f"No site is enrolled. Enrol one: fedmedgan-coordinator enrol {home} FILE")
-    proposed = build_config(read_config(config), {"simulation.sites": len(sites)})
-    if not proposed.image.classes:
-        raise ConfigError("Expected image.classes: sites have to know what to import. Name them in the configuration.")
+    proposed = _proposed(consortium, config)
 
     def submit(client: control.ControlHttpClient) -> tuple[Path, int]:
         _require_idle(consortium, client)
@@ -144,6 +141,26 @@ def require_run(path: Path) -> None:
     """
     if not (path / "config.toml").exists():
         raise ResumeError(f"{path} is no folder of a run. `fedmedgan-coordinator status HOME` names the runs.")
+
+
+def _proposed(consortium: Consortium, file: Path) -> Config:
+    """Read the configuration of a run with the sites that are enrolled and not revoked."""
+    sites = [name for name, site in enrolled(consortium).items() if not site.revoked]
+    home = shlex.quote(str(consortium.folder))
+    if not sites:
+        raise ConfigError(f"No site is enrolled. Enrol one: fedmedgan-coordinator enrol {home} FILE")
+    tree = read_config(file)
+    needed = build_config(tree, {"simulation.sites": MAX_SITES}).federation.min_sites
+    if needed > len(sites):
+        raise ConfigError(
+            f"Expected federation.min_sites of at most {len(sites)}, got {needed}: "
+            f"{counted(len(sites), 'site is', 'sites are')} enrolled and not revoked ({', '.join(sites)}). Lower it, "
+            f"or enrol more: fedmedgan-coordinator enrol {home} FILE"
+        )
+    proposed = build_config(tree, {"simulation.sites": len(sites)})
+    if not proposed.image.classes:
+        raise ConfigError("Expected image.classes: sites have to know what to import. Name them in the configuration.")
+    return proposed
 
 
 def _require_idle(consortium: Consortium, client: control.ControlHttpClient, resumed: Path | None = None) -> None:

@@ -14,7 +14,7 @@ from server import control, operate
 from server.consortium import Consortium
 from server.control import RunStatus
 from server.status import under_way
-from tests.coordinator_home import exit_of
+from tests.coordinator_home import enrol, exit_of
 
 PATIENCE_S = 60.0
 
@@ -189,3 +189,16 @@ def test_who_ends_the_following_hears_that_the_run_goes_on(
     assert exit_of("run", hub, hub.parent / "run.toml") == ExitCode.INTERRUPTED
     goes_on = f"the run goes on; to end it: fedmedgan-coordinator stop {hub} run-0001"
     assert capsys.readouterr().err.split("\n") == ["", goes_on, ""]
+
+
+def test_a_run_that_needs_more_sites_than_are_enrolled_names_the_enrolled(
+    hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no key of the simulator: a deployment has none."""
+    enrol(Consortium(hub), "st-john", revoked=True)
+    with (hub.parent / "run.toml").open("a") as file:
+        file.write("[federation]\nmin_sites = 2\n")
+    assert exit_of("run", hub, hub.parent / "run.toml") == ExitCode.CONFIG
+    said = capsys.readouterr().err
+    assert "federation.min_sites of at most 1, got 2: 1 site is enrolled and not revoked (st-mary)" in said
+    assert "simulation" not in said
