@@ -7,7 +7,7 @@ what a run does (server/app).
 import json
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -232,8 +232,13 @@ def stop_run(client: ControlHttpClient, run_id: int) -> None:
             raise
 
 
-def follow(client: ControlHttpClient, run_id: int) -> Iterator[str]:
+def follow(client: ControlHttpClient, run_id: int, gone: Callable[[], bool]) -> Iterator[str]:
     """Yield what a run prints until it ends; a link that restarts meanwhile is waited for.
+
+    Args:
+        client: From `connect`.
+        run_id: The link's number of the run.
+        gone: Whether the run's process is known to have ended: a link that restarted believes for minutes that it runs.
 
     Raises:
         httpx.HTTPError: The link was away for longer than LONGEST_OUTAGE_S.
@@ -241,6 +246,8 @@ def follow(client: ControlHttpClient, run_id: int) -> Iterator[str]:
     after, answered = 0.0, time.monotonic()
     while True:
         try:
+            if gone() and _read(client, run_id).status.status != FINISHED:
+                return
             for part in client.StreamLogs(StreamLogsRequest(run_id=run_id, after_timestamp=after)):
                 after, answered = max(after, part.latest_timestamp), time.monotonic()
                 yield part.log_output

@@ -117,7 +117,7 @@ def _wait_for_end(consortium: Consortium, run: control.RunStatus) -> bool:
 def _stopped(consortium: Consortium, run: control.RunStatus, ended: bool) -> str:
     """Say what became of a run that was to be stopped: its results may have been written meanwhile."""
     if is_complete(run.folder):
-        return f"{run.name} was completed meanwhile: see {run.folder / 'report.html'}"
+        return _completed(run.folder)
     if run.outcome != STOPPED:
         (standing,) = stand([], [run], time.time())[1]
         return how_it_ended(standing, consortium.folder)
@@ -186,6 +186,10 @@ def _has_process(consortium: Consortium, run: control.RunStatus) -> bool:
     return is_held(consortium.run_lock(run.run_id))
 
 
+def _is_gone(lock: Path) -> bool:
+    return lock.exists() and not is_held(lock)
+
+
 def _start_run(
     consortium: Consortium, submit: Callable[[control.ControlHttpClient], tuple[Path, int]], detach: bool
 ) -> None:
@@ -197,13 +201,20 @@ def _start_run(
         if detach:
             return
         try:
-            for text in control.follow(client, run_id):
+            for text in control.follow(client, run_id, lambda: _is_gone(consortium.run_lock(run_id))):
                 print(text, end="", flush=True)
             ended = control.read_run(client, consortium.folder, run_id)
         except KeyboardInterrupt:
             home = shlex.quote(str(consortium.folder))
             print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {folder.name}", file=sys.stderr)
             sys.exit(ExitCode.INTERRUPTED)  # not typer.Exit, after which the command line says that it was stopped
-    if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
-        (standing,) = stand([], [ended], time.time())[1]
+    if ended.outcome == COMPLETED:
+        return
+    if not is_complete(folder):
+        (standing,) = stand([], [ended], time.time(), without_process(consortium, [ended]))[1]
         raise failure(standing, consortium.folder)
+    print(_completed(folder))  # a stop may come when the results are written, or somebody has resumed it
+
+
+def _completed(folder: Path) -> str:
+    return f"{folder.name} was completed meanwhile: see {folder / 'report.html'}"

@@ -202,3 +202,22 @@ def test_a_run_that_needs_more_sites_than_are_enrolled_names_the_enrolled(
     said = capsys.readouterr().err
     assert "federation.min_sites of at most 1, got 2: 1 site is enrolled and not revoked (st-mary)" in said
     assert "simulation" not in said
+
+
+def test_who_follows_hears_that_the_process_is_gone_or_that_another_one_completed_the_run(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun(hub, "run-0001")
+    left = RunStatus(8, "running", "", "", folder, "")  # so the link believes after a restart
+    monkeypatch.setattr(control, "submit", lambda *_, **__: 8)
+    monkeypatch.setattr(control, "follow", lambda *given: iter(["gone\n"] if given[2]() else ["at work\n"]))
+    monkeypatch.setattr(control, "read_run", lambda *_: left)
+    write_atomic(make_folder(Consortium(hub).running) / "8", b"")
+    runs.clear()
+    assert exit_of("resume", hub, "run-0001") == ExitCode.FEDERATION
+    said = capsys.readouterr()
+    assert said.out.endswith("gone\n")
+    assert "run-0001 was interrupted before its first round: its process was killed. To go on: " in said.err
+    monkeypatch.setattr(control, "follow", lambda *_: iter([(folder / "report.html").write_text("")]))
+    assert exit_of("resume", hub, "run-0001") == ExitCode.OK
+    assert f"run-0001 was completed meanwhile: see {folder}/report.html" in capsys.readouterr().out
