@@ -194,7 +194,8 @@ def load_consortium(folder: Path) -> Consortium:
     """Open a coordinator's home; its settings are read, so that faults in them show at once.
 
     Raises:
-        ConfigError: It is none, or federation.toml has an unknown key or a bad value.
+        StorageError: It is none, or cannot be read.
+        ConfigError: federation.toml has an unknown key or a bad value.
     """
     consortium = Consortium(folder)
     read_settings(consortium)
@@ -205,10 +206,11 @@ def read_settings(consortium: Consortium) -> FederationConfig:
     """Read federation.toml.
 
     Raises:
-        ConfigError: It is missing, not TOML, or has an unknown key or a bad value.
+        StorageError: It is missing or cannot be read.
+        ConfigError: It is not TOML, or has an unknown key or a bad value.
     """
     if not consortium.settings.exists():
-        raise ConfigError(
+        raise StorageError(
             f"No coordinator's home stands in {consortium.folder}. `fedmedgan-coordinator init "
             f"{consortium.folder} --host NAME` makes one."
         )

@@ -189,7 +189,7 @@ def test_a_killed_run_ends(coordinator: Consortium) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_run_killed_with_the_coordinator_ends_for_who_follows_it(tmp_path: Path) -> None:
-    """As soon as the coordinator is back; its link would believe for minutes that the run goes on, and here for long."""
+    """As soon as the coordinator is back; its link would believe for minutes that the run goes on, here for long."""
     consortium = make_home(tmp_path / "coordinator")
     enrol(consortium, "st-mary")
     out = consortium.folder / "out.log"
@@ -209,7 +209,7 @@ def test_a_run_killed_with_the_coordinator_ends_for_who_follows_it(tmp_path: Pat
         with closing(sqlite3.connect(consortium.database)) as database, database:
             database.execute("UPDATE task SET active_until = datetime(active_until, '+900 seconds')")
         stack.callback(end, command(consortium, "start", consortium.folder), 60)
-        assert following.wait(120) == 8, out.read_text()
+        assert following.wait(200) == 8, out.read_text()
         assert "run-0001 was interrupted before its first round: its process was killed." in out.read_text()
 
 

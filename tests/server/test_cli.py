@@ -68,3 +68,16 @@ def test_a_coordinator_that_is_down_shows_what_the_files_say(
     assert "does not answer" in said.err
     rows = [line.split()[:2] for line in said.out.splitlines() if line.startswith(("run-", "st-"))]
     assert rows == [["st-mary", "no"], ["st-john", "revoked"], ["run-0002", "unfinished"], ["run-0001", "completed"]]
+
+
+def test_a_home_that_is_not_there_and_a_site_that_nobody_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first has one exit code here and at a site."""
+    for command in ("status", "sites", "start", "stop"):
+        assert exit_of(command, tmp_path / "nowhere") == ExitCode.STORAGE
+        assert "No coordinator's home stands in" in capsys.readouterr().err
+    consortium = make_home(tmp_path / "hub")
+    enrol(consortium, "st-mary")
+    assert exit_of("revoke", consortium.folder, "st-marry") == ExitCode.ENROLMENT
+    assert "Enrolled: st-mary" in capsys.readouterr().err
