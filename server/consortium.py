@@ -28,6 +28,7 @@ from common.enrolment import FederationName, HexKey, Host, Moment, NodeKey, Port
 from common.errors import ConfigError, EnrolmentError, StorageError
 from common.files import read_bounded
 from common.seal import Trust
+from common.wording import wrong_values
 
 MAX_SETTINGS_BYTES = 65_536
 MAX_RECORD_BYTES = 16_384
@@ -218,7 +219,7 @@ def read_settings(consortium: Consortium) -> FederationConfig:
         content = read_bounded(consortium.settings, MAX_SETTINGS_BYTES)
         return FederationConfig.model_validate(tomllib.loads(content.decode()))
     except ValidationError as error:
-        raise ConfigError(f"Expected other values in {consortium.settings}: {explained(error)}.") from error
+        raise ConfigError(f"Expected other values in {consortium.settings}: {wrong_values(error.errors())}.") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise ConfigError(f"{consortium.settings} is not TOML: {error}. Mend it.") from error
 
@@ -275,19 +276,13 @@ def require_site(consortium: Consortium, name: str) -> SiteRecord:
     return known[name]
 
 
-def explained(error: ValidationError) -> str:
-    """Return what a validation found wrong, on one line, without the values."""
-    found = error.errors(include_input=False, include_url=False)
-    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'all'}: {item['msg']}" for item in found)
-
-
 def _record(path: Path) -> SiteRecord:
     try:
         record = SiteRecord.model_validate_json(read_bounded(path, MAX_RECORD_BYTES), strict=True)
     except ValidationError as error:
         raise StorageError(
-            f"{path} is not a site's record: {explained(error)}. Restore it from a backup, or delete it and enrol the "
-            "site again."
+            f"{path} is not a site's record: {wrong_values(error.errors())}. Restore it from a backup, or delete it "
+            "and enrol the site again."
         ) from error
     if path.stem != record.name:
         raise StorageError(f"{path} is the record of {record.name}: it was renamed. Give it back its name.")

@@ -81,3 +81,24 @@ def test_a_home_that_is_not_there_and_a_site_that_nobody_knows(
     enrol(consortium, "st-mary")
     assert exit_of("revoke", consortium.folder, "st-marry") == ExitCode.ENROLMENT
     assert "Enrolled: st-mary" in capsys.readouterr().err
+
+
+A_HOST = "expected a DNS name (in ASCII, xn--... where it has other letters) or an IP address"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ("--host", "a b"),
+            "host: expected a DNS name (in ASCII, xn--... where it has other letters) or an IP address",
+        ),
+        (("--host", "h", "--port", 8444), "port and control_port are both 8444: the control API has a port of its own"),
+        (("--host", "h", "--port", 0), "port: should be greater than or equal to 1"),
+    ],
+)
+def test_wrong_flags_of_init_are_told_in_plain_words(
+    flags: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_of("init", tmp_path / "hub", *map(str, flags)) == ExitCode.CONFIG
+    assert capsys.readouterr().err == f"error: Expected other values: {said}. Mend the flags.\n"
