@@ -10,19 +10,22 @@ import typer
 from common.errors import ExitCode, FedmedganError
 
 
-def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, interrupted: str = "stopped") -> NoReturn:
+def run_command(
+    app: typer.Typer, arguments: Sequence[str] | None = None, interrupted: str = "stopped", name: str | None = None
+) -> NoReturn:
     """Run a Typer application and exit with a documented code.
 
     Args:
         app: The commands.
         arguments: What stands behind the command's name; None: as the process was started.
         interrupted: What to say on Ctrl-C.
+        name: The command's name, however the process was started (`python -m`); None: as it was started.
     """
     app.suggest_commands = False  # click suggests the same beside it
     command = typer.main.get_command(app)
     _leave_paths_to_commands(command)
     try:
-        code = command(arguments, standalone_mode=False)
+        code = command(arguments, prog_name=name, standalone_mode=False)
     except FedmedganError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code

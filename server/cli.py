@@ -179,7 +179,7 @@ def status(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line."""
-    run_command(app, arguments)
+    run_command(app, arguments, name="fedmedgan-coordinator")
 
 
 if __name__ == "__main__":
