@@ -293,7 +293,7 @@ app.registered_commands.sort(key=lambda one: _ORDER.index(one.name or getattr(on
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line."""
-    run_command(app, arguments)
+    run_command(app, arguments, name="fedmedgan-site")
 
 
 if __name__ == "__main__":

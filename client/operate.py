@@ -164,7 +164,7 @@ def _seconds_since(time: Any) -> float | None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line."""
-    run_command(app, arguments)
+    run_command(app, arguments, name="fedmedgan-site")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,16 @@ import typer
 from common.errors import ExitCode, FedmedganError
 
 
-def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, interrupted: str = "stopped") -> NoReturn:
+def run_command(
+    app: typer.Typer, arguments: Sequence[str] | None = None, interrupted: str = "stopped", name: str | None = None
+) -> NoReturn:
     """Run a Typer application and exit with a documented code.
 
     Args:
         app: The commands.
         arguments: What stands behind the command's name; None: as the process was started.
         interrupted: What to say on Ctrl-C.
+        name: The command's name, however the process was started (`python -m`); None: as it was started.
 
     Guarantees:
         - no_name_by_an_exception: An error of the system that no command expected is told without the names of files,
@@ -29,7 +32,7 @@ def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, interr
     command = typer.main.get_command(app)
     _leave_paths_to_commands(command)
     try:
-        code = command(list(given), standalone_mode=False)
+        code = command(list(given), prog_name=name, standalone_mode=False)
     except FedmedganError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code

@@ -1,8 +1,13 @@
 """Words of messages that several parts need. Out of scope: what is said."""
 
+import re
 from collections.abc import Sequence
 
 from pydantic_core import ErrorDetails
+
+_TYPES = {"extra_forbidden": "unknown key", "missing": "missing"}
+_OF_PYDANTIC = r"^(Value error, |Input (?=should)|String (?=should))"
+"""Words of pydantic's own, before what a person can use."""
 
 
 def counted(count: int, one: str, several: str = "") -> str:
@@ -33,9 +38,10 @@ def wrong_values(errors: Sequence[ErrorDetails]) -> str:
     Args:
         errors: Of pydantic.
     """
-    said = [
-        f"{'.'.join(map(str, item['loc'])) or 'the whole'}: "
-        + ("unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, "))
-        for item in errors[:5]
-    ]
-    return "; ".join(said)
+    return "; ".join(_wrong_value(item) for item in errors[:5])
+
+
+def _wrong_value(item: ErrorDetails) -> str:
+    where = "".join(f"{part}." for part in item["loc"]).removesuffix(".")
+    said = _TYPES.get(item["type"]) or re.sub(_OF_PYDANTIC, "", item["msg"])
+    return f"{where}: {said}" if where else said

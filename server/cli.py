@@ -1,4 +1,4 @@
-"""`fedmedgan-coordinator`: what a coordinator does. Enrolment is in server/membership.
+"""`fedmedgan-coordinator`: what a coordinator does. Enrolment is in server/membership, runs in server/operate.
 
 Torch and the accountant take seconds to import: only the commands that need them do.
 """
@@ -21,15 +21,14 @@ from common import generate_options as options
 from common.command import run_command
 from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
-from common.errors import ConfigError, ExitCode, FederationError, ResumeError
+from common.errors import FederationError, ResumeError
 from common.flower_environment import flower_environment
-from common.lock import is_held
-from server import control
+from server import control, operate
 from server.consortium import Consortium, enrolled, load_consortium
 from server.membership import add_commands
-from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
-from server.status import COMPLETED, runs_of_files, stand, under_way, without_process
-from server.status_text import failure, tables
+from server.operate import folder_of, require_run
+from server.status import runs_of_files, stand, without_process
+from server.status_text import tables
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -134,79 +133,17 @@ def start(home: HomeArgument) -> None:
     os.execve(sys.executable, arguments, flower_environment(consortium.folder))  # noqa: S606 - without torch from here
 
 
-@app.command()
-def run(
-    home: HomeArgument,
-    config: Annotated[Path, typer.Argument(help="A TOML file of the run.")],
-    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run.")] = False,
-) -> None:
-    """Start a run with the enrolled sites and follow it. Ctrl-C ends the following, not the run."""
-    consortium = load_consortium(home.absolute())
-    sites = [name for name, site in enrolled(consortium).items() if not site.revoked]
-    if not sites:
-        raise ConfigError(f"No site is enrolled. Enrol one: fedmedgan-coordinator enrol {home} FILE")
-    proposed = build_config(read_config(config), {"simulation.sites": len(sites)})
-    if not proposed.image.classes:
-        raise ConfigError("Expected image.classes: sites have to know what to import. Name them in the configuration.")
-    _require_idle_sites(consortium)
-    folder = next_folder(consortium.runs)
-    _start_run(consortium, prepare_run(folder, proposed), folder, resume=False, detach=detach)
-
-
-@app.command()
-def resume(
-    home: HomeArgument,
-    folder: Annotated[Path, typer.Argument(help="The run that ended early: its name or its folder.")],
-    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run.")] = False,
-) -> None:
-    """Go on with a run from its last whole round, and follow it."""
-    consortium = Consortium(home.absolute())
-    path = _folder_of(consortium, folder)
-    _require_resumable(path)
-    _require_idle_sites(load_consortium(consortium.folder), but=path)
-    begun = (path / "run.json").exists()  # else it ended before it had an id: it begins anew
-    _start_run(load_consortium(consortium.folder), path / "config.toml", path, resume=begun, detach=detach)
-
-
-def _folder_of(consortium: Consortium, run: Path) -> Path:
-    """Return the folder of a run that is given by its name or by a path to its folder."""
-    return consortium.runs / run if run.parent == Path() and not (run / "config.toml").exists() else run.absolute()
+operate.add_commands(app)
 
 
 def _finished(home: Path, run: Path) -> Path:
     """Return the folder of a run whose results stand in it."""
-    path = _folder_of(Consortium(home.absolute()), run)
-    _require_run(path)
+    path = folder_of(Consortium(home.absolute()), run)
+    require_run(path)
     if not (path / "privacy.json").exists():
         named = f"{shlex.quote(str(home))} {shlex.quote(str(run))}"
         raise ResumeError(f"The run of {path} is not finished: fedmedgan-coordinator resume {named}")
     return path
-
-
-def _require_run(path: Path) -> None:
-    if not (path / "config.toml").exists():
-        raise ResumeError(f"{path} is no folder of a run. `fedmedgan-coordinator status HOME` names the runs.")
-
-
-def _require_resumable(path: Path) -> None:
-    _require_run(path)
-    if is_complete(path):
-        raise ResumeError(f"The run of {path} is complete: see its report.html. There is nothing to go on with.")
-    if is_held(RunFolder(path, "").lock):
-        raise ResumeError(f"The run of {path} is at work. `stop` it first, or wait for its end.")
-
-
-def _require_idle_sites(consortium: Consortium, but: Path | None = None) -> None:
-    """Refuse a second run beside one under way: each would wait for the other's sites, and both spend budget."""
-    with control.connect(consortium) as client:
-        runs = control.list_runs(client, consortium.folder)
-    others = [one.name for one in under_way(runs, without_process(consortium, runs)) if one.folder != but]
-    if others:
-        home = shlex.quote(str(consortium.folder))
-        raise FederationError(
-            f"{others[0]} is under way with these sites. Wait for its end (fedmedgan-coordinator status {home}), or "
-            f"end it: fedmedgan-coordinator stop {home} {others[0]}"
-        )
 
 
 @app.command()
@@ -240,52 +177,9 @@ def status(
         raise away
 
 
-@app.command()
-def stop(
-    home: HomeArgument,
-    run: Annotated[
-        Path | None, typer.Argument(help="One run, its name or folder; all when left out.", show_default=False)
-    ] = None,
-) -> None:
-    """Stop the runs under way; `resume` goes on with them.
-
-    A run goes on from its last whole round.
-    """
-    consortium = load_consortium(home.absolute())
-    with control.connect(consortium) as client:
-        active = [one for one in control.list_runs(client, consortium.folder) if one.status != control.FINISHED]
-        chosen = [one for one in active if run is None or one.folder == _folder_of(consortium, run)]
-        if run is not None and not chosen:
-            raise ResumeError(f"{run} is not under way. `fedmedgan-coordinator status {home}` lists the runs.")
-        for one in chosen:
-            control.stop_run(client, one.run_id)
-            print(f"stopped {one.name}; to go on: fedmedgan-coordinator resume {home} {one.name}")
-    if not chosen:
-        print("no run is under way")
-
-
-def _start_run(consortium: Consortium, config: Path, folder: Path, *, resume: bool, detach: bool) -> None:
-    with control.connect(consortium) as client:
-        run_id = control.submit(client, consortium.folder, config, folder, resume)
-        print(f"{folder.name} in {folder}", flush=True)
-        if detach:
-            return
-        try:
-            for text in control.follow(client, run_id):
-                print(text, end="", flush=True)
-        except KeyboardInterrupt:
-            home = consortium.folder
-            print(f"\nthe run goes on; to end it: fedmedgan-coordinator stop {home} {folder.name}", file=sys.stderr)
-            raise typer.Exit(ExitCode.INTERRUPTED) from None
-        ended = control.read_run(client, consortium.folder, run_id)
-    if ended.outcome != COMPLETED and not is_complete(folder):  # a stop may come when the results are written
-        (standing,) = stand([], [ended], time.time())[1]
-        raise failure(standing, consortium.folder)
-
-
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line."""
-    run_command(app, arguments)
+    run_command(app, arguments, name="fedmedgan-coordinator")
 
 
 if __name__ == "__main__":

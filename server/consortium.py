@@ -9,6 +9,7 @@
     sites/NAME.json         an enrolled site
     nodes.json              as which site the link has let each node in
     start.lock, running/    held by the coordinator and by the process of each run, as long as they live
+    submit.lock             held while a run is submitted
     link.db, logs/, runs/   what the running link and the runs write
 
 Secrets have mode 0600. Out of scope: how a site is enrolled or revoked (server/enrol), the link itself.
@@ -28,6 +29,7 @@ from common.enrolment import FederationName, HexKey, Host, Moment, NodeKey, Port
 from common.errors import ConfigError, EnrolmentError, StorageError
 from common.files import read_bounded
 from common.seal import Trust
+from common.wording import wrong_values
 
 MAX_SETTINGS_BYTES = 65_536
 MAX_RECORD_BYTES = 16_384
@@ -124,6 +126,11 @@ class Consortium:
         return self.folder / "start.lock"
 
     @property
+    def submitting(self) -> Path:
+        """Return the path of the lock that is held from the look at what is under way until a run is submitted."""
+        return self.folder / "submit.lock"
+
+    @property
     def running(self) -> Path:
         """Return the folder of the locks that the processes of runs hold."""
         return self.folder / "running"
@@ -194,7 +201,8 @@ def load_consortium(folder: Path) -> Consortium:
     """Open a coordinator's home; its settings are read, so that faults in them show at once.
 
     Raises:
-        ConfigError: It is none, or federation.toml has an unknown key or a bad value.
+        StorageError: It is none, or cannot be read.
+        ConfigError: federation.toml has an unknown key or a bad value.
     """
     consortium = Consortium(folder)
     read_settings(consortium)
@@ -205,10 +213,11 @@ def read_settings(consortium: Consortium) -> FederationConfig:
     """Read federation.toml.
 
     Raises:
-        ConfigError: It is missing, not TOML, or has an unknown key or a bad value.
+        StorageError: It is missing or cannot be read.
+        ConfigError: It is not TOML, or has an unknown key or a bad value.
     """
     if not consortium.settings.exists():
-        raise ConfigError(
+        raise StorageError(
             f"No coordinator's home stands in {consortium.folder}. `fedmedgan-coordinator init "
             f"{consortium.folder} --host NAME` makes one."
         )
@@ -216,7 +225,7 @@ def read_settings(consortium: Consortium) -> FederationConfig:
         content = read_bounded(consortium.settings, MAX_SETTINGS_BYTES)
         return FederationConfig.model_validate(tomllib.loads(content.decode()))
     except ValidationError as error:
-        raise ConfigError(f"Expected other values in {consortium.settings}: {explained(error)}.") from error
+        raise ConfigError(f"Expected other values in {consortium.settings}: {wrong_values(error.errors())}.") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise ConfigError(f"{consortium.settings} is not TOML: {error}. Mend it.") from error
 
@@ -273,19 +282,13 @@ def require_site(consortium: Consortium, name: str) -> SiteRecord:
     return known[name]
 
 
-def explained(error: ValidationError) -> str:
-    """Return what a validation found wrong, on one line, without the values."""
-    found = error.errors(include_input=False, include_url=False)
-    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'all'}: {item['msg']}" for item in found)
-
-
 def _record(path: Path) -> SiteRecord:
     try:
         record = SiteRecord.model_validate_json(read_bounded(path, MAX_RECORD_BYTES), strict=True)
     except ValidationError as error:
         raise StorageError(
-            f"{path} is not a site's record: {explained(error)}. Restore it from a backup, or delete it and enrol the "
-            "site again."
+            f"{path} is not a site's record: {wrong_values(error.errors())}. Restore it from a backup, or delete it "
+            "and enrol the site again."
         ) from error
     if path.stem != record.name:
         raise StorageError(f"{path} is the record of {record.name}: it was renamed. Give it back its name.")

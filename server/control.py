@@ -7,7 +7,7 @@ what a run does (server/app).
 import json
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -40,7 +40,7 @@ from server.bundle import build_bundle, bundle_hash
 from server.consortium import Consortium, EnrolledSite, read_settings
 from server.own_secrets import read_authority_pem, read_token
 
-FINISHED = "finished"
+RUNNING, FINISHED = "running", "finished"
 NODE_GONE, NODE_ONLINE = "unregistered", "online"
 """Words of Flower's own."""
 KILLED, UNHEARD = "its process was killed", "No heartbeat received from the task"
@@ -221,12 +221,21 @@ def read_run(client: ControlHttpClient, home: Path, run_id: int) -> RunStatus:
 
 
 def stop_run(client: ControlHttpClient, run_id: int) -> None:
-    """Stop a run: its rounds end; what a site is at work on is not used."""
-    client.StopRun(StopRunRequest(run_id=run_id))
+    """Stop a run, unless it has finished: its rounds end; what a site is at work on is not used."""
+    try:
+        client.StopRun(StopRunRequest(run_id=run_id))
+    except httpx.HTTPStatusError:  # so the link answers also where the run finished a moment before
+        if _read(client, run_id).status.status != FINISHED:
+            raise
 
 
-def follow(client: ControlHttpClient, run_id: int) -> Iterator[str]:
+def follow(client: ControlHttpClient, run_id: int, gone: Callable[[], bool]) -> Iterator[str]:
     """Yield what a run prints until it ends; a link that restarts meanwhile is waited for.
+
+    Args:
+        client: From `connect`.
+        run_id: The link's number of the run.
+        gone: Whether the run's process is known to have ended: a link that restarted believes for minutes that it runs.
 
     Raises:
         httpx.HTTPError: The link was away for longer than LONGEST_OUTAGE_S.
@@ -234,6 +243,8 @@ def follow(client: ControlHttpClient, run_id: int) -> Iterator[str]:
     after, answered = 0.0, time.monotonic()
     while True:
         try:
+            if gone() and _read(client, run_id).status.status != FINISHED:
+                return
             for part in client.StreamLogs(StreamLogsRequest(run_id=run_id, after_timestamp=after)):
                 after, answered = max(after, part.latest_timestamp), time.monotonic()
                 yield part.log_output

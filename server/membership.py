@@ -20,12 +20,12 @@ from common.enrolment import MAX_DOCUMENT_BYTES
 from common.errors import ConfigError
 from common.files import read_bounded, write_atomic
 from common.fingerprint import require_words, words_of
+from common.wording import wrong_values
 from server import enrol as enrolment
 from server.consortium import (
     MAX_RECORD_BYTES,
     Consortium,
     FederationConfig,
-    explained,
     load_consortium,
     read_settings,
     records,
@@ -57,7 +57,7 @@ def init(
     try:
         settings = FederationConfig(name=name, host=host, port=port, control_port=control_port)
     except ValidationError as error:
-        raise ConfigError(f"Expected other values: {explained(error)}. Mend the flags.") from error
+        raise ConfigError(f"Expected other values: {wrong_values(error.errors())}. Mend the flags.") from error
     made = enrolment.create_consortium(home, settings, datetime.now(UTC))
     print(f"home: {made.folder}; keep a backup of it where only you can read it")
     print(f"sites connect to {settings.address}; let that port in, and no other")

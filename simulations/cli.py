@@ -158,7 +158,9 @@ def effective_config(path: Path | None, changes: dict[str, Any]) -> Config:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line."""
-    run_command(app, arguments, interrupted="stopped; go on with: fedmedgan-simulate --resume")
+    run_command(
+        app, arguments, interrupted="stopped; go on with: fedmedgan-simulate --resume", name="fedmedgan-simulate"
+    )
 
 
 def _run(federation: Federation) -> None:

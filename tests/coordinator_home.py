@@ -10,6 +10,7 @@ from base64 import b64encode
 from pathlib import Path
 
 import httpx
+import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -18,6 +19,7 @@ from common.crypto import SigningKey
 from common.files import write_atomic
 from common.flower_environment import flower_environment
 from common.node_keys import node_public_pem
+from server.cli import main
 from server.consortium import Consortium, FederationConfig, SiteRecord, load_consortium, read_settings
 from server.enrol import create_consortium
 
@@ -53,6 +55,13 @@ def enrol(consortium: Consortium, name: str, revoked: bool = False, key=None) ->
     record = SiteRecord(name=name, identity=identity, node_key=node_key, **times)
     write_atomic(consortium.site(name), record.model_dump_json().encode())
     return key
+
+
+def exit_of(*arguments: str | Path) -> int:
+    """Run a command of the coordinator in this process and return its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
 
 
 def signed_headers(key: ec.EllipticCurvePrivateKey, age_s: float = 0.0) -> dict[str, str]:

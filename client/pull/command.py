@@ -134,4 +134,4 @@ def _be_quiet() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line."""
-    run_command(app, arguments, interrupted="stopped; run the same command again to go on")
+    run_command(app, arguments, interrupted="stopped; run the same command again to go on", name="fedmedgan-site")

@@ -1,6 +1,7 @@
 """How a command line shows its help and its mistakes."""
 
 import errno
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -78,3 +79,23 @@ def test_no_name_by_an_exception(
     assert "/ROE" not in text, text
     assert "whose name is not shown here" in text, text
     assert kind == errno.EACCES or "File name too long (errno 36)" in text
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "name"),
+    [
+        ("server.cli", "status", "fedmedgan-coordinator status"),
+        ("client.entry", "status", "fedmedgan-site status"),
+        ("client.entry", "import", "fedmedgan-site import"),
+        ("client.entry", "pull", "fedmedgan-site pull"),
+        ("simulations.cli", "--nonsense", "fedmedgan-simulate"),
+    ],
+)
+def test_usage_has_the_commands_name_however_it_was_started(
+    module: str, argument: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [f"/somewhere/{module.replace('.', '/')}.py"])
+    with pytest.raises(SystemExit) as ended:
+        import_module(module).main([argument])
+    assert ended.value.code == ExitCode.USAGE
+    assert f"Usage: {name} [OPTIONS]" in capsys.readouterr().err

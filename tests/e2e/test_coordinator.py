@@ -3,11 +3,13 @@
 import hashlib
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import psutil
@@ -131,6 +133,7 @@ def write_config(consortium: Consortium, **federation: float) -> Path:
     return path
 
 
+@pytest.mark.timeout(300)
 def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Consortium) -> None:
     config = write_config(coordinator, connect_timeout_s=100.0)
     assert ask(coordinator, "run", coordinator.folder, config)[0] == 3  # nobody is enrolled
@@ -145,9 +148,22 @@ def test_a_run_waits_is_stopped_and_the_bad_ones_do_not_start(coordinator: Conso
     assert f"fedmedgan-coordinator stop {coordinator.folder} run-0001" in said
     code, said = ask(coordinator, "stop", coordinator.folder)
     assert (code, "stopped run-0001" in said) == (0, True)
-    wait_for(lambda: not processes_of(coordinator, "--run"))
+    assert not processes_of(coordinator, "--run")
     tree = json.loads(ask(coordinator, "status", coordinator.folder, "--json")[1])
     assert [one["state"] for one in tree["runs"]] == ["stopped"]
+    _resume_twice(coordinator)
+
+
+def _resume_twice(coordinator: Consortium) -> None:
+    """One is taken, at once after the stop; the other is told."""
+    resumes = [
+        command(coordinator, "resume", coordinator.folder, "run-0001", "--detach", stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [resume.communicate(timeout=90)[1] for resume in resumes]
+    assert sorted(resume.returncode for resume in resumes) == [0, 8], said
+    assert "run-0001 is under way already" in "".join(said)
+    assert ask(coordinator, "stop", coordinator.folder, "run-0001")[0] == 0
 
 
 def test_a_killed_run_ends(coordinator: Consortium) -> None:
@@ -169,6 +185,32 @@ def test_a_killed_run_ends(coordinator: Consortium) -> None:
     wait_for(lambda: processes_of(coordinator, "--run"))
     (one,) = json.loads(ask(coordinator, "status", coordinator.folder, "--json")[1])["runs"]
     assert (one["run"], one["state"]) in (("run-0001", "starting"), ("run-0001", "running"))
+
+
+@pytest.mark.timeout(300)
+def test_a_run_killed_with_the_coordinator_ends_for_who_follows_it(tmp_path: Path) -> None:
+    """As soon as the coordinator is back; its link would believe for minutes that the run goes on, here for long."""
+    consortium = make_home(tmp_path / "coordinator")
+    enrol(consortium, "st-mary")
+    out = consortium.folder / "out.log"
+    with ExitStack() as stack:
+        stack.callback(end, command(consortium, "start", consortium.folder), 60)
+        wait_until_up(consortium)
+        with out.open("w") as log:
+            config = write_config(consortium, connect_timeout_s=600.0)
+            following = command(consortium, "run", consortium.folder, config, stdout=log, stderr=log)
+        stack.callback(end, following, 60)
+        wait_for(lambda: "waiting for st-mary" in out.read_text())
+        killed = [*processes_of(consortium, "server.supervise"), *processes_of(consortium, "--supervised")]
+        killed += processes_of(consortium, "--run")
+        for one in killed:
+            one.kill()
+        psutil.wait_procs(killed, 20)
+        with closing(sqlite3.connect(consortium.database)) as database, database:
+            database.execute("UPDATE task SET active_until = datetime(active_until, '+900 seconds')")
+        stack.callback(end, command(consortium, "start", consortium.folder), 60)
+        assert following.wait(200) == 8, out.read_text()
+        assert "run-0001 was interrupted before its first round: its process was killed." in out.read_text()
 
 
 def test_a_bundle_of_other_code_is_not_started(coordinator: Consortium, tmp_path: Path) -> None:

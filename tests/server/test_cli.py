@@ -1,6 +1,5 @@
 """The coordinator's listings."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -10,13 +9,9 @@ from common.config import IMAGE_SIZES, ModelName
 from common.config_text import build_config
 from common.errors import ExitCode
 from common.files import make_folder, write_atomic
-from common.lock import alone
-from server import control
 from server.cli import main
-from server.control import RunStatus
 from server.rounds import round_bytes
-from server.status import under_way
-from tests.coordinator_home import enrol, make_home
+from tests.coordinator_home import enrol, exit_of, make_home
 
 
 def test_models_lists_what_a_round_sends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,61 +30,6 @@ def test_models_lists_what_a_round_sends(capsys: pytest.CaptureFixture[str]) -> 
         half = build_config({}, changes | {"federation.transport": "float16"})
         assert int(halved.replace(",", "")) == round_bytes(half) == int(local.replace(",", "")) / 2
         assert int(sum_of_all.replace(",", "")) == round_bytes(build_config({}, changes | together))
-
-
-def test_resume_says_where_there_is_nothing_to_go_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def resumed(folder: Path) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            main(["resume", str(tmp_path / "hub"), str(folder)])
-        assert stopped.value.code == ExitCode.RESUME
-        return capsys.readouterr().err
-
-    assert "is no folder of a run" in resumed(tmp_path)
-    (tmp_path / "config.toml").touch()
-    with alone(tmp_path / "run.lock", "run"):
-        assert "is at work" in resumed(tmp_path)
-    (tmp_path / "report.html").touch()
-    assert "is complete" in resumed(tmp_path)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a home with one site and a link that says that run-0001 is under way."""
-    consortium = make_home(tmp_path / "hub")
-    enrol(consortium, "st-mary")
-    runs = [RunStatus(7, "running", "", "", consortium.runs / "run-0001", "2026-11-27T07:00:00+00:00")]
-    monkeypatch.setattr(control, "connect", lambda _: nullcontext())
-    monkeypatch.setattr(control, "list_runs", lambda *_: runs)
-    (tmp_path / "run.toml").write_text('[image]\nclasses = ["a"]\n')
-    return consortium.folder
-
-
-def exit_of(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    return int(stopped.value.code or 0)
-
-
-def test_a_second_run_beside_one_under_way_is_refused(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_of("run", hub, hub.parent / "run.toml") == ExitCode.FEDERATION
-    said = capsys.readouterr().err
-    assert "run-0001 is under way with these sites" in said
-    assert f"fedmedgan-coordinator stop {hub} run-0001" in said
-    assert not (hub / "runs" / "run-0002").exists()
-    write_atomic(make_folder(hub / "runs" / "run-0000") / "config.toml", b"")
-    assert exit_of("resume", hub, "run-0000") == ExitCode.FEDERATION
-    assert "run-0001 is under way" in capsys.readouterr().err
-
-
-def test_a_run_whose_process_is_gone_is_not_under_way(hub: Path) -> None:
-    run = RunStatus(7, "running", "", "", hub / "runs" / "run-0001", "")
-    over = RunStatus(8, "finished", "completed", "", hub / "runs" / "run-0002", "")
-    assert under_way([run, over], ()) == [run]
-    assert under_way([run, over], {7}) == []
-
-
-def test_a_run_that_is_not_there_is_one_fault_for_stop_and_resume(hub: Path) -> None:
-    assert exit_of("stop", hub, "run-0009") == exit_of("resume", hub, "run-0009") == ExitCode.RESUME
 
 
 @pytest.mark.parametrize("command", [("generate", "--out", "images"), ("report",)])
@@ -128,3 +68,37 @@ def test_a_coordinator_that_is_down_shows_what_the_files_say(
     assert "does not answer" in said.err
     rows = [line.split()[:2] for line in said.out.splitlines() if line.startswith(("run-", "st-"))]
     assert rows == [["st-mary", "no"], ["st-john", "revoked"], ["run-0002", "unfinished"], ["run-0001", "completed"]]
+
+
+def test_a_home_that_is_not_there_and_a_site_that_nobody_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first has one exit code here and at a site."""
+    for command in ("status", "sites", "start", "stop"):
+        assert exit_of(command, tmp_path / "nowhere") == ExitCode.STORAGE
+        assert "No coordinator's home stands in" in capsys.readouterr().err
+    consortium = make_home(tmp_path / "hub")
+    enrol(consortium, "st-mary")
+    assert exit_of("revoke", consortium.folder, "st-marry") == ExitCode.ENROLMENT
+    assert "Enrolled: st-mary" in capsys.readouterr().err
+
+
+A_HOST = "expected a DNS name (in ASCII, xn--... where it has other letters) or an IP address"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ("--host", "a b"),
+            "host: expected a DNS name (in ASCII, xn--... where it has other letters) or an IP address",
+        ),
+        (("--host", "h", "--port", 8444), "port and control_port are both 8444: the control API has a port of its own"),
+        (("--host", "h", "--port", 0), "port: should be greater than or equal to 1"),
+    ],
+)
+def test_wrong_flags_of_init_are_told_in_plain_words(
+    flags: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_of("init", tmp_path / "hub", *map(str, flags)) == ExitCode.CONFIG
+    assert capsys.readouterr().err == f"error: Expected other values: {said}. Mend the flags.\n"

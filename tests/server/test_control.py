@@ -1,6 +1,8 @@
 """Which sites the link lets in, against a stand-in for its control API."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,18 @@ from common.errors import EnrolmentError, StorageError
 from common.files import write_atomic
 from common.node_keys import node_public_pem
 from server.consortium import Consortium, EnrolledSite
-from server.control import NODE_GONE, Changes, connect, list_nodes, list_runs, read_run, register_sites, submit
+from server.control import (
+    NODE_GONE,
+    Changes,
+    connect,
+    follow,
+    list_nodes,
+    list_runs,
+    read_run,
+    register_sites,
+    stop_run,
+    submit,
+)
 from server.own_secrets import is_token, read_authority_pem, read_secret, read_token
 from server.supervise import supervise
 from tests.coordinator_home import make_home, openssh
@@ -151,3 +164,46 @@ def test_sites_read_no_paths(tmp_path: Path) -> None:
     elsewhere.mkdir()
     submit(control, home, elsewhere / "config.toml", elsewhere, resume=True)
     assert read_run(control, home, 7).folder == elsewhere
+
+
+@pytest.mark.parametrize("status", ["finished", "running"])
+def test_a_run_that_finished_a_moment_before_is_stopped_without_a_word(status: str) -> None:
+    class Finished(SimpleNamespace):
+        def StopRun(self, request: object) -> None:  # noqa: N802
+            response = httpx.Response(409, request=httpx.Request("POST", "https://link"))
+            raise httpx.HTTPStatusError("finished", request=response.request, response=response)
+
+        def ListRuns(self, request: ListRunsRequest) -> ListRunsResponse:  # noqa: N802
+            run = FlowerRun(run_id=7)
+            run.status.status = status
+            return ListRunsResponse(run_dict={7: run})
+
+    with nullcontext() if status == "finished" else pytest.raises(httpx.HTTPStatusError):
+        stop_run(Finished(), 7)
+
+
+class Restarted:
+    """A link whose stream is cut, and which believes after its restart that the run is in this state."""
+
+    def __init__(self, *states: str) -> None:
+        self.states = list(states)
+
+    def StreamLogs(self, request: object) -> Iterator[SimpleNamespace]:  # noqa: N802
+        yield SimpleNamespace(log_output="round 1\n", latest_timestamp=1.0)
+        if self.states[0] != "finished":
+            raise httpx.ReadError("cut")
+
+    def ListRuns(self, request: ListRunsRequest) -> ListRunsResponse:  # noqa: N802
+        run = FlowerRun(run_id=7)
+        run.status.status = self.states[0]
+        return ListRunsResponse(run_dict={7: run})
+
+
+def test_a_run_whose_process_is_gone_is_not_followed_until_the_link_misses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.control.RECONNECT_S", 0.0)
+    looks = iter([False, True])
+    assert list(follow(Restarted("running"), 7, lambda: next(looks))) == ["round 1\n"]
+
+
+def test_what_a_run_that_ended_had_to_say_is_read_to_its_end() -> None:
+    assert list(follow(Restarted("finished"), 7, lambda: True)) == ["round 1\n"]

@@ -62,7 +62,7 @@ def test_a_home_is_made_once_and_taken_up_where_it_was_left(consortium):
 def test_settings_are_read_back_and_checked(consortium, tmp_path):
     assert read_settings(load_consortium(consortium.folder)) == SETTINGS
     assert consortium.database == consortium.folder / "link.db"
-    with pytest.raises(ConfigError, match="init"):
+    with pytest.raises(StorageError, match="init"):
         load_consortium(tmp_path)
     good = consortium.settings.read_text()
     for wrong in ("prot = 1", "port = 8444", "port = 0", 'host = "a b"', 'database = "../x.db"', "= ["):

@@ -1,0 +1,223 @@
+"""Runs submitted, followed and ended: what is refused, and what is said."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from common.errors import ExitCode
+from common.files import make_folder, write_atomic
+from common.lock import alone, is_held
+from server import control, operate
+from server.consortium import Consortium
+from server.control import RunStatus
+from server.status import under_way
+from tests.coordinator_home import enrol, exit_of
+
+PATIENCE_S = 60.0
+
+
+def begun(hub: Path, name: str) -> Path:
+    """Make the folder of a run that has begun."""
+    folder = make_folder(hub / "runs" / name)
+    for file in ("config.toml", "run.json"):
+        write_atomic(folder / file, b"")
+    return folder
+
+
+def test_resume_says_where_there_is_nothing_to_go_on_with(
+    hub: Path, runs: list[RunStatus], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_of("resume", hub, hub.parent) == ExitCode.RESUME
+    assert "is no folder of a run" in capsys.readouterr().err
+    folder = begun(hub, "run-0001")
+    runs.clear()  # as after a stop: the link knows of nothing, the process writes still
+    with alone(folder / "run.lock", "run"):
+        assert exit_of("resume", hub, folder) == ExitCode.FEDERATION
+        assert "its process has not ended yet" in capsys.readouterr().err
+    (folder / "report.html").touch()
+    assert exit_of("resume", hub, folder) == ExitCode.RESUME
+    assert "is complete" in capsys.readouterr().err
+
+
+def test_a_second_run_beside_one_under_way_is_refused(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_of("run", hub, hub.parent / "run.toml") == ExitCode.FEDERATION
+    said = capsys.readouterr().err
+    assert "run-0001 is under way with these sites" in said
+    assert f"fedmedgan-coordinator stop {hub} run-0001" in said
+    assert not (hub / "runs" / "run-0002").exists()
+    write_atomic(make_folder(hub / "runs" / "run-0000") / "config.toml", b"")
+    assert exit_of("resume", hub, "run-0000") == ExitCode.FEDERATION
+    assert "run-0001 is under way" in capsys.readouterr().err
+
+
+def test_a_run_whose_process_is_gone_is_not_under_way(hub: Path) -> None:
+    run = RunStatus(7, "running", "", "", hub / "runs" / "run-0001", "")
+    over = RunStatus(8, "finished", "completed", "", hub / "runs" / "run-0002", "")
+    assert under_way([run, over], ()) == [run]
+    assert under_way([run, over], {7}) == []
+
+
+def test_a_run_that_is_not_there_is_one_fault_for_stop_and_resume(hub: Path) -> None:
+    assert exit_of("stop", hub, "run-0009") == exit_of("resume", hub, "run-0009") == ExitCode.RESUME
+
+
+def test_a_run_is_looked_for_and_submitted_under_one_lock(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else of two within seconds each would find nothing under way."""
+    lock, held = Consortium(hub).submitting, list[bool]()
+
+    def look(*_: object) -> list[RunStatus]:
+        held.append(is_held(lock))
+        return []
+
+    def submit(*_: object, **__: object) -> int:
+        held.append(is_held(lock))
+        return 8
+
+    monkeypatch.setattr(control, "list_runs", look)
+    monkeypatch.setattr(control, "submit", submit)
+    begun(hub, "run-0001")
+    assert exit_of("resume", hub, "run-0001", "--detach") == ExitCode.OK
+    assert exit_of("run", hub, hub.parent / "run.toml", "--detach") == ExitCode.OK
+    assert (held, is_held(lock)) == ([True] * 4, False)
+
+
+@pytest.mark.parametrize("state", ["pending", "starting"])
+def test_the_second_of_two_resumes_within_seconds_is_refused(
+    hub: Path, runs: list[RunStatus], state: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    connected, submitted, codes = threading.Event(), list[object](), list[int]()
+
+    def connect(_: object) -> nullcontext[None]:
+        connected.set()
+        return nullcontext()
+
+    monkeypatch.setattr(control, "connect", connect)
+    monkeypatch.setattr(control, "submit", lambda *given, **_: submitted.append(given))
+    folder = begun(hub, "run-0001")
+    runs.clear()
+    second = threading.Thread(target=lambda: codes.append(exit_of("resume", hub, "run-0001", "--detach")))
+    with alone(Consortium(hub).submitting, "the first"):
+        second.start()
+        assert connected.wait(PATIENCE_S)
+        runs.append(RunStatus(9, state, "", "", folder, ""))
+    second.join(PATIENCE_S)
+    assert (codes, submitted) == ([ExitCode.FEDERATION], [])
+    assert "run-0001 is under way already" in capsys.readouterr().err
+
+
+def test_a_run_of_which_only_the_link_believes_that_it_runs_is_taken_up(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after the coordinator went down around it; not while its process lives."""
+    monkeypatch.setattr(control, "submit", lambda *_, **__: 8)
+    begun(hub, "run-0001")
+    with alone(Consortium(hub).run_lock(7), "run"):
+        assert exit_of("resume", hub, "run-0001", "--detach") == ExitCode.FEDERATION
+    assert "run-0001 is under way already" in capsys.readouterr().err
+    Consortium(hub).run_lock(7).unlink()
+    assert exit_of("resume", hub, "run-0001", "--detach") == ExitCode.OK
+
+
+def stopped(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, outcome: str = "stopped", looks: int = 3
+) -> list[str]:
+    """Stop run-0001, whose process is seen `looks` times before it has ended; return what the link was asked."""
+    folder, asked = begun(hub, "run-0001"), list[str]()
+    left = iter([True] * looks)
+
+    def has_process(*_: object) -> bool:
+        asked.append("look")
+        return next(left, False)
+
+    def read(*_: object) -> RunStatus:
+        asked.append("read")
+        return RunStatus(7, "finished", outcome, "a reason", folder, runs[0].started)
+
+    monkeypatch.setattr(operate, "is_held", has_process)
+    monkeypatch.setattr(control, "stop_run", lambda *_: asked.append("stop"))
+    monkeypatch.setattr(control, "read_run", read)
+    assert exit_of("stop", hub) == ExitCode.OK
+    return asked
+
+
+def test_stop_waits_for_the_process(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that the `resume` that it names can be typed at once."""
+    monkeypatch.setattr(operate, "LOOK_S", 0.0)
+    assert stopped(hub, runs, monkeypatch) == ["stop", *["look"] * 4, "read"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "waiting for the process of run-0001 to end"
+    assert said[1:] == [f"stopped run-0001; to go on: fedmedgan-coordinator resume {hub} run-0001"]
+
+
+def test_stop_does_not_wait_for_ever(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(operate, "END_S", -1.0)
+    assert stopped(hub, runs, monkeypatch) == ["stop", "look", "look", "read"]
+    assert "its process has not ended yet. To go on when it has: " in capsys.readouterr().out
+
+
+def test_stop_looks_at_what_became_of_the_run(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped(hub, runs, monkeypatch, outcome="failed", looks=0)
+    assert capsys.readouterr().out.startswith("run-0001 failed before its first round: a reason. ")
+    write_atomic(begun(hub, "run-0001") / "report.html", b"")  # a stop while the results are written waits for them
+    stopped(hub, runs, monkeypatch, looks=0)
+    assert capsys.readouterr().out == f"run-0001 was completed meanwhile: see {hub}/runs/run-0001/report.html\n"
+
+
+def test_who_ends_the_following_hears_that_the_run_goes_on(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing else: not that it was stopped."""
+
+    def follow(*_: object) -> Iterator[str]:
+        yield "waiting\n"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(control, "submit", lambda *_, **__: 8)
+    monkeypatch.setattr(control, "follow", follow)
+    runs.clear()
+    assert exit_of("run", hub, hub.parent / "run.toml") == ExitCode.INTERRUPTED
+    goes_on = f"the run goes on; to end it: fedmedgan-coordinator stop {hub} run-0001"
+    assert capsys.readouterr().err.split("\n") == ["", goes_on, ""]
+
+
+def test_a_run_that_needs_more_sites_than_are_enrolled_names_the_enrolled(
+    hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no key of the simulator: a deployment has none."""
+    enrol(Consortium(hub), "st-john", revoked=True)
+    with (hub.parent / "run.toml").open("a") as file:
+        file.write("[federation]\nmin_sites = 2\n")
+    assert exit_of("run", hub, hub.parent / "run.toml") == ExitCode.CONFIG
+    said = capsys.readouterr().err
+    assert "federation.min_sites of at most 1, got 2: 1 site is enrolled and not revoked (st-mary)" in said
+    assert "simulation" not in said
+
+
+def test_who_follows_hears_that_the_process_is_gone_or_that_another_one_completed_the_run(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun(hub, "run-0001")
+    left = RunStatus(8, "running", "", "", folder, "")  # so the link believes after a restart
+    monkeypatch.setattr(control, "submit", lambda *_, **__: 8)
+    monkeypatch.setattr(control, "follow", lambda *given: iter(["gone\n"] if given[2]() else ["at work\n"]))
+    monkeypatch.setattr(control, "read_run", lambda *_: left)
+    write_atomic(make_folder(Consortium(hub).running) / "8", b"")
+    runs.clear()
+    assert exit_of("resume", hub, "run-0001") == ExitCode.FEDERATION
+    said = capsys.readouterr()
+    assert said.out.endswith("gone\n")
+    assert "run-0001 was interrupted before its first round: its process was killed. To go on: " in said.err
+    monkeypatch.setattr(control, "follow", lambda *_: iter([(folder / "report.html").write_text("")]))
+    assert exit_of("resume", hub, "run-0001") == ExitCode.OK
+    assert f"run-0001 was completed meanwhile: see {folder}/report.html" in capsys.readouterr().out
