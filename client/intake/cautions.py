@@ -22,7 +22,6 @@ GROUPING = (
 )
 MANY_IMAGES = 2000
 """Under one id: more than a person has."""
-_SHARE = 0.1
 _FEW = 20
 _LINES = 10
 """Of a table that are named."""
@@ -121,8 +120,9 @@ def _examinations(groups: Groups) -> list[Caution]:
         for (_, name), records in groups.items()
         if any(name == records[0].header.get(key, "").casefold() for key in ("AccessionNumber", "StudyInstanceUID"))
     ]
-    if len(equal) > _SHARE * len(groups):
-        said = f"{len(equal)} of {counted(len(groups), 'id')} equal the number of an examination: visits, not people?"
+    if equal:
+        some = f"{len(equal)} of {counted(len(groups), 'id')} {'is' if len(equal) == 1 else 'are'}"
+        said = f"{some} the number of an examination: visits, not people?"
         return [Caution(said, tuple(equal))]
     studies = [len({record.header.get("StudyInstanceUID") for record in records}) for records in groups.values()]
     stated = any("StudyInstanceUID" in records[0].header for records in groups.values())

@@ -106,8 +106,13 @@ def read_patient_table(path: Path) -> PatientTable:
         to_issuer, to = normalised((row.get("to_issuer", ""), row["to"]))
         there = (to_issuer or issuer, to)
         known = merged.get((issuer, here), there) if issuer else by_id.get(here, there)
-        if not here or not to or known != there:
-            raise IntakeError(f"Line {number} of the table of patients has no id, or gives one patient two meanings.")
+        if not here or not to:
+            raise IntakeError(f"Line {number} of the table of patients has no id in `patient` or in `to`.")
+        if known != there:
+            first = lines[(issuer, here) if issuer else here]
+            raise IntakeError(
+                f"Line {number} of the table of patients says of a patient another thing than line {first}. Remove one."
+            )
         lines.setdefault((issuer, here) if issuer else here, number)
         if issuer:
             merged[issuer, here] = there
@@ -121,9 +126,14 @@ def read_patient_table(path: Path) -> PatientTable:
 
 def _require_one_meaning(table: PatientTable) -> None:
     merged, by_id = table.merged, table.by_id
-    meant = {*merged.values(), *by_id.values()}
-    if any(merged.get(there, there) != there or by_id.get(there[1], there) != there for there in meant):
-        raise IntakeError("A patient of the column `to` is another patient by another line. Name the last one in both.")
+    for named, there in (*merged.items(), *by_id.items()):
+        for other, further in ((there, merged.get(there, there)), (there[1], by_id.get(there[1], there))):
+            if further != there:
+                here, beyond = table.lines.get(named, table.lines[other]), table.lines[other]
+                raise IntakeError(
+                    f"Line {here} of the table of patients leads to a patient who by line {beyond} is another. Name the "
+                    "last one in both."
+                )
     for (issuer, name), there in merged.items():
         if by_id.get(name, there) != there:
             raise IntakeError(

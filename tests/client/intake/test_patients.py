@@ -78,11 +78,13 @@ def test_any_issuer(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         ("W,p1,a,\n,p1,b,", "Line 2 .*ambiguous"),
-        (",a,b,\n,b,c,", "another patient by another line"),
-        (",a,b,\nW,b,c,", "ambiguous|another patient"),
-        ("W,a,b,\nW,b,c,", "another patient by another line"),
-        ("W,a,b,\n,b,c,", "another patient by another line"),
-        (",a,b,\n,A,c,", "Line 3 .*two meanings"),
+        (",a,b,\n,b,c,", "Line 2 .* by line 3 is another"),
+        (",a,b,\nW,b,c,", "Line 3 .*ambiguous"),
+        ("W,a,b,\nW,b,c,", "Line 2 .* by line 3 is another"),
+        ("W,a,b,\n,b,c,", "Line 2 .* by line 3 is another"),
+        (",x,y,\n,b,c,\n,a,b,", "Line 4 .* by line 3 is another"),
+        (",a,b,\n,A,c,", "Line 3 .*another thing than line 2"),
+        (",a,b,\n,,c,", "Line 3 .*no id"),
     ],
 )
 def test_one_meaning(tmp_path: Path, lines: str, message: str) -> None:
@@ -114,7 +116,9 @@ def test_a_wrong_table(tmp_path: Path, text: str) -> None:
 
 def test_accession_like() -> None:
     many = [record(number, f"A{number}", AccessionNumber=f"A{number}") for number in range(10)]
-    assert "10 of 10 ids equal the number of an examination" in said(many)
+    assert "10 of 10 ids are the number of an examination" in said(many)
+    mixed = [record(number, f"A{number}", AccessionNumber=f"A{number // 30}") for number in range(30)]
+    assert "1 of 30 ids is the number of an examination" in said([*mixed, record(99, "A1", StudyInstanceUID="1.99")])
     assert "examination" not in said([record(number, f"A{number}", AccessionNumber="B") for number in range(10)])
     once = [record(number, f"A{number}", StudyInstanceUID=f"1.{number}") for number in range(30)]
     assert "None of 30 ids has a second examination" in said(once)
