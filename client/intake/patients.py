@@ -131,8 +131,8 @@ def _require_one_meaning(table: PatientTable) -> None:
             if further != there:
                 here, beyond = table.lines.get(named, table.lines[other]), table.lines[other]
                 raise IntakeError(
-                    f"Line {here} of the table of patients leads to a patient who by line {beyond} is another. Name the "
-                    "last one in both."
+                    f"Line {here} of the table of patients leads to a patient who by line {beyond} is another. Name "
+                    "the last one in both."
                 )
     for (issuer, name), there in merged.items():
         if by_id.get(name, there) != there:
