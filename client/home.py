@@ -210,8 +210,10 @@ def import_images(
         ConfigError: site.toml is missing or wrong, or size, channels or classes are out of bounds.
         StorageError: The vault cannot be written, or is damaged.
     """
-    if size not in IMAGE_SIZES or not 1 <= len(classes) <= MAX_CLASSES or len(set(classes)) != len(classes):
-        raise ConfigError(f"Expected a size of {IMAGE_SIZES} and distinct classes, got {size} and {len(classes)}.")
+    if size not in IMAGE_SIZES:
+        raise ConfigError(f"Expected size={size} as one of {', '.join(map(str, IMAGE_SIZES))} pixels.")
+    if not 1 <= len(classes) <= MAX_CLASSES or len(set(classes)) != len(classes):
+        raise ConfigError(f"Expected 1 to {MAX_CLASSES} classes, each named once, got {len(classes)}.")
     if channels not in IMAGE_CHANNELS:
         raise ConfigError(f"Expected channels={channels} as 1 (grey) or 3 (red, green and blue).")
     vault, form = home.vault(classes, size, channels), Form(tuple(classes), size, channels)

@@ -147,11 +147,11 @@ class Listing:
         if is_npz(path) and item.frame is not None:
             return f"row {item.frame}"
         if item.line:
-            said = f"{said}, line {item.line}" if self._show and said != "." else f"line {item.line}"
+            said = f"{said} line {item.line}" if self._show and said != "." else f"line {item.line}"
         if item.member is not None:
             member = escaped(item.member) if self._show else f"member {self._members.get((path, item.member), 0)}"
-            said += f", {member}"
-        return said if item.frame is None else f"{said}, frame {item.frame + 1}"
+            said += f" {member}"
+        return said if item.frame is None else f"{said} frame {item.frame + 1}"
 
     def examples(self, items: Iterable[Record | Refusal | Path]) -> tuple[str, ...]:
         """Return how the first few that are shown differently are shown."""

@@ -50,11 +50,11 @@ def test_told_apart(index: Path, tmp_path: Path, write_dicom: WriteDicom) -> Non
         for name in "abc":
             file = write_dicom(tmp_path / "one", SOPInstanceUID=f"1.{ord(name)}")
             archive.write(file, f"NAME_{name}")
-    assert shown(tmp_path / "z") == ["no. 1, member 1", "no. 1, member 2", "no. 1, member 3"]
+    assert shown(tmp_path / "z") == ["no. 1 member 1", "no. 1 member 2", "no. 1 member 3"]
     many = np.random.default_rng(0).integers(0, 4096, (3, 16, 16)).astype(np.uint16)
     first = {"Rows": 16, "Columns": 16, "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"}
     write_dicom(tmp_path / "m" / "one", many[0], **first, NumberOfFrames=3, PixelData=many.tobytes())
-    assert shown(tmp_path / "m", frames="all") == ["no. 1, frame 1", "no. 1, frame 2", "no. 1, frame 3"]
+    assert shown(tmp_path / "m", frames="all") == ["no. 1 frame 1", "no. 1 frame 2", "no. 1 frame 3"]
 
 
 def test_rows_that_are_refused_can_be_found(index: Path) -> None:
@@ -64,7 +64,7 @@ def test_rows_that_are_refused_can_be_found(index: Path) -> None:
         "path leads out of the folder": ("line 9",),
     }
     named = examples(index, show_files=True)
-    assert named["file missing"] == ("gone4.png, line 5", "gone5.png, line 6", "gone6.png, line 7")
+    assert named["file missing"] == ("gone4.png line 5", "gone5.png line 6", "gone6.png line 7")
     assert named["path leads out of the folder"] == ("line 9",)
 
 
