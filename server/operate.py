@@ -129,8 +129,11 @@ def _stopped(consortium: Consortium, run: control.RunStatus, ended: bool) -> str
 
 
 def folder_of(consortium: Consortium, run: Path) -> Path:
-    """Return the folder of a run that is given by its name or by a path to its folder."""
-    return consortium.runs / run if run.parent == Path() and not (run / "config.toml").exists() else run.absolute()
+    """Return the folder of a run that is given by its name, or by a path to its folder from the home or from here."""
+    places = (consortium.runs / run, consortium.folder / run, run.absolute())
+    return next(
+        (place for place in places if (place / "config.toml").exists()), places[0 if run.name == str(run) else 2]
+    )
 
 
 def require_run(path: Path) -> None:
@@ -140,7 +143,10 @@ def require_run(path: Path) -> None:
         ResumeError: It has no configuration.
     """
     if not (path / "config.toml").exists():
-        raise ResumeError(f"{path} is no folder of a run. `fedmedgan-coordinator status HOME` names the runs.")
+        raise ResumeError(
+            f"{path} is no folder of a run. Name one as `fedmedgan-coordinator status HOME` does (run-0001), or its "
+            "folder."
+        )
 
 
 def _proposed(consortium: Consortium, file: Path) -> Config:

@@ -221,3 +221,19 @@ def test_who_follows_hears_that_the_process_is_gone_or_that_another_one_complete
     monkeypatch.setattr(control, "follow", lambda *_: iter([(folder / "report.html").write_text("")]))
     assert exit_of("resume", hub, "run-0001") == ExitCode.OK
     assert f"run-0001 was completed meanwhile: see {folder}/report.html" in capsys.readouterr().out
+
+
+def test_a_run_is_named_by_its_name_or_its_folder_from_the_home_or_from_here(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    consortium, folder = Consortium(hub), begun(hub, "run-0002")
+    elsewhere = begun(hub.parent / "elsewhere", "run-0003")
+    monkeypatch.chdir(hub.parent)
+    for given in ("run-0002", "runs/run-0002", "hub/runs/run-0002", "./hub/runs/run-0002/", str(folder)):
+        assert operate.folder_of(consortium, Path(given)) == folder, given
+    assert operate.folder_of(consortium, Path("elsewhere/runs/run-0003")) == elsewhere
+    begun(hub.parent, "run-0002")  # a folder of that name below here: the home's own is meant
+    assert operate.folder_of(consortium, Path("runs/run-0002")) == folder
+    for missing, path in (("run-0009", hub / "runs"), ("runs/run-0009", hub.parent / "runs")):
+        assert exit_of("resume", "hub", missing) == ExitCode.RESUME
+        assert f"{path / 'run-0009'} is no folder of a run. Name one as " in capsys.readouterr().err
