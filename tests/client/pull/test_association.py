@@ -19,6 +19,8 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context, evt
 from pynetdicom.events import Event
 
+from client.pull.archive import Reason, Refused
+from client.pull.asked import Row
 from client.pull.association import FIND, VERIFICATION, associate, make_tls
 from client.pull.dimse import DimseArchive
 from client.pull.inbox import Inbox
@@ -156,6 +158,38 @@ def answering(event: Event) -> Iterator[tuple[int, Dataset]]:
         found = Dataset()
         found.QueryRetrieveLevel, found.StudyInstanceUID = "STUDY", f"1.2.{number}"
         yield 0xFF00, found
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(0x0000, None), (0xA700, Reason.QUERY), (0xC000, Reason.QUERY), (0xFE00, Reason.QUERY), (None, Reason.CUT)],
+)
+def test_answers_are_all_only_after_success(status: int | None, reason: Reason | None, tmp_path: Path) -> None:
+    """None: the association ends without a final status."""
+
+    def ending(event: Event) -> Iterator[tuple[int, Dataset | None]]:
+        yield from answering(event)
+        if status is None:
+            event.assoc.abort()
+        yield status or 0x0000, None
+
+    pacs, port = AE(ae_title="PACS"), free_port()
+    pacs.add_supported_context(FIND)
+    server = pacs.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_FIND, ending)])
+    assert server is not None
+    source = source_of(port, {})
+    archive = DimseArchive(source, Inbox(tmp_path / "inbox", bytes(32), source))
+    try:
+        if reason is None:
+            assert len(archive.find_studies(Row(2))) == PACS_ANSWERS
+            return
+        with pytest.raises(Refused) as caught:
+            archive.find_studies(Row(2))
+        assert caught.value.reason is reason
+    finally:
+        archive.close()
+        server.shutdown()
+        gc.collect()
 
 
 def test_no_answer_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
