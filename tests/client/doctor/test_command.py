@@ -67,6 +67,8 @@ def test_a_node_key_that_is_gone_is_no_leaving(doctor, tiny_home: Home) -> None:
 def test_one_failure_hides_no_other_and_the_first_gives_the_code(doctor, tiny_home: Home, tmp_path: Path) -> None:
     pin(tiny_home, free_port(), authority_certificate(new_key(), "test", dt.datetime.now(dt.UTC)))
     (tiny_home.folder / "site.toml").write_text('data = "/nowhere"\n')
+    for vault in tiny_home.folder.glob("vault-*"):
+        shutil.rmtree(vault)
     code, found = doctor("--json", tmp_path / "doctor.json")
     assert code == ExitCode.UNREADABLE
     assert [name for name, status in found.items() if status == "FAIL"] == ["data", "tls"]
