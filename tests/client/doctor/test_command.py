@@ -99,6 +99,16 @@ def test_a_damaged_policy_and_no_home(doctor, tiny_home: Home) -> None:
     assert doctor()[0] == ExitCode.STORAGE
 
 
+def test_one_cause_is_told_once(doctor, tiny_home: Home, tmp_path: Path) -> None:
+    tiny_home.key.unlink()
+    code, found = doctor("--json", tmp_path / "doctor.json")
+    told = [one for one in json.loads((tmp_path / "doctor.json").read_text())["findings"] if one["status"] == "FAIL"]
+    assert (code, told[0]["name"]) == (told[0]["exit_code"], "keys")
+    assert {"records", "budget"} <= {one["name"] for one in told if one["said"] == "see keys."}
+    full = [one["said"] for one in told if one["said"] != "see keys."]
+    assert len(set(full)) == len(full)
+
+
 def test_json_stands_outside_the_home(doctor, tiny_home: Home) -> None:
     assert doctor("--json", tiny_home.policy) == (ExitCode.CONFIG, {})  # refused before anything is looked at
     assert "site" in tiny_home.policy.read_text()
