@@ -101,7 +101,7 @@ def test_a_damaged_policy_and_no_home(doctor, tiny_home: Home) -> None:
 
 def test_one_cause_is_told_once(doctor, tiny_home: Home, tmp_path: Path) -> None:
     tiny_home.key.unlink()
-    code, found = doctor("--json", tmp_path / "doctor.json")
+    code, _ = doctor("--json", tmp_path / "doctor.json")
     told = [one for one in json.loads((tmp_path / "doctor.json").read_text())["findings"] if one["status"] == "FAIL"]
     assert (code, told[0]["name"]) == (told[0]["exit_code"], "keys")
     assert {"records", "budget"} <= {one["name"] for one in told if one["said"] == "see keys."}
