@@ -65,6 +65,9 @@ def join(
         return
     print(f"joined {read.federation} at {read.host}, port {read.port}, as {read.site}")
     _print_roster(read)
+    if is_held(opened.start_lock):
+        print("next: nothing; `start` runs, and its relay takes this up by itself within a minute")
+        return
     print(f"next: fedmedgan-site import {named}, if the images are not there; then fedmedgan-site start {named}")
 
 

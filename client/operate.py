@@ -14,7 +14,7 @@ from client import passphrase
 from client.joining import load_pinned
 from client.logs import log_to
 from client.paths import Home, require_closed_home
-from client.relay_state import STOPPED, read_state
+from client.relay_state import STOPPED, read_state, why_ended
 from client.supervise import Child, agent_command, relay_command, supervise
 from common.command import run_command
 from common.crypto import is_sealed, load_key
@@ -60,14 +60,18 @@ def start(home: HomeArgument, socket: SocketOption = None) -> None:
         print(f"started; logs in {opened.start_log.parent}; see: fedmedgan-site status {home}", flush=True)
         children = [
             Child("agent", agent_command(opened.folder, path), given),
-            Child("relay", relay_command(opened.folder, path)),
+            Child("relay", relay_command(opened.folder, path), again=("--again",)),
         ]
         code = supervise(children, opened.start_state, stop)
     raise typer.Exit(code)
 
 
 @app.command()
-def relay(home: HomeArgument, socket: SocketOption = None) -> None:
+def relay(
+    home: HomeArgument,
+    socket: SocketOption = None,
+    again: Annotated[bool, typer.Option("--again", hidden=True)] = False,  # `start` has told what ended the last one
+) -> None:
     """Run the relay alone, for service managers and containers, until SIGTERM or Ctrl-C.
 
     Of HOME it needs federation.json and keys/node.key, unless the service manager hands it both as the credentials
@@ -81,11 +85,14 @@ def relay(home: HomeArgument, socket: SocketOption = None) -> None:
     require_closed_home(opened)
     log_to(opened.relay_log)
     logging.getLogger("flwr").handlers.clear()  # what it says stands in the relay's log, once
+    told = why_ended(opened.relay_state) if again else ""
     try:
         with alone(opened.relay_lock, "relay", GOODBYE_S):
             run(opened, _socket(opened, socket))
     except FedmedganError as error:
         LOG.error("%s", error)
+        if str(error) == told:
+            raise typer.Exit(error.exit_code) from None
         raise
 
 

@@ -115,7 +115,7 @@ def load(path: Path) -> Policy:
         with open_regular(path) as handle:
             content = handle.read(MAX_POLICY_BYTES + 1)
         if len(content) > MAX_POLICY_BYTES:
-            raise ConfigError(f"Expected {path} of at most {MAX_POLICY_BYTES} bytes. Make it anew with `init`.")
+            raise ConfigError(f"Expected {path} of at most {MAX_POLICY_BYTES} bytes. Shorten it.")
         tree = json.dumps(tomllib.loads(content.decode()), default=str)
         return Policy.model_validate_json(tree, strict=True)  # neither true nor "9" is a number
     except OSError as error:
@@ -124,8 +124,10 @@ def load(path: Path) -> Policy:
         ) from error
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, *_first(item)) for item in map(dict, error.errors()))) from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
-        raise ConfigError(f"{path} is not TOML: {error}. `fedmedgan-site init` makes a new one.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}. Save it as UTF-8.") from error
+    except ValueError as error:  # TOMLDecodeError
+        raise ConfigError(f"{path} is not TOML: {error}. Mend that line.") from error
 
 
 def save(path: Path, policy: Policy) -> None:

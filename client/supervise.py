@@ -57,12 +57,14 @@ class Child:
     Attributes:
         name: For the log and `status`.
         command: What is started; its standard input is a pipe that closes when this process ends.
+        again: What the command gets beside it from the second start on.
         passphrase: Written into a second pipe at each start, whose number the command gets as `--passphrase-fd`.
     """
 
     name: str
     command: Sequence[str]
     passphrase: Passphrase | None = None
+    again: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
     wait_s: float = FIRST_WAIT_S
@@ -142,13 +144,14 @@ def _look_after(child: Child) -> bool:
 
 
 def _start(child: Child) -> subprocess.Popen[bytes]:
+    command = [*child.command, *(child.again if child.starts else ())]
     if child.passphrase is None:
-        return subprocess.Popen(child.command, stdin=subprocess.PIPE)
+        return subprocess.Popen(command, stdin=subprocess.PIPE)
     reading, writing = os.pipe()
     try:
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(child.passphrase.to_bytes())  # shorter than what a pipe holds: nobody has to read yet
-        command = [*child.command, "--passphrase-fd", str(reading)]
+        command += ["--passphrase-fd", str(reading)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(reading,))
     finally:
         os.close(reading)

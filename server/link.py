@@ -60,8 +60,14 @@ SHUTDOWN_S = 5
 BIND_S = 10.0
 
 
-def sites_only(states: LinkStateFactory) -> Admit:
-    """Admit to the public listener who signs with the node key of an enrolled site, and anybody to /health."""
+def sites_only(states: LinkStateFactory, registered: threading.Event) -> Admit:
+    """Admit to the public listener who signs with the node key of an enrolled site, and anybody to /health.
+
+    Args:
+        states: Knows the node keys.
+        registered: Set once the link has been told the sites of the home. A key that is not known before may be one of
+            theirs: who signs with it is asked to come again, and not told that it was revoked.
+    """
 
     async def admit(method: str, path: str, headers: Headers) -> HTTPStatus:
         """Say what a request gets before its body is read."""
@@ -69,8 +75,9 @@ def sites_only(states: LinkStateFactory) -> Admit:
             return HTTPStatus.OK
         if method != "POST" or not path.startswith("/v1/fleet/"):
             return HTTPStatus.NOT_FOUND
+        refusal = HTTPStatus.UNAUTHORIZED if registered.is_set() else HTTPStatus.SERVICE_UNAVAILABLE
         signed = await run_in_threadpool(_signed_by_a_site, headers, states)
-        return HTTPStatus.OK if signed else HTTPStatus.UNAUTHORIZED
+        return HTTPStatus.OK if signed else refusal
 
     return admit
 
@@ -104,8 +111,9 @@ def run_link(consortium: Consortium, stop: threading.Event) -> None:
     settings, files = read_settings(consortium), raise_file_limit()
     LOG.info("this process may open %d files", files)
     app, states = _superlink(consortium, settings)
+    registered = threading.Event()
     admin = _server(Gate(app, coordinator_only(read_token(consortium)), ADMIN_LIMITS), consortium, files, "on")
-    public = _server(Gate(app, sites_only(states), PUBLIC_LIMITS, node_key), consortium, files, "off")
+    public = _server(Gate(app, sites_only(states, registered), PUBLIC_LIMITS, node_key), consortium, files, "off")
     servers = [
         (admin, _bind("127.0.0.1", settings.control_port)),
         (public, _bind(bind_address(settings), settings.port)),
@@ -113,7 +121,7 @@ def run_link(consortium: Consortium, stop: threading.Event) -> None:
     thread = threading.Thread(target=lambda: asyncio.run(_serve(servers)), daemon=True)
     thread.start()
     try:
-        _watch(consortium, [admin, public], states, thread, stop)
+        _watch(consortium, [admin, public], states, registered, thread, stop)
     finally:
         for server, _ in servers:
             server.should_exit = True
@@ -221,6 +229,7 @@ def _watch(
     consortium: Consortium,
     servers: list[PromptServer],
     states: LinkStateFactory,
+    registered: threading.Event,
     thread: threading.Thread,
     stop: threading.Event,
 ) -> None:
@@ -239,6 +248,7 @@ def _watch(
             if seen != sites:
                 _let_in_and_out(consortium)
                 sites = seen
+                registered.set()
         except (FedmedganError, OSError) as error:  # the link goes on with what it has; the next look tries again
             LOG.error("%s", error)
 

@@ -12,7 +12,7 @@ import typer
 
 from client import policy
 from client.doctor import machine, network, site
-from client.doctor.findings import Check, Finding, Status, exit_code, look, passed, skipped, summary
+from client.doctor.findings import Check, Finding, Status, exit_code, look, once, passed, skipped, summary
 from client.home import Home
 from client.joining import Pinned, load_pinned
 from client.policy import Policy
@@ -45,7 +45,7 @@ def doctor(
         require_outside(opened.folder, json_file)
     findings: list[Finding] = []
     for name, check in checks(opened, (socket or opened.socket).absolute(), datetime.now(UTC)):
-        findings.append(look(name, check))
+        findings.append(once(look(name, check), findings))
         print(findings[-1].line, flush=True)
     counts = [f"{sum(finding.status is status for finding in findings)} {status}" for status in Status]
     code = exit_code(findings)

@@ -1,7 +1,7 @@
 """What one check of `doctor` found. Out of scope: the checks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import final
 
@@ -70,6 +70,14 @@ def skipped(name: str, after: str) -> Finding:
 def failed(name: str, said: str, fix: str, exit_code: ExitCode) -> Finding:
     """Return that the site cannot take part like this."""
     return Finding(name, Status.FAIL, said, fix, exit_code)
+
+
+def once(finding: Finding, earlier: Sequence[Finding]) -> Finding:
+    """Return a failure that was told before as a reference to where: one cause fails many checks."""
+    if finding.status is not Status.FAIL:
+        return finding
+    first = next((one.name for one in earlier if (one.status, one.said) == (Status.FAIL, finding.said)), "")
+    return replace(finding, said=f"see {first}.", fix="") if first else finding
 
 
 def look(name: str, check: Check) -> Finding:

@@ -20,7 +20,7 @@ from client.trust import extra_ca, read_bundles
 from client.verify import verify_home
 from common.certificates import read_authority, validity
 from common.crypto import is_sealed, load_verify_key
-from common.errors import ExitCode
+from common.errors import ExitCode, IntakeError, UnreadableSource
 from common.files import read_credential
 from common.plan import delta_warning
 
@@ -79,7 +79,20 @@ def check_policy(home: Home) -> Finding:
 
 
 def check_data(home: Home, rules: Policy) -> Finding:
-    """Scan the data folder as `import` does, without decoding a pixel: how much is usable, what is skipped and why."""
+    """Scan the data folder as `import` does, without decoding a pixel: how much is usable, what is skipped and why.
+
+    A site that has imported its images takes part without them.
+    """
+    try:
+        finding = _scanned(home, rules)
+    except (IntakeError, UnreadableSource) as error:
+        finding = failed("data", str(error), "", error.exit_code)
+    if finding.exit_code in (ExitCode.DATA, ExitCode.UNREADABLE) and imported_forms(home):
+        return warned("data", finding.said, "They are needed for the next import; what is imported is used without.")
+    return finding
+
+
+def _scanned(home: Home, rules: Policy) -> Finding:
     site = read_site_config(home)
     found = scan(home.folder / site.data, site.label, site.intake)
     usable = [record for record in found.records if record.label is not None]

@@ -1,7 +1,7 @@
 """What a pull asks of an archive, whatever its protocol. Out of scope: the protocols (dimse.py, web.py)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, final
@@ -22,6 +22,7 @@ class Reason(StrEnum):
     OTHERS = "other-studies"
     NO_ISSUER = "no-issuer"
     QUERY = "query-refused"
+    NOT_LISTED = "not-listed"
     NOT_SENT = "not-sent"
     CUT = "connection-lost"
     DESTINATION = "unknown-destination"
@@ -35,6 +36,7 @@ ADVICE: dict[Reason, str] = {
     Reason.OTHERS: "the PACS answered with studies that were not asked for, which were left: it ignores this key",
     Reason.NO_ISSUER: "the PACS does not tell who issued its patient ids: leave issuer out if it has one issuer",
     Reason.QUERY: "the PACS does not answer this query as the standard says",
+    Reason.NOT_LISTED: "the PACS names less than it has, also when asked again: look into its log; run again",
     Reason.NOT_SENT: "the PACS did not send all: look into its log; run again",
     Reason.CUT: "the connection broke off: run again",
     Reason.DESTINATION: "the PACS does not know where to send",
@@ -52,8 +54,9 @@ class Series:
     row: Row
     study_uid: str = field(repr=False)
     uid: str = field(repr=False)
+    modality: str
     stated: int | None
-    """How many instances the archive says it has; not all archives say."""
+    """How many instances the archive says it has, at least 1; None: it does not say."""
 
 
 @final
@@ -85,8 +88,12 @@ class Archive(Protocol):
         """Ask whether it answers us, and return what it said."""
         ...
 
-    def find_series(self, row: Row) -> list[Series]:
-        """Return the series that a line of the list asks for."""
+    def find_studies(self, row: Row) -> list[str]:
+        """Return the UIDs of the studies that a line of the list asks for."""
+        ...
+
+    def find_series(self, row: Row, study_uid: str) -> list[Series]:
+        """Return all series of a study, of whatever modality."""
         ...
 
     def find_instances(self, series: Series) -> list[Instance]:
@@ -105,6 +112,29 @@ class Archive(Protocol):
 def is_uid(text: str) -> bool:
     """Return whether a text is a DICOM UID; leading zeros, which real archives have, are let through (PS3.5 9.1)."""
     return len(text) <= MAX_UID and _UID.fullmatch(text) is not None
+
+
+def read_series(row: Row, study_uid: str, answers: Iterable[Mapping[str, str]]) -> list[Series]:
+    """Return series as an archive's answers name them.
+
+    Args:
+        row: The line of the list.
+        study_uid: The study.
+        answers: Attributes of each series by keyword, empty where the archive does not tell.
+
+    Raises:
+        Refused: One has no UID, or none is there, which a study cannot be without.
+    """
+    found: dict[str, Series] = {}
+    for answer in answers:
+        uid, count = answer["SeriesInstanceUID"], answer["NumberOfSeriesRelatedInstances"]
+        if not is_uid(uid):
+            raise Refused(Reason.NOT_LISTED, "it names a series without a UID")
+        stated = int(count) if count.isdecimal() and len(count) < 8 else 0
+        found.setdefault(uid, Series(row, study_uid, uid, answer["Modality"], stated or None))
+    if not found:
+        raise Refused(Reason.NOT_LISTED, "it names no series of a study")
+    return list(found.values())
 
 
 def wanted_studies(row: Row, answers: Sequence[dict[str, str]]) -> list[str]:

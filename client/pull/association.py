@@ -4,7 +4,7 @@ import socket
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pynetdicom import AE, build_role
 from pynetdicom.association import Association
@@ -42,6 +42,9 @@ def associate(
 
     Raises:
         PacsError: It is out of reach, refuses us, or does not offer the service; the message says what to do.
+
+    Guarantees:
+        - no_answer_is_lost: Each answer of the PACS reaches whom it was sent to.
     """
     entity = AE(ae_title=source.our_aet)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = source.timeout_s
@@ -58,6 +61,7 @@ def associate(
     )
     if not association.is_established:
         raise _why_not(source, association, tls)
+    _leave_answers(association)
     service = contexts[0].abstract_syntax
     if not any(context.abstract_syntax == service for context in association.accepted_contexts):
         end(association)
@@ -66,6 +70,20 @@ def associate(
             'allow it; pacs.toml has method = "get" and "move".'
         )
     return association
+
+
+def _leave_answers(association: Association) -> None:
+    """Keep the thread of an association from taking answers, which are for whoever asked.
+
+    It looks for requests of the PACS whenever it is not paused, and looks whether it is paused an instant before: where
+    it wakes late, on a busy machine, it takes an answer that has come meanwhile and drops it without a word.
+    """
+    take = association.dimse.get_msg
+
+    def get_msg(block: bool = False) -> Any:  # only that thread does not wait
+        return take(block=True) if block else (None, None)
+
+    association.dimse.get_msg = get_msg
 
 
 def end(association: Association) -> None:

@@ -13,7 +13,7 @@ from pynetdicom import StoragePresentationContexts, build_context
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
 
-from client.pull.archive import MAX_ANSWERS, Instance, Reason, Refused, Series, is_uid, wanted_studies
+from client.pull.archive import MAX_ANSWERS, Instance, Reason, Refused, Series, is_uid, read_series, wanted_studies
 from client.pull.asked import Row
 from client.pull.association import FIND, GET, MOVE, VERIFICATION, associate, end, make_tls, named
 from client.pull.delivery import Delivery
@@ -64,16 +64,24 @@ class DimseArchive:
             said += f"; we can listen on {self._here}. Whether the PACS can send there shows with the first pull"
         return said
 
-    def find_series(self, row: Row) -> list[Series]:
-        """Return the series that a line asks for, by C-FIND at study and series level."""
+    def find_studies(self, row: Row) -> list[str]:
+        """Return the studies that a line asks for, by C-FIND at study level."""
         query = Dataset()
         query.QueryRetrieveLevel = "STUDY"
         query.StudyInstanceUID = ""
         query.StudyDate = row.dates
         query.AccessionNumber, query.PatientID, query.IssuerOfPatientID = row.accession, row.patient, row.issuer
         keys = ("StudyInstanceUID", "StudyDate", "AccessionNumber", "PatientID", "IssuerOfPatientID")
-        studies = wanted_studies(row, list(self._find(query, keys)))
-        return [series for study in studies for series in self._series(row, study)]
+        return wanted_studies(row, list(self._find(query, keys)))
+
+    def find_series(self, row: Row, study_uid: str) -> list[Series]:
+        """Return the series of a study, by C-FIND at series level."""
+        query = Dataset()
+        query.QueryRetrieveLevel = "SERIES"
+        query.StudyInstanceUID, query.SeriesInstanceUID, query.Modality = study_uid, "", ""
+        query.NumberOfSeriesRelatedInstances = None
+        keys = ("SeriesInstanceUID", "Modality", "NumberOfSeriesRelatedInstances")
+        return read_series(row, study_uid, self._find(query, keys))
 
     def find_instances(self, series: Series) -> list[Instance]:
         """Return the instances of a series, by C-FIND at image level."""
@@ -135,30 +143,21 @@ class DimseArchive:
     def _here(self) -> str:
         return f"{self._source.listen}, port {self._source.listen_port}"
 
-    def _series(self, row: Row, study: str) -> Iterator[Series]:
-        query = Dataset()
-        query.QueryRetrieveLevel = "SERIES"
-        query.StudyInstanceUID, query.SeriesInstanceUID, query.Modality = study, "", row.modality
-        query.NumberOfSeriesRelatedInstances = None
-        seen: set[str] = set()
-        for answer in self._find(query, ("SeriesInstanceUID", "Modality", "NumberOfSeriesRelatedInstances")):
-            uid, count = answer["SeriesInstanceUID"], answer["NumberOfSeriesRelatedInstances"]
-            if is_uid(uid) and uid not in seen and row.modality in ("", answer["Modality"]):
-                seen.add(uid)
-                yield Series(row, study, uid, int(count) if count.isdecimal() and len(count) < 8 else None)
-
     def _find(self, query: Dataset, keys: Sequence[str]) -> Iterator[dict[str, str]]:
         if self._open is None or not self._open.is_established:
             self._open = associate(self._source, self._receiver, self._tls, [build_context(FIND)])
         for number, (status, answer) in enumerate(self._open.send_c_find(query, FIND)):
             code = status.get("Status")
-            if code is None:
-                raise Refused(Reason.CUT)
+            if code == SUCCESS:
+                return
             if code in _PENDING and answer is not None and number < MAX_ANSWERS:
                 yield {key: _text(answer, key) for key in keys}
-            elif code != SUCCESS:
-                self._open.abort()
+                continue
+            self._open.abort()
+            if code is not None:
                 raise Refused(Reason.QUERY, f"C-FIND ended with status 0x{code:04X}")
+            break
+        raise Refused(Reason.CUT)  # no status says that these are all
 
     def _get(self, series: Series, missing: Sequence[Instance], whole: bool, delivery: Delivery) -> None:
         classes = sorted({instance.sop_class for instance in missing})

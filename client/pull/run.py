@@ -2,75 +2,32 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Final, TypeVar, final
 
-from client.pull.archive import ADVICE, Archive, Reason, Refused, Series
+from client.pull.archive import ADVICE, Archive, Instance, Reason, Refused, Series
 from client.pull.asked import Row
 from client.pull.delivery import Delivery, Verdict
 from client.pull.inbox import Inbox
 from client.pull.pace import Pace
 from client.pull.state import Count, State
-from common.errors import ExitCode, PacsError
+from client.pull.tally import Failure, Tally
+from common.errors import PacsError
 from common.wording import counted
 
 RETRIES_S: Final = (5.0, 30.0)
-"""Waits before a series whose connection broke off is asked for again."""
+"""Waits before what failed is asked for again: twice where the connection broke off, else once."""
+MAX_VAIN: Final = 3
+"""Answers in a row that were asked for again in vain; after that nothing is asked for twice."""
 SAY_EVERY_S: Final = 5.0
 SHOWN_LINES: Final = 5
 _REASONS: Final = {
     Verdict.NOT_ASKED: Reason.NOT_ASKED,
     Verdict.NOT_DICOM: Reason.NOT_DICOM,
 }
+_ASKED_AGAIN: Final = frozenset((Reason.CUT, Reason.QUERY, Reason.NOT_LISTED))
 _T = TypeVar("_T")
-_OF_THE_LIST: Final = frozenset((Reason.NOT_FOUND, Reason.OTHERS, Reason.NO_ISSUER))
-
-
-@final
-@dataclass(frozen=True)
-class Failure:
-    """What was asked for and is not here.
-
-    Attributes:
-        row: The line of the list.
-        reason: Why.
-        missing: How many instances; 0 where it is not known, or what was thrown away was not asked for.
-        detail: What can be done beyond the reason's advice.
-    """
-
-    row: Row
-    reason: Reason
-    missing: int = 0
-    detail: str = ""
-
-
-@final
-@dataclass
-class Tally:
-    """What a pull has done so far; instances."""
-
-    expected: int = 0
-    were_here: int = 0
-    received: int = 0
-    series: int = 0
-    failures: list[Failure] = field(default_factory=list)
-
-    @property
-    def missing(self) -> int:
-        """Return how many instances are expected and not here."""
-        return self.expected - self.were_here - self.received
-
-    def exit_code(self, *, fetched: bool) -> ExitCode:
-        """Return 13 where instances are missing or anything failed but the list, 4 where that alone is wrong, else 0.
-
-        Args:
-            fetched: False where nothing was to be fetched.
-        """
-        reasons = {failure.reason for failure in self.failures}
-        harmless = _OF_THE_LIST | {Reason.NOT_ASKED}  # thrown away, and all that was asked for may be here
-        if reasons - harmless or (fetched and self.missing):
-            return ExitCode.PACS
-        return ExitCode.DATA if reasons & _OF_THE_LIST else ExitCode.OK
 
 
 @final
@@ -94,6 +51,7 @@ class Pull:
         self._began = self._said = time.monotonic()
         self.tally = Tally()
         self._met: set[str] = set()
+        self._vain = 0
 
     def resolve(self, rows: Sequence[Row]) -> list[Series]:
         """Ask the archive what it has of the list, each series once, and count it.
@@ -103,15 +61,23 @@ class Pull:
 
         Guarantees:
             - one_line_stops_nothing: A line that the archive cannot answer is counted, and the rest is asked for.
+            - no_line_in_silence: A line brings series, or a failure.
+            - counted_anew: Each pull asks the archive how many instances a series has.
         """
         found: dict[str, Series] = {}
         for row in rows:
             try:
-                series = [self._counted(one) for one in self._archive.find_series(row) if one.uid not in found]
+                studies = self._ask(partial(self._archive.find_studies, row))
             except Refused as error:
                 self.tally.failures.append(Failure(row, error.reason, detail=error.detail))
                 continue
-            found.update((one.uid, one) for one in series)
+            before = len(self.tally.failures)
+            series = [one for study in studies for one in self._series(row, study)]
+            if not series and len(self.tally.failures) == before:
+                self.tally.failures.append(Failure(row, Reason.NOT_FOUND))
+            for one in series:
+                if one.uid not in found and (known := self._counted(one)) is not None:
+                    found[one.uid] = known
         self.tally.expected = sum(series.stated or 0 for series in found.values())
         self.tally.series = len(found)
         return list(found.values())
@@ -165,17 +131,23 @@ class Pull:
 
     def _one(self, series: Series) -> None:
         name = self._inbox.hashed("series", series.uid)
-        if self._state.is_whole(name, series.stated):
+        stated = series.stated or 0
+        if self._state.is_whole(name, stated):
             self._met.add(series.uid)
-            self.tally.were_here += series.stated or 0
+            self.tally.were_here += stated
             return
         self._pace.wait_for_window(self._say)
         try:
-            instances = self._persist(lambda: self._archive.find_instances(series))
+            instances = self._persist(lambda: self._instances(series))
         except Refused as error:
-            self.tally.failures.append(Failure(series.row, error.reason, series.stated or 0, error.detail))
+            self.tally.failures.append(Failure(series.row, error.reason, stated, error.detail))
             return
-        series = self._recount(series, len(instances))
+        unnamed = max(stated - len(instances), 0)
+        if unnamed:
+            self.tally.failures.append(Failure(series.row, Reason.NOT_LISTED, unnamed))
+        elif len(instances) > stated:  # they have come since
+            self.tally.expected += len(instances) - stated
+            series = replace(series, stated=len(instances))
         uids = [instance.uid for instance in instances]
         delivery = Delivery(self._inbox, series.study_uid, series.uid, uids, self._pace.wait_for_turn, self._arrived)
         self._met.add(series.uid)
@@ -192,7 +164,7 @@ class Pull:
         except Refused as error:
             refused = error
         left = len(delivery.missing)
-        self._state.put(name, Count(expected=len(uids), received=len(uids) - left))
+        self._state.put(name, Count(expected=len(uids) + unnamed, received=len(uids) - left))
         self._note(series, delivery, left, refused)
 
     def _persist(self, call: Callable[[], _T]) -> _T:
@@ -209,18 +181,58 @@ class Pull:
             self._wait(wait)
         return call()
 
-    def _recount(self, series: Series, count: int) -> Series:
-        self.tally.expected += count - (series.stated or 0)
-        return replace(series, stated=count)
+    def _ask(self, call: Callable[[], _T]) -> _T:
+        """Ask, and once more where the answer cannot be all; an archive that always answers so is soon asked once."""
+        try:
+            return call()
+        except Refused as error:
+            if error.reason not in _ASKED_AGAIN or self._vain >= MAX_VAIN:
+                raise
+            self._say(f"{error.reason}; asking again in {RETRIES_S[0]:.0f} s")
+        self._wait(RETRIES_S[0])
+        self._vain += 1
+        answer = call()
+        self._vain = 0
+        return answer
 
-    def _counted(self, series: Series) -> Series:
+    def _series(self, row: Row, study_uid: str) -> list[Series]:
+        """Return the series of a study that a line asks for; count a study that the archive names none of."""
+        try:
+            found = self._ask(partial(self._archive.find_series, row, study_uid))
+        except Refused as error:
+            self.tally.failures.append(Failure(row, error.reason, detail=error.detail))
+            return []
+        return [one for one in found if row.modality in ("", one.modality)]
+
+    def _instances(self, series: Series) -> list[Instance]:
+        """Return the instances of a series; of answers that name too few, all that any named.
+
+        Raises:
+            Refused: The archive does not answer, or names none.
+        """
+        named: dict[str, Instance] = {}
+
+        def ask() -> None:
+            named.update((one.uid, one) for one in self._archive.find_instances(series))
+            if len(named) < (series.stated or 1):
+                raise Refused(Reason.NOT_LISTED)
+
+        try:
+            self._ask(ask)
+        except Refused as error:
+            if not named or error.reason is not Reason.NOT_LISTED:
+                raise
+        return list(named.values())
+
+    def _counted(self, series: Series) -> Series | None:
         """Return a series with its count of instances; an archive that does not state it is asked for all of them."""
         if series.stated is not None:
             return series
-        known = self._state.count(self._inbox.hashed("series", series.uid))
-        if known is not None and known.whole:
-            return replace(series, stated=known.expected)
-        return replace(series, stated=len(self._archive.find_instances(series)))
+        try:
+            return replace(series, stated=len(self._instances(series)))
+        except Refused as error:
+            self.tally.failures.append(Failure(series.row, error.reason, detail=error.detail))
+            return None
 
     def _note(self, series: Series, delivery: Delivery, left: int, refused: Refused | None) -> None:
         """Count what did not come, and what came and was thrown away."""

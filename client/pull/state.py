@@ -27,8 +27,8 @@ class Count(BaseModel):
 
     @property
     def whole(self) -> bool:
-        """Return whether all of it is here."""
-        return self.received >= self.expected
+        """Return whether all of it is here; nothing is never all of a series."""
+        return self.received >= self.expected > 0
 
 
 @final
@@ -53,15 +53,15 @@ class State:
         self._path, self._saved = path, time.monotonic()
         self._series = _read(path) if path.exists() else {}
 
-    def is_whole(self, series: str, stated: int | None) -> bool:
+    def is_whole(self, series: str, stated: int) -> bool:
         """Return whether all of a series came before, so that it need not be asked for again.
 
         Args:
             series: The series' keyed name.
-            stated: How many instances the archive says it has now; None: it does not say.
+            stated: How many instances the archive has now.
         """
         count = self._series.get(series)
-        return count is not None and count.whole and stated in (None, count.expected)
+        return count is not None and count.whole and count.expected == stated
 
     def count(self, series: str) -> Count | None:
         """Return what is known of a series."""

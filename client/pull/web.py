@@ -12,7 +12,7 @@ from typing import Any, Final, final
 
 import httpx
 
-from client.pull.archive import MAX_ANSWERS, Instance, Reason, Refused, Series, is_uid, wanted_studies
+from client.pull.archive import MAX_ANSWERS, Instance, Reason, Refused, Series, is_uid, read_series, wanted_studies
 from client.pull.asked import Row
 from client.pull.delivery import Delivery
 from client.pull.multipart import boundary_of, save_part
@@ -70,13 +70,17 @@ class WebArchive:
             raise PacsError(f"{self._source.url} answers, but not as QIDO-RS: {error.detail}. Mend url.") from None
         return f"QIDO-RS answered by {self._source.url}"
 
-    def find_series(self, row: Row) -> list[Series]:
-        """Return the series that a line asks for, by QIDO-RS for studies and series."""
+    def find_studies(self, row: Row) -> list[str]:
+        """Return the studies that a line asks for, by QIDO-RS."""
         asked = {"AccessionNumber": row.accession, "PatientID": row.patient, "IssuerOfPatientID": row.issuer}
         query = {key: value for key, value in (*asked.items(), ("StudyDate", row.dates)) if value}
         answers = self._find("studies", query, ("StudyInstanceUID", *asked, "StudyDate"))
-        studies = wanted_studies(row, list(answers))
-        return [series for study in studies for series in self._series(row, study)]
+        return wanted_studies(row, list(answers))
+
+    def find_series(self, row: Row, study_uid: str) -> list[Series]:
+        """Return the series of a study, by QIDO-RS."""
+        keys = ("SeriesInstanceUID", "Modality", "NumberOfSeriesRelatedInstances")
+        return read_series(row, study_uid, self._find(f"studies/{study_uid}/series", {}, keys))
 
     def find_instances(self, series: Series) -> list[Instance]:
         """Return the instances of a series, by QIDO-RS."""
@@ -109,15 +113,6 @@ class WebArchive:
     def close(self) -> None:
         """End all connections."""
         self._client.close()
-
-    def _series(self, row: Row, study: str) -> Iterator[Series]:
-        query = {"Modality": row.modality} if row.modality else {}
-        for answer in self._find(
-            f"studies/{study}/series", query, ("SeriesInstanceUID", "Modality", "NumberOfSeriesRelatedInstances")
-        ):
-            uid, count = answer["SeriesInstanceUID"], answer["NumberOfSeriesRelatedInstances"]
-            if is_uid(uid) and row.modality in ("", answer["Modality"]):
-                yield Series(row, study, uid, int(count) if count.isdecimal() and len(count) < 8 else None)
 
     def _find(self, path: str, query: Mapping[str, str], keys: Sequence[str]) -> Iterator[dict[str, str]]:
         seen: set[str] = set()

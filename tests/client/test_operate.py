@@ -15,7 +15,7 @@ from client import cli, operate
 from client.logs import log_to
 from client.paths import Home
 from client.relay_state import MAX_STATE_BYTES, STOPPED, State
-from common.errors import ExitCode
+from common.errors import ExitCode, FederationError
 from common.lock import alone
 from tests.pinned import pin
 
@@ -105,6 +105,27 @@ def test_a_socket_with_a_long_path_is_refused(joined: Home, capsys: pytest.Captu
     joined.policy.write_text("")
     assert run("start", joined.folder, "--socket", "/" + "s" * 107) == ExitCode.CONFIG
     assert "107" in capsys.readouterr().err
+
+
+def test_a_relay_that_is_started_again_tells_the_same_refusal_once(
+    joined: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = ["revoked", "revoked", "revoked", "out of date", "out of date"]
+
+    def refused(home: Home, socket: Path) -> None:
+        del socket
+        why = refusals.pop(0)
+        State(home.relay_state).end(why)
+        raise FederationError(why)
+
+    monkeypatch.setattr("client.relay.run", refused)
+    monkeypatch.setattr("client.operate.log_to", lambda _: None)
+    monkeypatch.setattr("client.operate.flower_environment", lambda *_, **__: {})
+    said: list[str] = []
+    for again in ((), ("--again",), ("--again",), ("--again",), ()):
+        assert run("relay", joined.folder, *again) == ExitCode.FEDERATION
+        said.append(capsys.readouterr().err)
+    assert said == ["error: revoked\n", "", "", "error: out of date\n", "error: out of date\n"]
 
 
 def test_all_commands_stand_in_one_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,7 @@ BASE = 'site = "a"\ndeclared_patients = 100\nmax_epsilon = 3.0\ndelta = 1e-5\n'
         (BASE.replace("1e-5", "1.0"), "delta"),
         (BASE + "min_grad_norm = 200.0\n", "exceeds max_grad_norm"),
         (BASE + "version = 2\n", "version"),
-        ("site = ", "not TOML"),
+        ("site = \n", "not TOML: .*line 1.*Mend that line"),
         ('site = "a"\n', "max_epsilon"),
         (BASE + 'allowed_models = ["biggan"]\n', "allowed_models"),
         (BASE + "allowed_image_sizes = [48]\n", "allowed_image_sizes"),

@@ -69,6 +69,16 @@ def test_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert running.pid("agent") is None
 
 
+def test_a_child_is_told_that_it_is_started_again(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    code = f"import sys; open({str(seen)!r}, 'a').write(' '.join(sys.argv[1:]) + ';')"
+    one = Child("relay", [sys.executable, "-c", code], again=("--again",))
+    one.wait_s = 0.05
+    with Supervised(tmp_path / "state.json", one):
+        wait_for(lambda: seen.exists() and seen.read_text().count(";") > 1)
+    assert seen.read_text().startswith(";--again;")
+
+
 def test_waits_grow_to_their_bound_and_a_steady_child_begins_anew(tmp_path: Path) -> None:
     one, waits = child("pass"), []
     for _ in range(7):

@@ -7,7 +7,9 @@ import pytest
 
 from client.cli import main as site_main
 from client.joining import load_pinned
+from client.paths import Home
 from common.errors import ExitCode
+from common.lock import alone
 from server.cli import main as coordinator_main
 from server.consortium import enrolled, load_consortium
 
@@ -92,7 +94,9 @@ def test_renewed_and_left(run, tmp_path):
     assert (
         coordinator(run, "enrol", "hub", "st-mary.enrolment.json")[0] == 0
     )  # the identity is known: nothing to compare
-    assert site(run, "join", "home", "st-mary.invitation.json")[0] == 0
+    with alone(Home(tmp_path / "home").start_lock, "`start`"):
+        code, said = site(run, "join", "home", "st-mary.invitation.json")
+    assert (code, "takes this up by itself" in said, "fedmedgan-site start" in said) == (0, True, False)
     after = (tmp_path / "home" / "keys" / "node.pub").read_bytes()
     assert after != before
     assert enrolled(load_consortium(tmp_path / "hub"))["st-mary"].node_public_key == after.strip()

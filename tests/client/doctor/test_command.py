@@ -67,6 +67,8 @@ def test_a_node_key_that_is_gone_is_no_leaving(doctor, tiny_home: Home) -> None:
 def test_one_failure_hides_no_other_and_the_first_gives_the_code(doctor, tiny_home: Home, tmp_path: Path) -> None:
     pin(tiny_home, free_port(), authority_certificate(new_key(), "test", dt.datetime.now(dt.UTC)))
     (tiny_home.folder / "site.toml").write_text('data = "/nowhere"\n')
+    for vault in tiny_home.folder.glob("vault-*"):
+        shutil.rmtree(vault)
     code, found = doctor("--json", tmp_path / "doctor.json")
     assert code == ExitCode.UNREADABLE
     assert [name for name, status in found.items() if status == "FAIL"] == ["data", "tls"]
@@ -95,6 +97,16 @@ def test_a_damaged_policy_and_no_home(doctor, tiny_home: Home) -> None:
     assert (code, found["policy"], "budget" in found) == (ExitCode.CONFIG, "FAIL", False)
     shutil.rmtree(tiny_home.folder)
     assert doctor()[0] == ExitCode.STORAGE
+
+
+def test_one_cause_is_told_once(doctor, tiny_home: Home, tmp_path: Path) -> None:
+    tiny_home.key.unlink()
+    code, _ = doctor("--json", tmp_path / "doctor.json")
+    told = [one for one in json.loads((tmp_path / "doctor.json").read_text())["findings"] if one["status"] == "FAIL"]
+    assert (code, told[0]["name"]) == (told[0]["exit_code"], "keys")
+    assert {"records", "budget"} <= {one["name"] for one in told if one["said"] == "see keys."}
+    full = [one["said"] for one in told if one["said"] != "see keys."]
+    assert len(set(full)) == len(full)
 
 
 def test_json_stands_outside_the_home(doctor, tiny_home: Home) -> None:

@@ -2,6 +2,9 @@
 
 import gc
 import ssl
+import threading
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,12 +15,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from pynetdicom import AE
+from pydicom.dataset import Dataset
+from pynetdicom import AE, build_context, evt
+from pynetdicom.events import Event
 
-from client.pull.association import VERIFICATION, make_tls
+from client.pull.archive import Reason, Refused
+from client.pull.asked import Row
+from client.pull.association import FIND, VERIFICATION, associate, make_tls
 from client.pull.dimse import DimseArchive
 from client.pull.inbox import Inbox
 from client.pull.sources import DimseSource
+from client.pull.storage import Receiver
 from common.errors import ConfigError, PacsError, StorageError
 from tests.client.pull.test_storage import ASKED, Place, image
 from tests.real_pacs import free_port
@@ -121,3 +129,95 @@ def test_files_that_do_not_load(tmp_path: Path) -> None:
     (tmp_path / "tls_key").chmod(0o644)
     with pytest.raises(StorageError, match="mode 600"):
         make_tls(source_of(1, files), server=False)
+
+
+PACS_ANSWERS = 10
+
+
+class Woken(threading.Event):
+    """The checkpoint of pynetdicom's reactor, which gets the processor only when the test gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed, self.given, self.came_back = (threading.Event() for _ in range(3))
+        self.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.given.is_set():
+            self.came_back.set()
+        else:
+            super().wait(timeout)
+            self.passed.set()
+            self.given.wait(20)
+            return True
+        return super().wait(timeout)
+
+
+def answering(event: Event) -> Iterator[tuple[int, Dataset]]:
+    for number in range(PACS_ANSWERS):
+        found = Dataset()
+        found.QueryRetrieveLevel, found.StudyInstanceUID = "STUDY", f"1.2.{number}"
+        yield 0xFF00, found
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(0x0000, None), (0xA700, Reason.QUERY), (0xC000, Reason.QUERY), (0xFE00, Reason.QUERY), (None, Reason.CUT)],
+)
+def test_answers_are_all_only_after_success(status: int | None, reason: Reason | None, tmp_path: Path) -> None:
+    """None: the association ends without a final status."""
+
+    def ending(event: Event) -> Iterator[tuple[int, Dataset | None]]:
+        yield from answering(event)
+        if status is None:
+            event.assoc.abort()
+        yield status or 0x0000, None
+
+    pacs, port = AE(ae_title="PACS"), free_port()
+    pacs.add_supported_context(FIND)
+    server = pacs.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_FIND, ending)])
+    assert server is not None
+    source = source_of(port, {})
+    archive = DimseArchive(source, Inbox(tmp_path / "inbox", bytes(32), source))
+    try:
+        if reason is None:
+            assert len(archive.find_studies(Row(2))) == PACS_ANSWERS
+            return
+        with pytest.raises(Refused) as caught:
+            archive.find_studies(Row(2))
+        assert caught.value.reason is reason
+    finally:
+        archive.close()
+        server.shutdown()
+        gc.collect()
+
+
+def test_no_answer_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of the association wakes late, and finds answers where it looks for requests."""
+    pacs = AE(ae_title="PACS")
+    pacs.add_supported_context(FIND)
+    port = free_port()
+    server = pacs.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_FIND, answering)])
+    assert server is not None
+    source = source_of(port, {})
+    association = associate(source, Receiver(source.max_file_bytes, 3.0), None, [build_context(FIND)])
+    checkpoint = Woken()
+    try:
+        monkeypatch.setattr(association, "_reactor_checkpoint", checkpoint)
+        assert checkpoint.passed.wait(20)
+        query = Dataset()
+        query.QueryRetrieveLevel, query.StudyInstanceUID = "STUDY", ""
+        answers = association.send_c_find(query, FIND)
+        statuses = [next(answers)[0].Status]
+        end = time.monotonic() + 20
+        while not association.dimse.msg_queue.qsize() and time.monotonic() < end:
+            time.sleep(0.001)
+        checkpoint.given.set()  # now the reactor runs on, past its look whether it is to pause
+        assert checkpoint.came_back.wait(20)
+        statuses += [status.Status for status, _ in answers]
+        assert statuses == [0xFF00] * PACS_ANSWERS + [0x0000]
+    finally:
+        checkpoint.given.set()
+        association.abort()
+        server.shutdown()
+        gc.collect()

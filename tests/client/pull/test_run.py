@@ -10,9 +10,9 @@ from client.pull.asked import Row
 from client.pull.delivery import Delivery
 from client.pull.inbox import Inbox
 from client.pull.pace import Pace
-from client.pull.run import Failure, Pull, Tally, clock
+from client.pull.run import MAX_VAIN, Pull, clock
 from client.pull.sources import Bounds
-from client.pull.state import State
+from client.pull.state import Count, State
 from common.errors import ConfigError, ExitCode, PacsError
 from tests.client.pull.test_inbox import part_of
 
@@ -25,17 +25,28 @@ class Fake:
         self.fails: list[BaseException] = []
         self.lacks: set[str] = set()
         self.fetched: list[str] = []
+        self.held: tuple[int, ...] = (1, 2)
+        self.names: list[tuple[int, ...]] = []
+        """What it names of the series that it is asked about next, instead of what it holds."""
+        self.refuses: list[Refused] = []
 
     def echo(self) -> str:
         return "here"
 
-    def find_series(self, row: Row) -> list[Series]:
+    def find_studies(self, row: Row) -> list[str]:
         if row.accession == "0":
             raise Refused(Reason.NOT_FOUND)
-        return [Series(row, "1.2", f"1.3.{ord(name)}", 2 if self.states else None) for name in row.accession]
+        return ["1.2"]
+
+    def find_series(self, row: Row, study_uid: str) -> list[Series]:
+        if self.refuses:
+            raise self.refuses.pop(0)
+        count = len(self.held) if self.states else None
+        return [Series(row, study_uid, f"1.3.{ord(name)}", "CR", count) for name in row.accession]
 
     def find_instances(self, series: Series) -> list[Instance]:
-        return [Instance(f"{series.uid}.{number}") for number in (1, 2)]
+        held = self.names.pop(0) if self.names else self.held
+        return [Instance(f"{series.uid}.{number}") for number in held]
 
     def fetch(self, series: Series, missing: Sequence[Instance], delivery: Delivery) -> None:
         self.fetched.append(f"{chr(int(series.uid.split('.')[2]))}{len(missing)}")
@@ -159,9 +170,79 @@ def test_every_reason_has_advice() -> None:
     assert set(ADVICE) == set(Reason)
 
 
-@pytest.mark.parametrize("reason", list(Reason))
-def test_what_failed_but_was_not_missed_is_told_by_the_exit_code(reason: Reason) -> None:
-    """A query that gets HTTP 500 expects nothing, so nothing is missing: it is no success all the same."""
-    code = Tally(failures=[Failure(Row(2), reason)]).exit_code(fetched=True)
-    of_the_list = {Reason.NOT_FOUND, Reason.OTHERS, Reason.NO_ISSUER}
-    assert code == (ExitCode.DATA if reason in of_the_list else ExitCode.OK if reason is Reason.NOT_ASKED else 13)
+A = (Row(2, accession="A"),)
+
+
+def test_instances_that_the_archive_does_not_name_are_missing(tmp_path: Path) -> None:
+    pull, fake, said = pull_of(tmp_path)
+    fake.names = [(1,), (1,)]
+    pull.fetch(pull.resolve(A))
+    pull.tell_failures()
+    pull.tell_counts()
+    assert said[0] == "not-listed; asking again in 5 s"
+    assert said[1] == f"not-listed: {ADVICE[Reason.NOT_LISTED]} (line 2, 1 instance)"
+    assert said[2].startswith("expected 2 instances of 1 series; 0 were here, 1 received")
+    assert said[2].endswith("1 missing")
+    assert pull.tally.exit_code(fetched=True) == ExitCode.PACS
+    again, fake, _ = pull_of(tmp_path)
+    again.fetch(again.resolve(A))
+    assert fake.fetched == ["A1"]
+    assert (again.tally.missing, again.tally.exit_code(fetched=True)) == (0, ExitCode.OK)
+
+
+def test_instances_that_one_of_two_answers_names_are_fetched(tmp_path: Path) -> None:
+    pull, fake, _ = pull_of(tmp_path)
+    fake.names = [(1,), (2,)]
+    pull.fetch(pull.resolve(A))
+    assert (pull.tally.received, pull.tally.missing) == (2, 0)
+    assert pull.tally.exit_code(fetched=True) == ExitCode.OK
+
+
+def test_an_empty_answer_is_never_whole(tmp_path: Path) -> None:
+    pull, fake, _ = pull_of(tmp_path, states=False)
+    fake.names = [(), ()]
+    pull.fetch(pull.resolve(A))
+    assert [failure.reason for failure in pull.tally.failures] == [Reason.NOT_LISTED]
+    assert pull.tally.exit_code(fetched=True) == ExitCode.PACS
+    again, *_ = pull_of(tmp_path, states=False)
+    again.fetch(again.resolve(A))
+    assert (again.tally.received, again.tally.missing) == (2, 0)
+    state = State(tmp_path / "old.json")
+    state.put("series", Count(expected=0, received=0))
+    assert not state.is_whole("series", 0)
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_counted_anew(states: bool, tmp_path: Path) -> None:
+    first, *_ = pull_of(tmp_path, states=states)
+    first.fetch(first.resolve(A))
+    again, fake, _ = pull_of(tmp_path, states=states)
+    fake.held = (1, 2, 3)
+    again.fetch(again.resolve(A))
+    assert fake.fetched == ["A1"]
+    assert (again.tally.were_here, again.tally.received, again.tally.missing) == (2, 1, 0)
+
+
+def test_a_query_that_fails_is_asked_again_and_then_counted(tmp_path: Path) -> None:
+    pull, fake, _ = pull_of(tmp_path)
+    fake.refuses = [Refused(Reason.QUERY)]
+    pull.fetch(pull.resolve(A))
+    assert (pull.tally.received, pull.tally.failures) == (2, [])
+    pull, fake, said = pull_of(tmp_path)
+    fake.refuses = [Refused(Reason.NOT_LISTED, "no series")] * 20
+    assert pull.resolve([Row(line, accession="A") for line in range(2, 8)]) == []
+    assert [failure.row.line for failure in pull.tally.failures] == [2, 3, 4, 5, 6, 7]
+    assert len(said) == MAX_VAIN  # not five seconds for each line of a long list
+    assert pull.tally.exit_code(fetched=False) == ExitCode.PACS
+
+
+def test_no_line_in_silence(tmp_path: Path) -> None:
+    """The study is there, and has no series of the modality that the line asks for."""
+    pull, _, said = pull_of(tmp_path)
+    found = pull.resolve([Row(2, accession="A", modality="MR"), Row(3, accession="B", modality="CR")])
+    assert len(found) == 1
+    pull.tell_failures()
+    assert said == [f"not-found: {ADVICE[Reason.NOT_FOUND]} (line 2)"]
+    assert pull.tally.exit_code(fetched=True) == ExitCode.PACS  # nothing is fetched yet
+    pull.fetch(found)
+    assert pull.tally.exit_code(fetched=True) == ExitCode.DATA

@@ -27,7 +27,7 @@ from common.errors import ConfigError, PacsError, StorageError
 from tests.client.pull.test_identifiers import HEAD, META, element
 
 ROW = Row(2, accession="CANARY")
-SERIES = Series(ROW, "1.2", "1.3", 1)
+SERIES = Series(ROW, "1.2", "1.3", "CT", 1)
 FILE = (
     HEAD
     + META
@@ -176,8 +176,16 @@ def test_full_disk(archive: WebArchive, server: Server, tmp_path: Path) -> None:
 def test_service_that_ignores_the_key_gives_nothing(archive: WebArchive, server: Server) -> None:
     server.answer = lambda *_: page(study("1.7", "OTHER"), study("1.8", "ANOTHER"))
     with pytest.raises(Refused) as caught:
-        archive.find_series(ROW)
+        archive.find_studies(ROW)
     assert caught.value.reason is Reason.OTHERS
+
+
+@pytest.mark.parametrize("named", [(), ("1.3", ""), ("1.3", "../x")])
+def test_study_without_series_is_no_answer(named: tuple[str, ...], archive: WebArchive, server: Server) -> None:
+    server.answer = lambda *_: page(*({"0020000E": {"Value": [uid]}} for uid in named))
+    with pytest.raises(Refused) as caught:
+        archive.find_series(ROW, "1.2")
+    assert caught.value.reason is Reason.NOT_LISTED
 
 
 def test_pages_are_followed_and_end(archive: WebArchive, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,14 +217,14 @@ def test_pages_are_followed_and_end(archive: WebArchive, server: Server, monkeyp
 def test_json_that_is_none(body: bytes, archive: WebArchive, server: Server) -> None:
     server.answer = lambda *_: (200, {}, body)
     with pytest.raises(Refused):
-        archive.find_series(ROW)
+        archive.find_studies(ROW)
 
 
 def test_answers_without_end(archive: WebArchive, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "MAX_JSON", 1000)
     server.answer = lambda *_: page(*(study(f"1.{number}") for number in range(100)))
     with pytest.raises(Refused) as caught:
-        archive.find_series(ROW)
+        archive.find_studies(ROW)
     assert caught.value.reason is Reason.QUERY
 
 
@@ -232,7 +240,7 @@ def test_packed_answers_are_refused(
     tracemalloc.start()
     try:
         with pytest.raises(Refused) as query:
-            archive.find_series(ROW)
+            archive.find_studies(ROW)
         with pytest.raises(Refused) as retrieval:
             deliver(archive, tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 2**22
@@ -247,7 +255,7 @@ def test_packed_answers_are_refused(
 def test_no_identifier_or_secret_in_messages(archive: WebArchive, server: Server) -> None:
     server.answer = lambda *_: (403, {}, b"")
     with pytest.raises(PacsError) as caught:
-        archive.find_series(ROW)
+        archive.find_studies(ROW)
     assert "canary" not in str(caught.value).lower()
     assert "canary" not in repr(archive).lower()
 
@@ -260,7 +268,7 @@ def test_out_of_reach(server: Server) -> None:
     gone.close()
     tls = WebArchive(WebSource(kind="dicomweb", url=server.url.replace("http:", "https:"), timeout_s=2))
     with pytest.raises((PacsError, Refused)):
-        tls.find_series(ROW)
+        tls.find_studies(ROW)
     tls.close()
     with pytest.raises(ConfigError, match="ca of"):
         WebArchive(WebSource(kind="dicomweb", url="https://x/", ca="/none"))
