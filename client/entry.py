@@ -1,4 +1,4 @@
-"""The entry of `fedmedgan-site`: its commands for relay, supervisor and pull run without what only the agent needs."""
+"""The entry of `fedmedgan-site`: relay, supervisor, pull, check and import run without what only the agent needs."""
 
 import sys
 from typing import NoReturn
@@ -19,6 +19,8 @@ def _load(command: str) -> Command:
         from client.operate import main as run
     elif command == "pull":
         from client.pull.command import main as run
+    elif command in {"check", "import"}:
+        from client.bring import main as run
     else:
         from client.cli import main as run
     return run

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, final
+from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from common.crypto import SigningKey, VerifyKey
 from common.errors import PolicyRefusal, RefusalCode, StorageError
 from common.greeting import CAPABILITIES, FORMS
 from common.messages import PACKAGE_VERSION, Kind, Reply, size_bytes
-from common.models import Pair
 from common.seal import content_digest
-from common.weights import weight_shapes
+
+if TYPE_CHECKING:  # `import` and `check` write no reply, and do without torch
+    from common.models import Pair
+
 
 NAME = "journal"
 
@@ -87,7 +89,7 @@ class Entry:
     epsilon_after: float
 
 
-def reply_shapes(proposal: Proposal, asked: Pair | int) -> dict[str, tuple[int, ...]]:
+def reply_shapes(proposal: Proposal, asked: "Pair | int") -> dict[str, tuple[int, ...]]:
     """Return the shapes of what leaves in one reply, from public values alone.
 
     Args:
@@ -98,6 +100,8 @@ def reply_shapes(proposal: Proposal, asked: Pair | int) -> dict[str, tuple[int, 
         return {"embedding": (len(proposal.image.classes), asked)}
     if proposal.train.algorithm == "secure-sum":
         return {"gradient": (sum(parameter.numel() for parameter in asked.discriminator.parameters()),)}
+    from common.weights import weight_shapes
+
     return weight_shapes(asked)
 
 

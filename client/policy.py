@@ -10,7 +10,7 @@ import textwrap
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -18,7 +18,9 @@ from common.config import ModelName, Positive, Proposal, Section
 from common.enrolment import SITE_NAME
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.files import open_regular, write_atomic
-from common.plan import Plan
+
+if TYPE_CHECKING:  # its accountant takes seconds to import
+    from common.plan import Plan
 
 LOG = logging.getLogger("fedmedgan.agent")
 MAX_POLICY_BYTES = 65_536
@@ -222,7 +224,7 @@ def check_proposal(policy: Policy, proposal: Proposal) -> None:
     _one_of("image.channels", proposal.image.channels, "allowed_channels", policy.allowed_channels)
 
 
-def check_plan(policy: Policy, plan: Plan) -> None:
+def check_plan(policy: Policy, plan: "Plan") -> None:
     """Refuse what a proposal comes to at this site, before anything is charged.
 
     Args:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import final
 
 from common.config_text import build_config
-from common.plan import plan
 from common.privacy import Charge, epsilon
 
 _UNNAMED = ("all",)
@@ -73,6 +72,8 @@ def estimate(patients: int, declared: int | None = None) -> Cost | None:
     Guarantees:
         - honest_number: It is computed for the number that it names: the declared one, or two figures of those found.
     """
+    from common.plan import plan  # it takes torch along, which `import` does without
+
     number = declared if declared is not None else _two_figures(patients)
     if min(number, patients) < LEAST:
         return None

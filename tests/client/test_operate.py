@@ -136,6 +136,14 @@ def test_all_commands_stand_in_one_help(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
+def test_check_and_import_hold_no_torch() -> None:
+    code = "import sys, client.bring; print(sorted({'torch', 'opacus', 'flwr'} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert run_.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["client.relay", "client.operate", "client.entry"])
 def test_relay_and_start_hold_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'pydicom', 'opacus', 'client.agent'}} & set(sys.modules)))"
