@@ -64,6 +64,7 @@ MODULES: tuple[str, ...] = (
     "server/lost.py",
     "server/now.py",
     "server/pace.py",
+    "server/quorum.py",
     "server/records.py",
     "server/report.py",
     "server/report_page.py",

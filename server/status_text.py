@@ -15,7 +15,7 @@ from rich.text import Text
 from common.errors import FederationError, FedmedganError, StorageError
 from common.wording import duration
 from server.control import KILLED, UNHEARD
-from server.handshake import ALL_REFUSE
+from server.handshake import is_refused
 from server.pace import amount, round_up
 from server.run_folder import STORAGE_MATTER
 from server.status import INTERRUPTED, RunStanding, SiteStanding
@@ -68,7 +68,7 @@ def how_it_ended(run: RunStanding, home: Path) -> str:
         return f"{run.run} was interrupted {made}: {_UNHEARD if run.details == UNHEARD else KILLED}. {again}"
     why = _why(run) or "the link does not say why"
     log = f"Log: {home / 'logs' / 'executor.log'}."
-    return f"{run.run} failed {made}: {why.rstrip('.')}. {log}{'' if why.startswith(ALL_REFUSE) else f' {again}'}"
+    return f"{run.run} failed {made}: {why.rstrip('.')}. {log}{'' if is_refused(why) else f' {again}'}"
 
 
 def _of_sites(sites: Sequence[SiteStanding], now: float) -> Table:
