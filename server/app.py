@@ -26,6 +26,7 @@ from common.sheets import save_sheet
 from server import checkpoint, display
 from server.consortium import load_consortium, load_trust
 from server.deadline import round_deadline_s
+from server.declared import keep_declared
 from server.exchange import Link
 from server.handshake import Met, advice
 from server.lost import check_lost, give_up
@@ -146,9 +147,11 @@ def run(grid: Grid, job: Job) -> None:
         for line in checkpoint.stepped_over(job.folder.checkpoints):
             print(line, flush=True)
         with display.open_display(job.config) as show, _open_note(job) as note:
+            declare = (lambda _: None) if job.trust is None else keep_declared(job.folder.declared)
             for event in federate(grid, job):
                 show(event)
                 note(event)
+                declare(event)
         state = checkpoint.load_latest(job.folder.checkpoints)
         if state is not None and (not job.stop.is_set() or state.round >= job.config.federation.rounds):
             secrets = SIMULATED_SECRETS if job.trust is None else SITES_SECRETS

@@ -56,6 +56,7 @@ MODULES: tuple[str, ...] = (
     "server/cohort.py",
     "server/consortium.py",
     "server/deadline.py",
+    "server/declared.py",
     "server/display.py",
     "server/exchange.py",
     "server/handshake.py",
