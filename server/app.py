@@ -147,7 +147,7 @@ def run(grid: Grid, job: Job) -> None:
         for line in checkpoint.stepped_over(job.folder.checkpoints):
             print(line, flush=True)
         with display.open_display(job.config) as show, _open_note(job) as note:
-            declare = (lambda _: None) if job.trust is None else keep_declared(job.folder.declared)
+            declare = _declared_of(job)
             for event in federate(grid, job):
                 show(event)
                 note(event)
@@ -162,6 +162,11 @@ def run(grid: Grid, job: Job) -> None:
 def _open_note(job: Job) -> AbstractContextManager[Callable[[Event], None]]:
     """Open the note of what a run does; within one machine nobody asks for it."""
     return nullcontext(lambda _: None) if job.trust is None else open_note(job.config, job.folder.now)
+
+
+def _declared_of(job: Job) -> Callable[[Event], None]:
+    """Return what keeps the declarations of the sites; as with the note, not within one machine."""
+    return (lambda _: None) if job.trust is None else keep_declared(job.folder.declared)
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def status(
             nodes, runs = control.list_nodes(client), control.list_runs(client, consortium.folder)
     except FederationError as error:  # what the files say is said all the same
         away = error
-        nodes = [control.NodeStatus(site.name, 0, False, "") for site in known if not site.revoked]
+        nodes = [control.NodeStatus(site.name, 0, None, None) for site in known if not site.revoked]
         runs = runs_of_files(consortium)
     now = time.time()
     revoked = [site.name for site in known if site.revoked]

@@ -33,8 +33,8 @@ class SiteStanding:
     Attributes:
         name: Its name.
         node_id: Its node's number.
-        online: Whether it is connected.
-        last_seen: "now", ISO 8601, or empty if it never connected.
+        online: Whether it is connected; None while the link does not answer.
+        last_seen: "now", ISO 8601, empty if it never connected, or None while the link does not answer.
         rounds_joined: In how many rounds of the newest run that has any it gave a release.
         rounds: How many rounds that run has made.
         epsilon_spent: As it declared with its newest release; None if it never gave one.
@@ -45,8 +45,8 @@ class SiteStanding:
 
     name: str
     node_id: int
-    online: bool
-    last_seen: str
+    online: bool | None
+    last_seen: str | None
     rounds_joined: int
     rounds: int
     epsilon_spent: float | None

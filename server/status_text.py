@@ -21,6 +21,9 @@ from server.run_folder import STORAGE_MATTER
 from server.status import INTERRUPTED, RunStanding, SiteStanding
 
 STOPPED, FAILED = "stopped", "failed"
+UNKNOWN = "unknown"
+"""What only the link knows, while it does not answer."""
+_CONNECTED = {True: Text("yes", "green"), False: Text("no", "red"), None: Text(UNKNOWN)}
 _UNHEARD = "the link heard nothing of its process for a minute; executor.log and link.log say more"
 
 
@@ -76,8 +79,8 @@ def _of_sites(sites: Sequence[SiteStanding], now: float) -> Table:
     for site in sites:
         table.add_row(
             Text(site.name),
-            Text("revoked") if site.revoked else Text("yes", "green") if site.online else Text("no", "red"),
-            "-" if site.revoked else _ago(site.last_seen, now),
+            Text("revoked") if site.revoked else _CONNECTED[site.online],
+            "-" if site.revoked else UNKNOWN if site.last_seen is None else _ago(site.last_seen, now),
             f"{site.rounds_joined}/{site.rounds}" if site.rounds else "-",
             "-" if site.epsilon_spent is None else f"{round_up(site.epsilon_spent)} of {site.epsilon_allowed:g}",
             Text(site.last or "-"),

@@ -1,5 +1,6 @@
 """The coordinator's listings."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
@@ -126,5 +127,9 @@ def test_a_coordinator_that_is_down_shows_what_the_files_say(
     assert exit_of("status", consortium.folder) == ExitCode.FEDERATION
     said = capsys.readouterr()
     assert "does not answer" in said.err
-    rows = [line.split()[:2] for line in said.out.splitlines() if line.startswith(("run-", "st-"))]
-    assert rows == [["st-mary", "no"], ["st-john", "revoked"], ["run-0002", "unfinished"], ["run-0001", "completed"]]
+    rows = [line.split()[:3] for line in said.out.splitlines() if line.startswith(("run-", "st-"))]
+    assert rows[:2] == [["st-mary", "unknown", "unknown"], ["st-john", "revoked", "-"]]  # only the link knows
+    assert [row[:2] for row in rows[2:]] == [["run-0002", "unfinished"], ["run-0001", "completed"]]
+    assert exit_of("status", consortium.folder, "--json") == ExitCode.FEDERATION
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    assert [(site["online"], site["last_seen"]) for site in sites] == [(None, None), (False, "")]
