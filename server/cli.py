@@ -30,6 +30,7 @@ from server.membership import add_commands
 from server.run_folder import RunFolder, is_complete, next_folder, prepare_run
 from server.status import COMPLETED, runs_of_files, stand, under_way, without_process
 from server.status_text import failure, tables
+from server.unfinished import unfinished
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -178,8 +179,7 @@ def _finished(home: Path, run: Path) -> Path:
     path = _folder_of(Consortium(home.absolute()), run)
     _require_run(path)
     if not (path / "privacy.json").exists():
-        named = f"{shlex.quote(str(home))} {shlex.quote(str(run))}"
-        raise ResumeError(f"The run of {path} is not finished: fedmedgan-coordinator resume {named}")
+        raise unfinished(Consortium(home.absolute()), path, run)
     return path
 
 
