@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from common.config import Config
-from common.errors import FederationError
+from common.errors import FederationError, RefusalCode
 from common.greeting import Greeting, Verdict
 from server.checkpoint import State
 from server.cohort import Declared, least_sites, planned_cohort, stored_cohort
@@ -102,14 +102,16 @@ def ending(link: Link, config: Config, state: State | None, quorum: Quorum, reco
         record: What it heard, or would hear.
 
     Raises:
-        PolicyRefusal: Nothing was learned yet: there is nothing to end well with.
+        PolicyRefusal: Nothing was learned yet, so there is nothing to end well with; or an import or a policy can still
+            be mended, and the run resumed.
     """
     codes = {name: code for name, code in record.refused.items() if code in PERMANENT}
     left = left_of(link, config, quorum.cohort, quorum.roster.members, codes)
     nobody = not record.sites and codes.keys() >= quorum.roster.members.keys()
     if not codes or not (nobody or left < quorum.least):
         return None
-    if state is None:
+    spent = set(codes.values()) == {RefusalCode.OVER_BUDGET.value}
+    if state is None or not (nobody or spent):
         raise all_refuse(codes) if nobody else few_remain(codes, left, quorum.least)
     return Failed(record, quorum.least, 1, 1)
 

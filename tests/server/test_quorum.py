@@ -134,13 +134,20 @@ def test_a_site_whose_budget_was_raised_goes_on(tmp_path: Path) -> None:
 
 def test_refusals_for_good_in_a_round_end_the_run_at_once(tmp_path: Path) -> None:
     asked: list[int] = []
-    policy, images = {2: RefusalCode.POLICY}, {2: RefusalCode.NO_DATA}
-    sites = [_note(asked), _note([], policy), _note([], images)]
+    sites = [_note(asked), *[_note([], {2: RefusalCode.OVER_BUDGET})] * 2]
     events = list(follow_sites(tmp_path, _config(), sites, _release))
     assert asked == [1, 2]
     (failed,) = [event for event in events if isinstance(event, Failed)]
     assert (failed.attempt, failed.of, failed.needed) == (1, 1, 2)
     assert set(failed.record.sites) == {"site-0"}
+
+
+def test_what_can_be_mended_leaves_the_run_to_be_resumed(tmp_path: Path) -> None:
+    asked: list[int] = []
+    sites = [_note(asked), _note([], {2: RefusalCode.POLICY}), _note([], {2: RefusalCode.NO_DATA})]
+    with pytest.raises(PolicyRefusal, match=r"Too few sites are left.*the site imports, then `resume`"):
+        list(follow_sites(tmp_path, _config(), sites, _release))
+    assert asked == [1, 2]
 
 
 def test_refusals_for_good_in_the_first_round_are_the_runs_error(tmp_path: Path) -> None:
