@@ -26,10 +26,12 @@ from common.sheets import save_sheet
 from server import checkpoint, display
 from server.consortium import load_consortium
 from server.deadline import round_deadline_s
-from server.exchange import PERMANENT, Link, open_link
-from server.handshake import Met, all_refuse, meet
+from server.declared import keep_declared
+from server.exchange import Link, open_link
+from server.handshake import Met, advice
 from server.lost import check_lost, give_up
 from server.now import Event, open_note
+from server.quorum import ending, settle
 from server.records import (
     Failed,
     Progress,
@@ -85,7 +87,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
     Raises:
         FederationError: Too few sites connected, or none was heard in three attempts at a round; or too many rounds in
             a row were given up.
-        PolicyRefusal: Every site refuses the run for good before anything was learned.
+        PolicyRefusal: Too many sites refuse the run for good before anything was learned.
         StorageError: A key cannot be read; or a checkpoint could not be written, and the one before stands.
     """
     config, folder = job.config, job.folder
@@ -99,10 +101,14 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
         check_lost(records[resumed:])
         number = 0 if state is None else state.round + 1
         link, roster = yield from gather(link, config, folder.run_id, roster)  # 1 who
-        members, link = roster.members, _with_deadline(link, config, records, attempts)
-        yield from meet(met, roster.greetings, roster.left_out, begun=state is not None)
+        quorum = yield from settle(link, met, roster, state, records)
+        if quorum.over is not None:
+            yield quorum.over
+            return
+        roster, link = quorum.roster, _with_deadline(quorum.link, config, records, attempts)
+        members = roster.members
+        before = begin(folder, config, members) if state is None else state
         if state is None or number <= config.refinements:
-            before = begin(folder, config, members) if state is None else state
             events = warm_up(link, config, members, before)  # 2 a lens out, sums in, fitted
         else:
             one_round = train if config.train.algorithm == "local" else train_together
@@ -113,10 +119,8 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
                 continue
             after, record = event if event[0] is not None else give_up(config, state, event[1])
             if after is None:  # 3 too few sites: nothing changed, no site is charged twice for the same round
-                if _nobody_can_go_on(record):
-                    if state is None:  # nothing was learned yet, so there is nothing to end well with
-                        raise all_refuse(record.refused)
-                    yield Failed(record, config.federation.min_sites, 1, 1)
+                if (over := ending(link, config, state, quorum, record)) is not None:
+                    yield over
                     return
                 attempts += 1
                 yield Failed(record, config.federation.min_sites, attempts, ATTEMPTS_A_ROUND)
@@ -142,9 +146,11 @@ def run(grid: Grid, job: Job) -> None:
         for line in checkpoint.stepped_over(job.folder.checkpoints):
             print(line, flush=True)
         with display.open_display(job.config) as show, _open_note(job) as note:
+            declare = _declared_of(job)
             for event in federate(grid, job):
                 show(event)
                 note(event)
+                declare(event)
         state = checkpoint.load_latest(job.folder.checkpoints)
         if state is not None and (not job.stop.is_set() or state.round >= job.config.federation.rounds):
             secrets = SIMULATED_SECRETS if job.registered is None else SITES_SECRETS
@@ -155,6 +161,11 @@ def run(grid: Grid, job: Job) -> None:
 def _open_note(job: Job) -> AbstractContextManager[Callable[[Event], None]]:
     """Open the note of what a run does; within one machine nobody asks for it."""
     return nullcontext(lambda _: None) if job.registered is None else open_note(job.config, job.folder.now)
+
+
+def _declared_of(job: Job) -> Callable[[Event], None]:
+    """Return what keeps the declarations of the sites; as with the note, not within one machine."""
+    return (lambda _: None) if job.registered is None else keep_declared(job.folder.declared)
 
 
 @contextmanager
@@ -242,10 +253,6 @@ def _with_deadline(link: Link, config: Config, records: Sequence[RoundRecord], a
     return replace(link, deadline_s=round_deadline_s(longest_s, config.refinements, records, attempts))
 
 
-def _nobody_can_go_on(record: RoundRecord) -> bool:
-    return bool(record.refused) and not record.sites and set(record.refused.values()) <= PERMANENT
-
-
 def _too_few(config: Config, record: RoundRecord, left_out: Mapping[str, str]) -> str:
     codes = ", ".join(f"{site}: {code}" for site, code in {**left_out, **record.refused}.items()) or "nobody answered"
     colluding = config.privacy.colluding_sites
@@ -253,7 +260,7 @@ def _too_few(config: Config, record: RoundRecord, left_out: Mapping[str, str]) -
     return (
         f"Round {record.round} heard {len(record.sites)} sites in {ATTEMPTS_A_ROUND} attempts; "
         f"federation.min_sites={config.federation.min_sites} are needed{missing} ({codes}). "
-        "Mend the sites, then resume the run."
+        f"{advice(record.refused.values())}Mend the sites, then resume the run."
     )
 
 

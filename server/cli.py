@@ -6,7 +6,6 @@ Torch and the accountant take seconds to import: only the commands that need the
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from common import generate_options as options
 from common.command import run_command
 from common.config import IMAGE_SIZES, ImageConfig, ModelConfig, ModelName
 from common.config_text import build_config, read_config
-from common.errors import FederationError, ResumeError
+from common.errors import FederationError
 from common.flower_environment import flower_environment
 from server import control, operate
 from server.consortium import Consortium, enrolled, load_consortium
@@ -29,6 +28,7 @@ from server.membership import add_commands
 from server.operate import folder_of, require_run
 from server.status import runs_of_files, stand, without_process
 from server.status_text import tables
+from server.unfinished import unfinished
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -141,8 +141,7 @@ def _finished(home: Path, run: Path) -> Path:
     path = folder_of(Consortium(home.absolute()), run)
     require_run(path)
     if not (path / "privacy.json").exists():
-        named = f"{shlex.quote(str(home))} {shlex.quote(str(run))}"
-        raise ResumeError(f"The run of {path} is not finished: fedmedgan-coordinator resume {named}")
+        raise unfinished(Consortium(home.absolute()), path, run)
     return path
 
 
@@ -161,7 +160,7 @@ def status(
             nodes, runs = control.list_nodes(client), control.list_runs(client, consortium.folder)
     except FederationError as error:  # what the files say is said all the same
         away = error
-        nodes = [control.NodeStatus(site.name, 0, False, "") for site in known if not site.revoked]
+        nodes = [control.NodeStatus(site.name, 0, None, None) for site in known if not site.revoked]
         runs = runs_of_files(consortium)
     now = time.time()
     revoked = [site.name for site in known if site.revoked]

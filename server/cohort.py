@@ -8,6 +8,7 @@ that follow (common/secure_sum).
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from common.config import Config
 from common.errors import FederationError, ResumeError
@@ -33,19 +34,38 @@ def fix_cohort(folder: RunFolder, config: Config, members: Members) -> Declared:
     """
     if config.train.algorithm == "local":
         return {}
-    path = folder.path / "cohort.json"
-    if path.exists():
-        return _read(path.read_bytes())
-    declared = {name: member.declared_patients for name, member in members.items()}
-    cohort = {name: patients for name, patients in declared.items() if patients >= config.privacy.min_patients}
+    if stored := stored_cohort(folder):
+        return stored
+    cohort = planned_cohort(config, members)
     if not members:
         raise FederationError("No site takes part: the handshake above says why. Mend the sites, then resume.")
     if not cohort:
         raise FederationError(
             f"No site declares privacy.min_patients={config.privacy.min_patients} patients. Lower it, or ask others."
         )
-    write_atomic(path, json.dumps({"version": VERSION, "declared_patients": cohort}).encode())
+    write_atomic(_path(folder), json.dumps({"version": VERSION, "declared_patients": cohort}).encode())
     return cohort
+
+
+def planned_cohort(config: Config, members: Members) -> Declared:
+    """Return who would take part, were the cohort fixed now: those who may and are here; empty with local training."""
+    if config.train.algorithm == "local":
+        return {}
+    declared = {name: member.declared_patients for name, member in members.items()}
+    return {name: patients for name, patients in declared.items() if patients >= config.privacy.min_patients}
+
+
+def stored_cohort(folder: RunFolder) -> Declared:
+    """Return whom the run named before, if it did.
+
+    Raises:
+        ResumeError: `cohort.json` does not read.
+    """
+    return _read(_path(folder).read_bytes()) if _path(folder).exists() else {}
+
+
+def _path(folder: RunFolder) -> Path:
+    return folder.path / "cohort.json"
 
 
 def cohort_of(declared: Declared) -> Cohort:

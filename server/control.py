@@ -63,12 +63,19 @@ class Changes:
 @final
 @dataclass(frozen=True)
 class NodeStatus:
-    """A site's node as the link sees it; `last_seen` is "now", ISO 8601, or empty if it never connected."""
+    """A site's node as the link sees it.
+
+    Attributes:
+        name: The site's name.
+        node_id: Its number.
+        online: Whether it is connected; None while the link does not answer.
+        last_seen: "now", ISO 8601, empty if it never connected, or None while the link does not answer.
+    """
 
     name: str
     node_id: int
-    online: bool
-    last_seen: str
+    online: bool | None
+    last_seen: str | None
 
 
 @final

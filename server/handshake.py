@@ -6,7 +6,7 @@ scope: asking (server/roster), how a site comes to its verdict (client/hello).
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
@@ -20,10 +20,11 @@ from server.run_folder import RunFolder
 
 VERSION = 1
 ALL_REFUSE = "Every site refuses this run for good"
-"""So the message of a run begins that going on with is of no use by itself."""
+FEW_REMAIN = "Too few sites are left for this run"
+"""So the messages of a run begin that going on with is of no use by itself."""
 _FIXES = {
     RefusalCode.OVER_BUDGET.value: "the site's budget does not pay for it; propose less (privacy.epsilon, "
-    "federation.rounds) in a new run",
+    "federation.rounds) in a new run, or its privacy officer allows more, then `resume`",
     RefusalCode.POLICY.value: "its policy forbids what is proposed; change the configuration and start a new run",
     RefusalCode.NO_DATA.value: "it has imported nothing for these classes, size and channels; the site imports, then "
     "`resume`; or change [image] and start a new run",
@@ -111,9 +112,34 @@ def meet(met: Met, sites: Mapping[str, Greeting], left_out: Mapping[str, str], *
 
 def all_refuse(codes: Mapping[str, str]) -> PolicyRefusal:
     """Return the error of a run that every site refuses, by the codes of the sites: who must do what."""
-    listed = ", ".join(f"{site}: {code}" for site, code in codes.items())
-    fixes = " ".join(f"{code}: {fix}." for code, fix in _FIXES.items() if code in codes.values())
-    return PolicyRefusal(RefusalCode.POLICY, f"{ALL_REFUSE} ({listed}). {fixes} Each site's agent.log has the details.")
+    return _refused(f"{ALL_REFUSE} ({listed(codes)})", codes)
+
+
+def few_remain(codes: Mapping[str, str], left: int, least: int) -> PolicyRefusal:
+    """Return the error of a run that too many sites refuse, by their codes: who must do what."""
+    return _refused(
+        f"{FEW_REMAIN}: {left}, and at least {least} are needed; for good it is refused by {listed(codes)}", codes
+    )
+
+
+def is_refused(why: str) -> bool:
+    """Tell whether a run ended by a refusal for good, by the words of its end."""
+    return why.startswith((ALL_REFUSE, FEW_REMAIN))
+
+
+def listed(codes: Mapping[str, str]) -> str:
+    """Write sites with their codes."""
+    return ", ".join(f"{site}: {code}" for site, code in codes.items())
+
+
+def advice(codes: Collection[str]) -> str:
+    """Write for each code of a refusal for good who must do what; nothing for others. It ends with a space."""
+    return "".join(f"{code}: {fix}. " for code, fix in _FIXES.items() if code in codes)
+
+
+def _refused(what: str, codes: Mapping[str, str]) -> PolicyRefusal:
+    told = f"{what}. {advice(codes.values())}Each site's agent.log has the details."
+    return PolicyRefusal(RefusalCode.POLICY, told)
 
 
 def lines(config: Config, handshake: Handshake) -> list[str]:

@@ -43,6 +43,7 @@ _KNOWN_FILES = {
     "run.json": "the run's id in the sites' ledgers",
     "cohort.json": "with secure-sum: who takes part, with the declared patients",
     "run.lock": "held while the run is at work",
+    "declared.json": "what each site spent, as it declared with its newest release",
     "now.txt": "what the run does at this moment",
     "handshake.json": "what each site said before it was asked: versions, and how many rounds it will join",
     "start": "the generator that the run started from, trained on public data",

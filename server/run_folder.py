@@ -8,6 +8,7 @@ start/                  the generator that the run starts from, if it was traine
 checkpoints/            one file a round, the last three
 metrics.jsonl           one line a round
 now.txt                 with a coordinator, while the run is at work: what it does at this moment
+declared.json           with a coordinator: what each site spent, as it declared with its newest release
 samples/                sheets of the same latents over the rounds
 generator.safetensors   the result, with generator.json
 privacy.json            the guarantee, per site
@@ -60,6 +61,11 @@ class RunFolder:
     def now(self) -> Path:
         """Return the path of the line that says what a run between machines does at this moment."""
         return self.path / "now.txt"
+
+    @property
+    def declared(self) -> Path:
+        """Return the path of what sites declared to a run between machines with their newest releases."""
+        return self.path / "declared.json"
 
     @property
     def samples(self) -> Path:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
-from typing import NoReturn
+from typing import NoReturn, final
 
 from flwr.app import Context
 from flwr.supercore.logger import mirror_output_to_queue
@@ -25,6 +25,8 @@ from server.consortium import Consortium, load_consortium
 from server.exchange import ANSWERS_UNTIL
 from server.executor import address
 from server.own_secrets import read_authority_pem
+
+FLOWERS_LAST_WORDS = "Exit Code:"
 
 
 def pull_reply(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
@@ -71,18 +73,32 @@ def _log_apart() -> None:
     """Send Flower's log where no mirror of this process's output sees it."""
     apart = logging.StreamHandler(os.fdopen(os.dup(2), "w", buffering=1))
     apart.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    apart.addFilter(_brief)
+    apart.addFilter(_Brief())
     flower = logging.getLogger("flwr")
     flower.handlers, flower.propagate = [apart], False
     flower.setLevel(logging.INFO)
 
 
-def _brief(record: logging.LogRecord) -> bool:
-    """Write an error that a person can mend as its message, without the way that led there; drop empty lines."""
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, FedmedganError):
-        record.msg, record.args, record.exc_info = "%s", (error,), None
-    return bool(record.getMessage().strip())
+@final
+class _Brief(logging.Filter):
+    """Writes an error that a person can mend as its message, without the way that led there; drops empty lines.
+
+    After such an error Flower's last words, an exit code and "unhandled exception", are dropped too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended_with_a_reason = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a record is written; it may be changed."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, FedmedganError):
+            record.msg, record.args, record.exc_info = "%s", (error,), None
+            self._ended_with_a_reason = True
+            return True
+        text = record.getMessage().strip()
+        return bool(text) and not (self._ended_with_a_reason and text.startswith(FLOWERS_LAST_WORDS))
 
 
 def main() -> NoReturn:

@@ -1,10 +1,10 @@
 """Where the federation stands: what the link says of nodes and runs, and what the run folders say of the rounds.
 
-What a site spent is what it declared with its newest release, in whatever run. Out of scope: asking the link
-(server/control), the words (server/status_text).
+What a site spent is what it declared with its newest release, in whatever run and in a failed round too. Out of scope:
+asking the link (server/control), the words (server/status_text).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from common.errors import FedmedganError
 from common.lock import is_held
 from server.consortium import Consortium
 from server.control import FINISHED, KILLED, UNHEARD, NodeStatus, RunStatus
+from server.declared import Declared, read_declared
 from server.pace import seconds_left
 from server.records import RoundRecord, read_records
 from server.run_folder import RunFolder, is_complete, read_now, site_run_id, stored_tree
@@ -32,8 +33,8 @@ class SiteStanding:
     Attributes:
         name: Its name.
         node_id: Its node's number.
-        online: Whether it is connected.
-        last_seen: "now", ISO 8601, or empty if it never connected.
+        online: Whether it is connected; None while the link does not answer.
+        last_seen: "now", ISO 8601, empty if it never connected, or None while the link does not answer.
         rounds_joined: In how many rounds of the newest run that has any it gave a release.
         rounds: How many rounds that run has made.
         epsilon_spent: As it declared with its newest release; None if it never gave one.
@@ -44,8 +45,8 @@ class SiteStanding:
 
     name: str
     node_id: int
-    online: bool
-    last_seen: str
+    online: bool | None
+    last_seen: str | None
     rounds_joined: int
     rounds: int
     epsilon_spent: float | None
@@ -115,10 +116,10 @@ def stand(
     by_folder = _by_folder(runs)
     records = {folder: _records(folder) for folder in by_folder}
     newest = next((found for found in records.values() if found), [])
-    found = list(records.values())
-    sites = [_site(node, newest, found) for node in nodes]
+    declared = _declared(dict.fromkeys(run.folder for run in runs))
+    sites = [_site(node, newest, declared) for node in nodes]
     gone_out = sorted(set(revoked) - {node.name for node in nodes})
-    sites += [replace(_site(NodeStatus(name, 0, False, ""), newest, found), revoked=True) for name in gone_out]
+    sites += [replace(_site(NodeStatus(name, 0, False, ""), newest, declared), revoked=True) for name in gone_out]
     return sites, [_run(submitted, records[folder], now, gone) for folder, submitted in by_folder.items()]
 
 
@@ -152,8 +153,28 @@ def _by_folder(runs: Sequence[RunStatus]) -> dict[Path, list[RunStatus]]:
     return {folder: [run for run in runs if run.folder == folder] for folder in folders}
 
 
-def _site(node: NodeStatus, newest: Sequence[RoundRecord], runs: Sequence[Sequence[RoundRecord]]) -> SiteStanding:
-    declared = next((one.sites[node.name] for run in runs for one in reversed(run) if node.name in one.sites), None)
+def _declared(folders: Iterable[Path]) -> dict[str, Declared]:
+    """Return what each site declared last, in the order of time over all runs."""
+    newest: dict[str, Declared] = {}
+    for folder in folders:
+        for name, one in (_of_records(folder) | read_declared(RunFolder(folder, "").declared)).items():
+            if name not in newest or one.at > newest[name].at:
+                newest[name] = one
+    return newest
+
+
+def _of_records(folder: Path) -> dict[str, Declared]:
+    """Return what was declared in the rounds of a run, for a folder of a release that kept nothing else."""
+    at = _written(folder)
+    return {
+        name: Declared(record.round, site.epsilon_spent, site.epsilon_allowed, at)
+        for record in _records(folder)
+        for name, site in record.sites.items()
+    }
+
+
+def _site(node: NodeStatus, newest: Sequence[RoundRecord], spent: Mapping[str, Declared]) -> SiteStanding:
+    declared = spent.get(node.name)
     last = newest[-1] if newest else None
     return SiteStanding(
         name=node.name,

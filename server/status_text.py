@@ -15,12 +15,15 @@ from rich.text import Text
 from common.errors import FederationError, FedmedganError, StorageError
 from common.wording import duration
 from server.control import KILLED, UNHEARD
-from server.handshake import ALL_REFUSE
+from server.handshake import is_refused
 from server.pace import amount, round_up
 from server.run_folder import STORAGE_MATTER
 from server.status import INTERRUPTED, RunStanding, SiteStanding
 
 STOPPED, FAILED = "stopped", "failed"
+UNKNOWN = "unknown"
+"""What only the link knows, while it does not answer."""
+_CONNECTED = {True: Text("yes", "green"), False: Text("no", "red"), None: Text(UNKNOWN)}
 _UNHEARD = "the link heard nothing of its process for a minute; executor.log and link.log say more"
 
 
@@ -68,7 +71,7 @@ def how_it_ended(run: RunStanding, home: Path) -> str:
         return f"{run.run} was interrupted {made}: {_UNHEARD if run.details == UNHEARD else KILLED}. {again}"
     why = _why(run) or "the link does not say why"
     log = f"Log: {home / 'logs' / 'executor.log'}."
-    return f"{run.run} failed {made}: {why.rstrip('.')}. {log}{'' if why.startswith(ALL_REFUSE) else f' {again}'}"
+    return f"{run.run} failed {made}: {why.rstrip('.')}. {log}{'' if is_refused(why) else f' {again}'}"
 
 
 def _of_sites(sites: Sequence[SiteStanding], now: float) -> Table:
@@ -76,8 +79,8 @@ def _of_sites(sites: Sequence[SiteStanding], now: float) -> Table:
     for site in sites:
         table.add_row(
             Text(site.name),
-            Text("revoked") if site.revoked else Text("yes", "green") if site.online else Text("no", "red"),
-            "-" if site.revoked else _ago(site.last_seen, now),
+            Text("revoked") if site.revoked else _CONNECTED[site.online],
+            "-" if site.revoked else UNKNOWN if site.last_seen is None else _ago(site.last_seen, now),
             f"{site.rounds_joined}/{site.rounds}" if site.rounds else "-",
             "-" if site.epsilon_spent is None else f"{round_up(site.epsilon_spent)} of {site.epsilon_allowed:g}",
             Text(site.last or "-"),

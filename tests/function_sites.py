@@ -37,6 +37,9 @@ SMALL_RUN: Mapping[str, Any] = {
 Release = Callable[[int, Request, Any], tuple[Mapping[str, Scalar], Arrays]]
 """Makes fields and arrays of a reply from the site's index, the request and what its function answered."""
 
+Says = Callable[[int], Mapping[str, Scalar]]
+"""What the site of an index says of itself otherwise, at each greeting."""
+
 
 class AwayGrid(Grid):
     """A grid whose nodes are all away when `away` says so."""
@@ -76,11 +79,11 @@ def run_sites(
     behaviours: Sequence[Callable[[Request], Any]],
     release: Release,
     away: Callable[[], bool] = lambda: False,
-    says: Mapping[str, Scalar] | None = None,
+    says: Mapping[str, Scalar] | Says | None = None,
 ) -> list[RoundRecord]:
     """Run a federation of functions, which answer with a refusal or with what `release` understands.
 
-    What they say of themselves in a greeting may be changed by `says`.
+    What they say of themselves in a greeting may be changed by `says`, for all or for each.
     """
     events = follow_sites(tmp_path, config, behaviours, release, away, says=says)
     return [event for event in events if isinstance(event, RoundRecord)]
@@ -93,13 +96,13 @@ def follow_sites(
     release: Release,
     away: Callable[[], bool] = lambda: False,
     signed: bool = False,
-    says: Mapping[str, Scalar] | None = None,
+    says: Mapping[str, Scalar] | Says | None = None,
 ) -> Iterator[Event]:
     """As `run_sites`, with all that happens; if `signed`, the sites are enrolled and sign, as between machines."""
 
     def connect(context: Context) -> Callable[[Request], Reply]:
         index = int(context.node_config["partition-id"])
-        return functools.partial(_answer, index, behaviours[index], release, says or {})
+        return functools.partial(_answer, index, behaviours[index], release, says)
 
     grid = AwayGrid(LocalGrid(make_app(connect), len(behaviours)), away)
     names = {index: f"site-{index}" for index in range(len(behaviours))}
@@ -121,17 +124,26 @@ def greeting(name: str, declared_patients: int, proposal: Proposal) -> Greeting:
 
 
 def _answer(
-    index: int, behaviour: Callable[[Request], Any], release: Release, says: Mapping[str, Scalar], request: Request
+    index: int,
+    behaviour: Callable[[Request], Any],
+    release: Release,
+    says: Mapping[str, Scalar] | Says | None,
+    request: Request,
 ) -> Reply:
     return sign_reply(_key(index), request, _unsigned(index, behaviour, release, says, request))
 
 
 def _unsigned(
-    index: int, behaviour: Callable[[Request], Any], release: Release, says: Mapping[str, Scalar], request: Request
+    index: int,
+    behaviour: Callable[[Request], Any],
+    release: Release,
+    says: Mapping[str, Scalar] | Says | None,
+    request: Request,
 ) -> Reply:
     if request.kind is Kind.HELLO:
         said = greeting(f"site-{index}", 100 * (index + 1), parse_proposal(request.proposal))
-        return Reply(request.kind, request.run_id, request.round, None, {**said.as_fields(), **says})
+        changes = says(index) if callable(says) else says or {}
+        return Reply(request.kind, request.run_id, request.round, None, {**said.as_fields(), **changes})
     answer = behaviour(request)
     if isinstance(answer, RefusalCode):
         return Reply(request.kind, request.run_id, request.round, answer)

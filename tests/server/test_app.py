@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,13 +10,18 @@ from flwr.app import Context, RecordDict
 
 from client.app import make_app
 from common.config_text import build_config
-from common.errors import StorageError
+from common.errors import FederationError, StorageError
 from common.messages import Arrays, Request, Scalar
+from common.seal import Trust
 from server import app
 from server.app import unbroken
+from server.declared import read_declared
+from server.now import Event
+from server.records import Failed, RoundRecord, SiteRelease
+from server.registered import Registered
 from server.run_folder import open_run
 from simulations.local_grid import LocalGrid
-from tests.function_sites import SMALL_RUN, follow_sites
+from tests.function_sites import COORDINATOR, SMALL_RUN, follow_sites
 
 
 def test_a_stop_waits_until_the_results_are_written() -> None:
@@ -77,6 +82,22 @@ def test_a_damaged_checkpoint_is_stepped_over_with_a_line(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "round-000003.safetensors is damaged: going on from round 2, the newest whole checkpoint"
     assert any(line.startswith("round 3/3") for line in lines)
+
+
+def test_what_sites_declare_is_kept_of_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = RoundRecord(0, {"a": SiteRelease(100, 1.5, 0.1, 1, 5.6, 10.0, "ab")}, {}, None, None, 0.0, 1.0, 0)
+
+    def fails(*_: object) -> Iterator[Event]:
+        yield Failed(record, 2, 3, 3)
+        raise FederationError("too few")
+
+    monkeypatch.setattr(app, "federate", fails)
+    config = build_config({}, dict(SMALL_RUN))
+    folder = open_run(tmp_path / "run", config, resume=False)
+    with pytest.raises(FederationError):
+        grid = LocalGrid(make_app(lambda _: lambda _: None), 0)
+        app.run(grid, app.Job(config, folder, registered=lambda: Registered(Trust(COORDINATOR, {}), {})))
+    assert read_declared(folder.declared)["a"].epsilon_spent == 5.6
 
 
 def test_a_run_without_a_whole_checkpoint_fails_for_its_storage(tmp_path: Path) -> None:

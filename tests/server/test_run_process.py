@@ -11,6 +11,8 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PullObjectResponse
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.supercore.exit.exit_code import EXIT_CODE_HELP
+from flwr.supercore.exit.exit_code import ExitCode as FlowerExit
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 from flwr.supercore.run import Run
@@ -19,7 +21,7 @@ from flwr.superlink.grid import http_grid
 
 from common.errors import FederationError
 from server import exchange
-from server.run_process import _brief, _log_apart, pull_reply
+from server.run_process import _Brief, _log_apart, pull_reply
 
 
 def _record(error: Exception | None, text: str = "%s raised an exception") -> logging.LogRecord:
@@ -29,18 +31,26 @@ def _record(error: Exception | None, text: str = "%s raised an exception") -> lo
 
 def test_an_error_that_a_person_can_mend_is_its_message() -> None:
     record = _record(FederationError("Start the sites, then resume."))
-    assert _brief(record)
+    assert _Brief().filter(record)
     assert (record.getMessage(), record.exc_info) == ("Start the sites, then resume.", None)
 
 
 def test_a_fault_of_the_program_keeps_its_traceback() -> None:
     record = _record(KeyError("x"))
-    assert _brief(record)
+    assert _Brief().filter(record)
     assert record.exc_info is not None
 
 
 def test_empty_lines_are_dropped() -> None:
-    assert not _brief(_record(None, ""))
+    assert not _Brief().filter(_record(None, ""))
+
+
+@pytest.mark.parametrize(("error", "kept"), [(FederationError("Too few sites."), False), (KeyError("x"), True)])
+def test_an_end_with_a_reason_is_no_unhandled_exception(error: Exception, kept: bool) -> None:
+    brief, last_words = _Brief(), f"Exit Code: 201\n{EXIT_CODE_HELP[FlowerExit.SERVERAPP_EXCEPTION]}"
+    assert brief.filter(_record(None, last_words))  # of another fault
+    brief.filter(_record(error))
+    assert brief.filter(_record(None, last_words)) == kept
 
 
 def test_flowers_words_are_not_mirrored(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """What `status` says of sites and runs, from what the link and the run folders hold."""
 
 import io
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from common.files import write_atomic
 from common.lock import alone
 from server.consortium import Consortium
 from server.control import KILLED, UNHEARD, NodeStatus, RunStatus
+from server.declared import keep_declared
 from server.handshake import all_refuse
-from server.records import RoundRecord, SiteRelease, read_records, write_records
+from server.records import Failed, RoundRecord, SiteRelease, read_records, write_records
 from server.run_folder import RunFolder
 from server.status import RunStanding, SiteStanding, stand, without_process
 from server.status_text import failure, how_it_ended, tables
@@ -21,6 +24,7 @@ from server.status_text import failure, how_it_ended, tables
 STARTED = "2026-11-27T07:00:00+00:00"
 BEGUN_S = 1_795_762_800.0  # the same
 NODES = [NodeStatus("st-anne", 1, True, "now"), NodeStatus("st-mary", 2, False, "2026-11-27T06:30:00.123456+00:00")]
+RELEASE = SiteRelease(100, 1.5, 0.1, 1, 5.6, 10.0, "ab")
 NEW = NodeStatus("st-new", 3, False, "")
 
 
@@ -71,6 +75,34 @@ def test_what_a_site_spent_is_known_from_an_earlier_run(home: Path) -> None:
     runs = [run_of(home / name) for name in ("run-0003", "run-0002", "run-0001")]  # the newest has no round yet
     sites, _ = stand(NODES, runs, BEGUN_S)
     assert [(site.rounds_joined, site.rounds, site.epsilon_spent) for site in sites] == [(1, 1, 2.0625), (0, 1, 4.0625)]
+
+
+def test_what_was_spent_in_a_failed_round_is_shown(home: Path) -> None:
+    """A run that ended in its first round has no record: the site was charged all the same."""
+    folder = make_folder(home / "run-0001", 0)
+    assert stand(NODES, [run_of(folder.path)], BEGUN_S)[0][0].epsilon_spent is None
+    keep_declared(folder.declared)(
+        Failed(RoundRecord(0, {"st-anne": RELEASE}, {"st-mary": "over-budget"}, None, None, 0.0, 1.0, 0), 2, 1, 3)
+    )
+    sites, _ = stand(NODES, [run_of(folder.path, "finished", "failed")], BEGUN_S)
+    assert [(site.epsilon_spent, site.epsilon_allowed) for site in sites] == [(5.6, 10.0), (None, None)]
+
+
+def test_what_a_site_spent_follows_time_and_not_the_order_of_runs(home: Path) -> None:
+    older = make_folder(home / "run-0001", 1).path
+    newer = make_folder(home / "run-0002", 3).path
+    for path, at_s in ((older, BEGUN_S + 5), (newer, BEGUN_S)):  # the older ended last
+        os.utime(path / "metrics.jsonl", (at_s, at_s))
+    both = [run_of(newer), run_of(older)]
+    assert {site.epsilon_spent for site in stand(NODES, both, BEGUN_S)[0]} == {2.0625}
+    write_atomic(newer / "declared.json", json.dumps({"st-anne": _declared(3.5, BEGUN_S + 9)}).encode())
+    for runs in (both, both[::-1]):  # resumed last or submitted last
+        sites, _ = stand(NODES, runs, BEGUN_S)
+        assert [site.epsilon_spent for site in sites] == [3.5, 2.0625]
+
+
+def _declared(spent: float, at: float) -> dict[str, float]:
+    return {"round": 7, "epsilon_spent": spent, "epsilon_allowed": 10.0, "at": at}
 
 
 def test_a_run_shows_its_round_and_the_time_left(home: Path) -> None:
