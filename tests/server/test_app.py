@@ -94,8 +94,8 @@ def test_what_sites_declare_is_kept_of_a_run_that_fails(tmp_path: Path, monkeypa
     monkeypatch.setattr(app, "federate", fails)
     config = build_config({}, dict(SMALL_RUN))
     folder = open_run(tmp_path / "run", config, resume=False)
+    grid = LocalGrid(make_app(lambda _: lambda _: None), 0)
     with pytest.raises(FederationError):
-        grid = LocalGrid(make_app(lambda _: lambda _: None), 0)
         app.run(grid, app.Job(config, folder, registered=lambda: Registered(Trust(COORDINATOR, {}), {})))
     assert read_declared(folder.declared)["a"].epsilon_spent == 5.6
 
