@@ -119,13 +119,13 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
                 continue
             after, record = event if event[0] is not None else give_up(config, state, event[1])
             if after is None:  # 3 too few sites: nothing changed, no site is charged twice for the same round
-                if (over := ending(link, config, state, quorum, record)) is not None:
+                if (over := ending(config, state, replace(quorum, link=link), record)) is not None:
                     yield over
                     return
                 attempts += 1
-                yield Failed(record, config.federation.min_sites, attempts, ATTEMPTS_A_ROUND)
+                yield Failed(record, quorum.least, attempts, ATTEMPTS_A_ROUND)
                 if attempts == ATTEMPTS_A_ROUND:
-                    raise FederationError(_too_few(config, record, met.left_out))
+                    raise FederationError(_too_few(config, quorum.least, record, met.left_out))
                 job.stop.wait(RETRY_AFTER_S * attempts)
                 continue
             state, attempts = after, 0
@@ -253,14 +253,13 @@ def _with_deadline(link: Link, config: Config, records: Sequence[RoundRecord], a
     return replace(link, deadline_s=round_deadline_s(longest_s, config.refinements, records, attempts))
 
 
-def _too_few(config: Config, record: RoundRecord, left_out: Mapping[str, str]) -> str:
+def _too_few(config: Config, least: int, record: RoundRecord, left_out: Mapping[str, str]) -> str:
     codes = ", ".join(f"{site}: {code}" for site, code in {**left_out, **record.refused}.items()) or "nobody answered"
     colluding = config.privacy.colluding_sites
     missing = "" if colluding == "all" else f", and at most privacy.colluding_sites={colluding} may be missing"
     return (
-        f"Round {record.round} heard {len(record.sites)} sites in {ATTEMPTS_A_ROUND} attempts; "
-        f"federation.min_sites={config.federation.min_sites} are needed{missing} ({codes}). "
-        f"{advice(record.refused.values())}Mend the sites, then resume the run."
+        f"Round {record.round} heard {len(record.sites)} sites in {ATTEMPTS_A_ROUND} attempts; at least {least} are "
+        f"needed{missing} ({codes}). {advice(record.refused.values())}Mend the sites, then resume the run."
     )
 
 

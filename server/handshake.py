@@ -6,6 +6,7 @@ scope: asking (server/roster), how a site comes to its verdict (client/hello).
 
 import json
 import re
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -72,6 +73,7 @@ class Met:
         compact: As in `Handshake`.
         sites: What the members said, by name.
         left_out: Why others take no part.
+        began: When this process began to look for sites.
     """
 
     folder: RunFolder
@@ -79,23 +81,19 @@ class Met:
     compact: bool
     sites: dict[str, Greeting] = field(default_factory=dict[str, Greeting])
     left_out: dict[str, str] = field(default_factory=dict[str, str])
+    began: float = field(default_factory=time.monotonic)
 
 
-def meet(met: Met, sites: Mapping[str, Greeting], left_out: Mapping[str, str], *, begun: bool) -> Iterator[Handshake]:
+def meet(met: Met, sites: Mapping[str, Greeting], left_out: Mapping[str, str]) -> Iterator[Handshake]:
     """Yield what is new in a greeting, if anything is, after it was written down.
 
     Args:
         met: What is known; changed.
         sites: What the members say.
         left_out: Why others take no part.
-        begun: Whether the run has a state to go on from; if not, somebody must be willing.
 
     Raises:
-        PolicyRefusal: The run has not begun, and all members refuse it for good: policy, budget or no images.
         StorageError: The file cannot be written.
-
-    Guarantees:
-        - nothing_is_charged_in_vain: A run that every site refuses ends before anything but a greeting was asked.
     """
     said = {name: greeting for name, greeting in sites.items() if met.sites.get(name) != greeting}
     why = {name: reason for name, reason in left_out.items() if met.left_out.get(name) != reason}
@@ -105,9 +103,6 @@ def meet(met: Met, sites: Mapping[str, Greeting], left_out: Mapping[str, str], *
         met.left_out = {name: reason for name, reason in (met.left_out | why).items() if name not in said}
         _write(met)
         yield Handshake(said, why, first, met.compact, met.folder.run_id)
-    codes = {name: greeting.verdict.value for name, greeting in sites.items() if _will_never(greeting)}
-    if not begun and sites and len(codes) == len(sites):
-        raise all_refuse(codes)
 
 
 def all_refuse(codes: Mapping[str, str]) -> PolicyRefusal:
@@ -214,10 +209,6 @@ def _write(met: Met) -> None:
         "left_out": dict(sorted(met.left_out.items())),
     }
     write_atomic(met.folder.path / "handshake.json", (json.dumps(tree, indent=1) + "\n").encode())
-
-
-def _will_never(said: Greeting) -> bool:
-    return said.verdict in (Verdict.OVER_BUDGET, Verdict.POLICY, Verdict.NO_DATA) and said.rounds_allowed == 0
 
 
 def _in_one(config: Config, sites: Mapping[str, Greeting]) -> list[str]:

@@ -79,7 +79,8 @@ def waiting_line(waiting: Waiting) -> str:
     names = f" for {', '.join(waiting.missing)}" if waiting.missing else ""
     sites = "1 site" if waiting.expected == 1 else f"{waiting.expected} sites"
     here = f"{waiting.here} of {sites} connected, at least {waiting.needed} needed"
-    return f"waiting{names}: {here}, for {duration(waiting.left_s)} at most"
+    then = ", then without" if waiting.here >= waiting.needed else ""
+    return f"waiting{names}: {here}, for {duration(waiting.left_s)} at most{then}"
 
 
 def failed_line(failed: Failed) -> str:

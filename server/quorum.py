@@ -5,7 +5,8 @@ asked for one. Out of scope: greeting (server/roster), how a site comes to its v
 """
 
 import time
-from collections.abc import Container, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -59,91 +60,144 @@ def settle(
         What sites say that is new, and for whom is waited.
 
     Raises:
-        FederationError: Those that may still come did not, in `federation.connect_timeout_s`.
-        PolicyRefusal: Too many refuse, and nothing was learned yet: there is nothing to end well with.
+        FederationError: Those that may still come did not, in `federation.connect_timeout_s`; or too many of the run's
+            cohort were revoked.
+        PolicyRefusal: Too many refuse, and nothing was learned yet, or what they refuse for can be mended.
 
     Guarantees:
-        - nobody_pays_for_a_round_that_cannot_be: While fewer sites than needed have not refused, none is asked.
+        - nobody_pays_for_a_round_that_cannot_be: While fewer sites than needed are willing, by the newest word of each,
+          none is asked.
+        - who_is_away_is_waited_for: A run that has begun does not end well because its other sites are away.
     """
-    config, began = met.config, time.monotonic()
+    config, fresh = met.config, not met.sites and not met.left_out
+    began = met.began if fresh else time.monotonic()  # for the first look sites were waited for already
     fixed = stored_cohort(met.folder) if state is None else state.cohort
-    fresh, pause_s, shown = not met.sites and not met.left_out, POLL_S, -1
+    newest = {} if fresh or not records else {n: c for n, c in records[-1].refused.items() if c in PERMANENT}
+    pause_s, shown = POLL_S, -1
     while True:
-        yield from meet(met, roster.greetings, roster.left_out, begun=state is not None)
+        yield from meet(met, roster.greetings, roster.left_out)
         cohort = fixed or planned_cohort(config, roster.members)
         quorum = Quorum(link, roster, cohort, least_sites(config, cohort))
-        codes = _refusals(config, roster, records)
-        able = _able(roster, fixed, codes)
+        codes = newest | _refusals(config, roster, records)
+        unable = codes | _unable(roster, fixed)
+        able = roster.members.keys() - unable.keys()
         if len(able) >= quorum.least:
             return quorum
         if fresh:
-            record = _unasked(state, codes)
-            if (over := ending(link, config, state, replace(quorum, cohort=fixed), record)) is not None:
-                return replace(quorum, over=over)
             left_s = began + config.federation.connect_timeout_s - time.monotonic()
+            if (over := _over(config, state, replace(quorum, cohort=fixed), codes, records, left_s)) is not None:
+                return replace(quorum, over=over)
+            _require_cohort(link, fixed, quorum.least)
             if left_s <= 0:
-                raise FederationError(_not_heard(link, config, quorum, codes, len(able)))
+                raise FederationError(_not_heard(config, quorum, unable, len(able), _missing(link, roster)))
             if len(able) != shown:
                 shown, pause_s = len(able), POLL_S
-                expected = left_of(link, config, fixed, roster.members, codes)
-                yield Waiting(shown, expected, quorum.least, _missing(link, roster), left_s)
+                names = tuple(sorted({*_missing(link, roster), *(unable.keys() - codes.keys())}))
+                expected = shown + len(unable.keys() - codes.keys()) + _away(config, replace(quorum, cohort=fixed))
+                yield Waiting(shown, expected, quorum.least, names, left_s)
             time.sleep(min(pause_s, left_s))
             pause_s = min(1.5 * pause_s, LONGEST_LOOK_S)
-        others = {name: roster.members[name] for name in sorted(able)}
-        known = replace(roster, members=others, left_out={})
-        (link, roster), fresh = (yield from gather(link, config, met.folder.run_id, known)), True
+        known = replace(roster, members={name: roster.members[name] for name in sorted(able)}, left_out={})
+        (link, roster), fresh, newest = (yield from gather(link, config, met.folder.run_id, known)), True, {}
 
 
-def ending(link: Link, config: Config, state: State | None, quorum: Quorum, record: RoundRecord) -> Failed | None:
+def ending(
+    config: Config, state: State | None, quorum: Quorum, record: RoundRecord, away: int | None = None
+) -> Failed | None:
     """Return what is told of a round that never will be heard by enough sites, which ends the run; else None.
 
     Args:
-        link: The way to the sites.
         config: The run's configuration.
         state: Before the round; None before the first.
         quorum: Who was there for it.
         record: What it heard, or would hear.
+        away: How many others may still come; None: who is enrolled, or of the cohort, and not here.
 
     Raises:
         PolicyRefusal: Nothing was learned yet, so there is nothing to end well with; or an import or a policy can still
             be mended, and the run resumed.
     """
     codes = {name: code for name, code in record.refused.items() if code in PERMANENT}
-    left = left_of(link, config, quorum.cohort, quorum.roster.members, codes)
-    nobody = not record.sites and codes.keys() >= quorum.roster.members.keys()
-    if not codes or not (nobody or left < quorum.least):
+    left = len(_counted(quorum) - codes.keys()) + (_away(config, quorum) if away is None else away)
+    if not codes or left >= quorum.least:
         return None
-    spent = set(codes.values()) == {RefusalCode.OVER_BUDGET.value}
-    if state is None or not (nobody or spent):
-        raise all_refuse(codes) if nobody else few_remain(codes, left, quorum.least)
+    if state is None or not _spent(codes):
+        raise few_remain(codes, left, quorum.least) if left else all_refuse(codes)
     return Failed(record, quorum.least, 1, 1)
 
 
-def left_of(link: Link, config: Config, cohort: Declared, here: Iterable[str], refused: Container[str]) -> int:
-    """Return how many sites have not refused for good: those that are here, and those that may still come.
+def _over(
+    config: Config,
+    state: State | None,
+    quorum: Quorum,
+    codes: Mapping[str, str],
+    records: Sequence[RoundRecord],
+    left_s: float,
+) -> Failed | None:
+    """Return the end of the run, if it is there: also where only sites are away that never took part in it.
 
-    Args:
-        link: The way to the sites.
-        config: The run's configuration.
-        cohort: Of a run with secure-sum, once it is fixed; else empty.
-        here: The sites that were greeted.
-        refused: Those that refuse for good.
+    An enrolled site that takes no part must not keep a run whose budgets are spent from its results. For one that took
+    part the run can be resumed.
     """
-    enrolled = () if link.trust is None else link.trust.sites
-    names = set(cohort) or {*enrolled, *here}
-    unnamed = 0 if cohort or enrolled else max(0, config.simulation.sites - len(names))
-    return sum(name not in refused for name in names) + unnamed
+    record = _unasked(state, codes)
+    over = ending(config, state, quorum, record)
+    if over is not None or left_s > 0 or state is None or not _spent(codes):
+        return over
+    took_part = {name for one in records for name in one.sites}
+    return ending(
+        config, state, quorum, record, len((took_part & _enrolled(quorum.link)) - quorum.roster.members.keys())
+    )
 
 
-def _able(roster: Roster, cohort: Declared, codes: Mapping[str, str]) -> set[str]:
-    """Return who is here and will answer, as far as a greeting tells."""
-    return {
-        name
-        for name, said in roster.greetings.items()
-        if name not in codes
-        and said.verdict is not Verdict.BAD_REQUEST
-        and (not cohort or cohort.get(name) == said.declared_patients)
-    }
+def _spent(codes: Mapping[str, str]) -> bool:
+    return set(codes.values()) == {RefusalCode.OVER_BUDGET.value}
+
+
+def _enrolled(link: Link) -> AbstractSet[str]:
+    return frozenset() if link.trust is None else link.trust.sites.keys()
+
+
+def _counted(quorum: Quorum) -> set[str]:
+    """Return who is here and counts: with a cohort nobody else, and nobody who was revoked."""
+    here = set(quorum.roster.members)
+    if quorum.cohort:
+        here &= quorum.cohort.keys()
+    return here if quorum.link.trust is None else here & _enrolled(quorum.link)
+
+
+def _away(config: Config, quorum: Quorum) -> int:
+    """Return how many sites are not here and may still come: of those that are enrolled, or of the cohort."""
+    here, cohort = quorum.roster.members.keys(), quorum.cohort.keys()
+    if quorum.link.trust is not None:
+        return len(((cohort & _enrolled(quorum.link)) if cohort else _enrolled(quorum.link)) - here)
+    return len(cohort - here) if cohort else max(0, config.simulation.sites - len(here))
+
+
+def _require_cohort(link: Link, cohort: Declared, least: int) -> None:
+    """Refuse to wait for a cohort of which too many were put out: nobody else can take their parts of the noise.
+
+    Raises:
+        FederationError: Fewer than `least` of it are enrolled.
+    """
+    gone = () if link.trust is None else sorted(cohort.keys() - link.trust.sites.keys())
+    if gone and len(cohort) - len(gone) < least:
+        raise FederationError(
+            f"Of the cohort that this run was fixed to, {', '.join(gone)} may no longer take part, and {least} of "
+            f"{len(cohort)} are needed. Start a new run; or readmit who left (`enrol --readmit`), then resume."
+        )
+
+
+def _unable(roster: Roster, cohort: Declared) -> dict[str, str]:
+    """Return who is here and will not answer, with the reason; who refuses for good is told elsewhere."""
+    reasons: dict[str, str] = {}
+    for name, said in roster.greetings.items():
+        if said.verdict is Verdict.BAD_REQUEST:
+            reasons[name] = "it cannot plan this run"
+        elif cohort and name not in cohort:
+            reasons[name] = "not in the cohort that this run was fixed to"
+        elif cohort and cohort[name] != said.declared_patients:
+            reasons[name] = f"declares {said.declared_patients} patients, the run is fixed to its {cohort[name]}"
+    return reasons
 
 
 def _unasked(state: State | None, codes: Mapping[str, str]) -> RoundRecord:
@@ -177,12 +231,11 @@ def _missing(link: Link, roster: Roster) -> tuple[str, ...]:
     return () if link.trust is None else tuple(sorted(link.trust.sites.keys() - roster.members.keys()))
 
 
-def _not_heard(link: Link, config: Config, quorum: Quorum, codes: Mapping[str, str], able: int) -> str:
-    why = listed({**quorum.roster.left_out, **codes})
-    missing = ", ".join(_missing(link, quorum.roster))
+def _not_heard(config: Config, quorum: Quorum, unable: Mapping[str, str], able: int, missing: Sequence[str]) -> str:
+    why = listed({**quorum.roster.left_out, **unable})
+    start = f"Not heard: {', '.join(missing)}. Start or `revoke` them, then resume." if missing else ""
+    mend = "" if missing else "Mend these sites, then resume."
     return (
         f"Expected at least {quorum.least} sites that join within {config.federation.connect_timeout_s:.0f} s, "
-        f"got {able}"
-        f"{f' ({why})' if why else ''}.{f' Not heard: {missing}.' if missing else ''} {advice(codes.values())}"
-        "Start the sites, then resume."
+        f"got {able}{f' ({why})' if why else ''}. {advice(unable.values())}{start}{mend}"
     )

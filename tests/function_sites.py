@@ -1,7 +1,7 @@
 """Sites that are functions, and the round loop over a grid of them in this process."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ Says = Callable[[int], Mapping[str, Scalar]]
 
 
 class AwayGrid(Grid):
-    """A grid whose nodes are all away when `away` says so."""
+    """A grid whose nodes are all away, or some by number, when `away` says so."""
 
-    def __init__(self, grid: Grid, away: Callable[[], bool]) -> None:
+    def __init__(self, grid: Grid, away: Callable[[], bool | Container[int]]) -> None:
         self._grid, self._away = grid, away
 
     def set_run(self, run: Any) -> None:
@@ -58,7 +58,10 @@ class AwayGrid(Grid):
         return self._grid.create_message(*arguments, **named)
 
     def get_node_ids(self) -> list[int]:
-        return [] if self._away() else list(self._grid.get_node_ids())
+        away, ids = self._away(), list(self._grid.get_node_ids())
+        if isinstance(away, bool):
+            return [] if away else ids
+        return [node_id for node_id in ids if node_id - FIRST_NODE_ID not in away]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return self._grid.push_messages(messages)
@@ -94,18 +97,22 @@ def follow_sites(
     config: Config,
     behaviours: Sequence[Callable[[Request], Any]],
     release: Release,
-    away: Callable[[], bool] = lambda: False,
+    away: Callable[[], bool | Container[int]] = lambda: False,
     signed: bool = False,
     says: Mapping[str, Scalar] | Says | None = None,
+    revoked: Container[int] = (),
 ) -> Iterator[Event]:
-    """As `run_sites`, with all that happens; if `signed`, the sites are enrolled and sign, as between machines."""
+    """As `run_sites`, with all that happens; if `signed`, the sites are enrolled and sign, as between machines.
+
+    Who is in `revoked` is no longer enrolled.
+    """
 
     def connect(context: Context) -> Callable[[Request], Reply]:
         index = int(context.node_config["partition-id"])
         return functools.partial(_answer, index, behaviours[index], release, says)
 
     grid = AwayGrid(LocalGrid(make_app(connect), len(behaviours)), away)
-    names = {index: f"site-{index}" for index in range(len(behaviours))}
+    names = {index: f"site-{index}" for index in range(len(behaviours)) if index not in revoked}
     trust = Trust(COORDINATOR, {name: _key(index).verify_key for index, name in names.items()})
     now = Registered(trust, {FIRST_NODE_ID + index: name for index, name in names.items()})
     folder = open_run(tmp_path / "run", config, config.run.resume)

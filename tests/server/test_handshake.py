@@ -8,7 +8,6 @@ import pytest
 
 from common.config import Config
 from common.config_text import build_config
-from common.errors import PolicyRefusal
 from common.greeting import Greeting, Verdict
 from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION
 from common.wire import Release
@@ -29,8 +28,8 @@ def met(tmp_path: Path) -> Met:
     return Met(RunFolder(tmp_path, "run"), CONFIG, compact=False)
 
 
-def news(met: Met, *sites: Greeting, begun: bool = False, **left_out: str) -> list[Handshake]:
-    return list(meet(met, {site.site: site for site in sites}, left_out, begun=begun))
+def news(met: Met, *sites: Greeting, **left_out: str) -> list[Handshake]:
+    return list(meet(met, {site.site: site for site in sites}, left_out))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def test_one_line_within_one_machine() -> None:
 def test_only_what_is_new_is_said(met: Met) -> None:
     assert [event.first for event in news(met, ALL)] == [True]
     assert news(met, ALL) == []
-    assert news(met, begun=True) == []  # it is away for a while
+    assert news(met) == []  # it is away for a while
     (event,) = news(met, ALL, said(Verdict.OK, 101), **{"node 7": "why"})
     assert (set(event.sites), dict(event.left_out), event.first) == ({"st-mary"}, {"node 7": "why"}, False)
     assert news(met, ALL, **{"node 7": "why"}) == []
@@ -99,26 +98,6 @@ def test_it_is_kept_in_the_run_folder(met: Met) -> None:
     news(met, ALL, said(Verdict.OK, 101))  # st-mary was updated
     tree = json.loads((met.folder.path / "handshake.json").read_text())
     assert (set(tree["sites"]), tree["left_out"]) == ({"st-anne", "st-mary"}, {})
-
-
-FINAL = [said(Verdict.OVER_BUDGET, 0, "a"), said(Verdict.POLICY, 0, "b"), said(Verdict.NO_DATA, 0, "c")]
-
-
-def test_nothing_is_charged_in_vain(met: Met) -> None:
-    """A run that everybody refuses ends, after it was told who and why."""
-    told = meet(met, {site.site: site for site in FINAL}, {}, begun=False)
-    assert set(next(told).sites) == {"a", "b", "c"}
-    with pytest.raises(PolicyRefusal, match=r"a: over-budget, b: policy, c: no-data.*propose less.*the site imports"):
-        next(told)
-
-
-@pytest.mark.parametrize("other", [said(Verdict.OVER_BUDGET, 1), said(Verdict.BAD_REQUEST, 0), said(Verdict.OK, 101)])
-def test_one_that_may_join_is_enough_to_begin(met: Met, other: Greeting) -> None:
-    assert len(news(met, *FINAL, other)) == 1
-
-
-def test_a_run_that_has_begun_ends_by_its_rounds(met: Met) -> None:
-    assert len(news(met, *FINAL, begun=True)) == 1
 
 
 def test_another_protocol_names_both_versions_and_who_is_behind() -> None:

@@ -180,6 +180,128 @@ def test_what_is_to_be_done_fits_the_codes(tmp_path: Path) -> None:
         list(follow_sites(tmp_path, _config(), sites, _release))
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_run_that_all_refuse_ends_before_anything_is_charged(tmp_path: Path, signed: bool) -> None:
+    asked: list[int] = []
+    codes = ("over-budget", "policy", "no-data")
+
+    def says(index: int) -> Mapping[str, Scalar]:
+        return {"verdict": codes[index], "rounds_allowed": 0}
+
+    with pytest.raises(PolicyRefusal) as ended:
+        list(follow_sites(tmp_path, _config(), [_note(asked)] * 3, _release, signed=signed, says=says))
+    said = "Every site refuses this run for good (site-0: over-budget, site-1: policy, site-2: no-data). "
+    assert str(ended.value).startswith(said)
+    assert "propose less" in str(ended.value)
+    assert "the site imports" in str(ended.value)
+    assert asked == []
+
+
+def _until_two_are_away(tmp_path: Path, config: Config, asked: list[int], away: set[int]) -> Iterator[object]:
+    """Yield what happens while the third site has two rounds left, and the relays of the others go after these."""
+
+    def leave(request: Request) -> None:
+        asked.append(request.round)
+        if request.round == 2:
+            away.update({0, 1})
+
+    def says(index: int) -> Mapping[str, Scalar]:
+        return SPENT if index == 2 else {}
+
+    spent = _note([], dict.fromkeys((3, 4), RefusalCode.OVER_BUDGET))
+    return follow_sites(tmp_path, config, [leave, leave, spent], _release, away=lambda: away, signed=True, says=says)
+
+
+def test_who_is_away_is_waited_for(tmp_path: Path) -> None:
+    """The only site that is here has spent its budget: the run does not end well, and goes on once another is back."""
+    asked: list[int] = []
+    away: set[int] = set()
+    config = _config(**{"federation.min_sites": 1, "federation.connect_timeout_s": 60.0})
+    waited = 0
+    for event in _until_two_are_away(tmp_path, config, asked, away):
+        if isinstance(event, Waiting):
+            assert event.missing == ("site-0", "site-1")
+            waited += 1
+            away.clear()
+        assert not isinstance(event, Failed)
+    assert waited > 0
+    assert asked == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_who_took_part_and_stays_away_leaves_the_run_to_be_resumed(tmp_path: Path) -> None:
+    config = _config(**{"federation.min_sites": 1})
+    told = _until_two_are_away(tmp_path, config, [], set())
+    with pytest.raises(FederationError, match=r"Not heard: site-0, site-1\. Start or `revoke` them, then resume"):
+        list(told)
+
+
+def test_who_never_took_part_keeps_no_run_from_its_results(tmp_path: Path) -> None:
+    asked: list[int] = []
+    config = _config(**{"federation.min_sites": 1, "simulation.sites": 3})
+    sites = [_note(asked)] * 3
+    events = list(follow_sites(tmp_path, config, sites, _release, away=lambda: {1, 2}, signed=True, says=SPENT))
+    assert asked == [1, 2]
+    assert len([event for event in events if isinstance(event, Failed)]) == 1
+
+
+def test_refusals_of_all_that_can_be_mended_leave_the_run_to_be_resumed(tmp_path: Path) -> None:
+    sites = [_note([], {2: RefusalCode.NO_DATA})] * 3
+    with pytest.raises(PolicyRefusal, match=r"Every site refuses.*the site imports, then `resume`"):
+        list(follow_sites(tmp_path, _config(), sites, _release, signed=True))
+    state = load_latest(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    assert state.round == 1
+
+
+def test_a_refusal_of_the_last_round_counts_until_the_site_says_otherwise(tmp_path: Path) -> None:
+    asked: list[int] = []
+    refusing: Mapping[str, Scalar] = {"verdict": "policy", "rounds_allowed": 0}
+
+    def says(index: int) -> Mapping[str, Scalar]:
+        return SPENT if index == 2 else refusing if index == 1 and 2 in asked else {}
+
+    sites = [_note(asked), _note([], {2: RefusalCode.POLICY}), _note([])]
+    with pytest.raises(PolicyRefusal, match="site-1: policy, site-2: over-budget"):
+        list(follow_sites(tmp_path, _config(), sites, _release, signed=True, says=says))
+    assert asked == [1, 2]
+
+
+def test_sites_that_are_here_and_cannot_take_part_are_named(tmp_path: Path) -> None:
+    behind: Mapping[str, Scalar] = {"verdict": "bad-request", "rounds_allowed": 0}
+    told = follow_sites(
+        tmp_path, _config(), [_note([])] * 3, _release, signed=True, says=lambda index: behind if index else {}
+    )
+    with pytest.raises(FederationError, match=r"got 1 \(site-1: it cannot plan this run, site-2.*Mend these"):
+        list(told)
+
+
+def _stopped_after_a_round(tmp_path: Path) -> Config:
+    """Leave a run with secure-sum that needs all three of its cohort, and return the configuration to go on with."""
+    changes = {**TOGETHER, "privacy.colluding_sites": 0, "warmup.share": 0.0}
+    told = follow_sites(tmp_path, _config(**changes), [_note([])] * 3, _release, signed=True)
+    for event in told:
+        if isinstance(event, RoundRecord) and event.round == 2:
+            break
+    told.close()  # type: ignore[attr-defined]  # a generator
+    return _config(**changes, **{"run.resume": True})
+
+
+def test_another_number_of_patients_than_the_cohort_was_fixed_to_is_named(tmp_path: Path) -> None:
+    config = _stopped_after_a_round(tmp_path)
+    told = follow_sites(
+        tmp_path, config, [_note([])] * 3, _release, signed=True, says=lambda i: {} if i else {"declared_patients": 150}
+    )
+    with pytest.raises(FederationError, match=r"site-0: declares 150 patients, the run is fixed to its \d+"):
+        list(told)
+
+
+def test_a_revoked_site_of_the_cohort_is_named_at_once(tmp_path: Path) -> None:
+    config = _stopped_after_a_round(tmp_path)
+    told = follow_sites(tmp_path, config, [_note([])] * 3, _release, signed=True, revoked={0}, away=lambda: {0})
+    with pytest.raises(FederationError, match=r"site-0 may no longer take part, and 3 of 3 are needed\."):
+        list(told)
+
+
 def test_it_waits_and_goes_on_with_a_site_that_was_mended(tmp_path: Path) -> None:
     asked: list[int] = []
     waiting: list[Waiting] = []
