@@ -29,6 +29,7 @@ class Fake:
         self.names: list[tuple[int, ...]] = []
         """What it names of the series that it is asked about next, instead of what it holds."""
         self.refuses: list[Refused] = []
+        self.nameless: list[Series] = []
 
     def echo(self) -> str:
         return "here"
@@ -42,7 +43,7 @@ class Fake:
         if self.refuses:
             raise self.refuses.pop(0)
         count = len(self.held) if self.states else None
-        return [Series(row, study_uid, f"1.3.{ord(name)}", "CR", count) for name in row.accession]
+        return [Series(row, study_uid, f"1.3.{ord(name)}", "CR", count) for name in row.accession] + self.nameless
 
     def find_instances(self, series: Series) -> list[Instance]:
         held = self.names.pop(0) if self.names else self.held
@@ -246,3 +247,16 @@ def test_no_line_in_silence(tmp_path: Path) -> None:
     assert pull.tally.exit_code(fetched=True) == ExitCode.PACS  # nothing is fetched yet
     pull.fetch(found)
     assert pull.tally.exit_code(fetched=True) == ExitCode.DATA
+
+
+@pytest.mark.parametrize(("modality", "code"), [("", ExitCode.PACS), ("PR", ExitCode.PACS), ("CR", ExitCode.OK)])
+def test_a_series_without_a_uid_is_counted_where_it_is_asked_for(modality: str, code: ExitCode, tmp_path: Path) -> None:
+    pull, fake, said = pull_of(tmp_path)
+    row = Row(2, accession="AB", modality=modality)
+    fake.nameless = [Series(row, "1.2", "", "PR", None)] * 2
+    pull.fetch(pull.resolve([row]))
+    pull.tell_failures()
+    assert fake.fetched == ([] if modality == "PR" else ["A2", "B2"])
+    told = f"not-listed: {ADVICE[Reason.NOT_LISTED]}; it names a series without a UID (line 2)"
+    assert said == ([told] if code else [])
+    assert pull.tally.exit_code(fetched=True) == code

@@ -180,12 +180,23 @@ def test_service_that_ignores_the_key_gives_nothing(archive: WebArchive, server:
     assert caught.value.reason is Reason.OTHERS
 
 
-@pytest.mark.parametrize("named", [(), ("1.3", ""), ("1.3", "../x")])
-def test_study_without_series_is_no_answer(named: tuple[str, ...], archive: WebArchive, server: Server) -> None:
-    server.answer = lambda *_: page(*({"0020000E": {"Value": [uid]}} for uid in named))
+def test_study_without_series_is_no_answer(archive: WebArchive, server: Server) -> None:
+    server.answer = lambda *_: page()
     with pytest.raises(Refused) as caught:
         archive.find_series(ROW, "1.2")
     assert caught.value.reason is Reason.NOT_LISTED
+
+
+@pytest.mark.parametrize("bad", ["", "../x", "1." * 40])
+def test_a_series_without_a_uid_hides_no_other(bad: str, archive: WebArchive, server: Server) -> None:
+    """Nor does one without a UID hide another one without."""
+    named = (("1.3", "CT"), (bad, "CT"), (bad, "PR"), ("1.4", "CT"))
+    server.answer = lambda *_: page(
+        *({"0020000E": {"Value": [uid]}, "00080060": {"Value": [kind]}} for uid, kind in named)
+    )
+    found = archive.find_series(ROW, "1.2")
+    assert {(one.uid, one.modality) for one in found} >= {("1.3", "CT"), ("1.4", "CT"), ("", "CT")}
+    assert {one.uid for one in found} == {"1.3", "1.4", ""}
 
 
 def test_pages_are_followed_and_end(archive: WebArchive, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
