@@ -117,9 +117,19 @@ class Inbox:
         return path
 
     def sweep(self) -> None:
-        """Remove what an interrupted pull has left half."""
-        for part in self.incoming.iterdir():
-            part.unlink(missing_ok=True)
+        """Remove the files that an interrupted pull has left half; a folder is none of a pull's and stays.
+
+        Raises:
+            StorageError: One cannot be removed.
+        """
+        try:
+            for part in self.incoming.iterdir():
+                if part.is_symlink() or not part.is_dir():
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"Could not empty {self.incoming}: {error.strerror}. Mend its permissions, then run again."
+            ) from None
 
 
 def load_key(path: Path) -> bytes:

@@ -95,6 +95,22 @@ def test_sweep_and_key(tmp_path: Path) -> None:
         load_key(tmp_path / "keys" / "inbox.key")
 
 
+def test_sweep_leaves_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows whose they are: not even an empty one, nor what stands in another, nor where a link leads."""
+    inbox = inbox_of(tmp_path)
+    for name in ("empty", "full"):
+        (inbox.incoming / name).mkdir()
+    (inbox.incoming / "full" / "file").touch()
+    (inbox.incoming / "link").symlink_to(tmp_path)
+    part_of(inbox)
+    inbox.sweep()
+    assert sorted(path.name for path in inbox.incoming.rglob("*")) == ["empty", "file", "full"]
+    part_of(inbox)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+    with pytest.raises(StorageError, match="Operation not permitted"):
+        inbox.sweep()
+
+
 def test_only_what_was_asked(tmp_path: Path) -> None:
     inbox = inbox_of(tmp_path)
     delivery = Delivery(inbox, "1.2", "1.3", [UID])
