@@ -130,7 +130,7 @@ class Pull:
         )
 
     def _one(self, series: Series) -> None:
-        name = self._inbox.hashed("series", series.uid)
+        name = self._inbox.series_name(series.uid)
         stated = series.stated or 0
         if self._state.is_whole(name, stated):
             self._met.add(series.uid)
@@ -251,7 +251,7 @@ class Pull:
             self.tally.failures.append(Failure(series.row, reason, left, detail))
 
     def _known(self, series: Series) -> int:
-        count = self._state.count(self._inbox.hashed("series", series.uid))
+        count = self._state.count(self._inbox.series_name(series.uid))
         return count.received if count is not None else 0
 
     def _arrived(self) -> None:
