@@ -158,7 +158,7 @@ class WebArchive:
 
         try:
             with self._asked(path, DICOM) as answer, part.open("wb") as file:
-                boundary = boundary_of(answer.headers.get("content-type", ""))
+                boundary = boundary_of(answer.headers)
                 save_part(answer.iter_bytes(), boundary, file, bounded)
             delivery.take(part, instance.uid)
         except _TooLarge:
