@@ -190,7 +190,7 @@ def pulled(home: Path) -> dict[str, Path]:
 
 
 def leftovers(home: Path) -> list[Path]:
-    return list((home / "inbox" / ".incoming").iterdir())
+    return [path for path in (home / "inbox" / ".incoming").rglob("*") if path.is_file()]
 
 
 def command(home: Path, source: str, *more: str) -> list[str]:

@@ -93,7 +93,7 @@ class Archive(Protocol):
         ...
 
     def find_series(self, row: Row, study_uid: str) -> list[Series]:
-        """Return all series of a study, of whatever modality."""
+        """Return all series of a study, of whatever modality; one without a valid UID has an empty one."""
         ...
 
     def find_instances(self, series: Series) -> list[Instance]:
@@ -115,7 +115,7 @@ def is_uid(text: str) -> bool:
 
 
 def read_series(row: Row, study_uid: str, answers: Iterable[Mapping[str, str]]) -> list[Series]:
-    """Return series as an archive's answers name them.
+    """Return series as an archive's answers name them, once each; those without a UID, which is left empty, too.
 
     Args:
         row: The line of the list.
@@ -123,15 +123,14 @@ def read_series(row: Row, study_uid: str, answers: Iterable[Mapping[str, str]]) 
         answers: Attributes of each series by keyword, empty where the archive does not tell.
 
     Raises:
-        Refused: One has no UID, or none is there, which a study cannot be without.
+        Refused: None is there, which a study cannot be without.
     """
-    found: dict[str, Series] = {}
+    found: dict[tuple[str, str], Series] = {}
     for answer in answers:
-        uid, count = answer["SeriesInstanceUID"], answer["NumberOfSeriesRelatedInstances"]
-        if not is_uid(uid):
-            raise Refused(Reason.NOT_LISTED, "it names a series without a UID")
+        count, modality = answer["NumberOfSeriesRelatedInstances"], answer["Modality"]
+        uid = answer["SeriesInstanceUID"] if is_uid(answer["SeriesInstanceUID"]) else ""
         stated = int(count) if count.isdecimal() and len(count) < 8 else 0
-        found.setdefault(uid, Series(row, study_uid, uid, answer["Modality"], stated or None))
+        found.setdefault((uid, "" if uid else modality), Series(row, study_uid, uid, modality, stated or None))
     if not found:
         raise Refused(Reason.NOT_LISTED, "it names no series of a study")
     return list(found.values())

@@ -15,6 +15,7 @@ from common.files import make_folder, read_secret, sync_folder, write_atomic
 
 KEY_BYTES: Final = 32
 SUFFIX: Final = ".dcm"
+_IDENTITY: Final = "inbox-"
 
 
 @final
@@ -30,16 +31,21 @@ class Inbox:
             bounds: How much may come.
 
         Raises:
-            StorageError: The folder cannot be made or written.
+            StorageError: The folder cannot be made, read or written.
         """
         self._folder, self._key, self._bounds = make_folder(folder, 0o700), key, bounds
         self.incoming = make_folder(folder / INCOMING, 0o700)
+        self.identity = _identity(self.incoming)
         self.files = 0
         self.bytes = 0
 
     def hashed(self, kind: str, uid: str) -> str:
         """Return the keyed name of a UID: who does not hold the key cannot tell which UID it is."""
         return hmac.new(self._key, f"{kind}/{uid}".encode(), hashlib.sha256).hexdigest()[:40]
+
+    def series_name(self, series_uid: str) -> str:
+        """Return the keyed name of a series in this inbox: another inbox has another name for it."""
+        return self.hashed("series", f"{self.identity}/{series_uid}")
 
     def path(self, instance_uid: str) -> Path:
         """Return where an instance stands, or would."""
@@ -117,9 +123,35 @@ class Inbox:
         return path
 
     def sweep(self) -> None:
-        """Remove what an interrupted pull has left half."""
-        for part in self.incoming.iterdir():
-            part.unlink(missing_ok=True)
+        """Remove the files that an interrupted pull has left half; a folder is none of a pull's and stays.
+
+        Raises:
+            StorageError: One cannot be removed.
+        """
+        try:
+            for part in self.incoming.iterdir():
+                if part.is_symlink() or not part.is_dir():
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"Could not empty {self.incoming}: {error.strerror}. Mend its permissions, then run again."
+            ) from None
+
+
+def _identity(incoming: Path) -> str:
+    """Return what tells an inbox from all others, made on first use.
+
+    It is the name of an empty folder: whoever deletes the files of an inbox after an import leaves it.
+    """
+    try:
+        found = sorted(path.name for path in incoming.iterdir() if path.name.startswith(_IDENTITY) and path.is_dir())
+        if found:
+            return found[0]
+        made = make_folder(incoming / f"{_IDENTITY}{secrets.token_hex(16)}", 0o700)
+        sync_folder(incoming)
+    except OSError as error:
+        raise StorageError(f"Could not read {incoming}: {error.strerror}. Mend its permissions.") from None
+    return made.name
 
 
 def load_key(path: Path) -> bytes:

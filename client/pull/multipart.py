@@ -1,6 +1,6 @@
 """The one part of a WADO-RS answer, streamed to a file. Source: RFC 2046 5.1.1; PS3.18 8.6.1.2."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from email.message import Message
 from typing import BinaryIO, Final
 
@@ -11,15 +11,20 @@ MAX_HEAD: Final = 1 << 14
 MAX_BOUNDARY: Final = 200
 
 
-def boundary_of(content_type: str) -> bytes | None:
+def boundary_of(headers: Mapping[str, str]) -> bytes | None:
     """Return what divides the parts; None where the answer has no parts.
 
+    Args:
+        headers: The answer's, by lower-case name.
+
     Raises:
-        Refused: It should, and does not say what divides them.
+        Refused: It should, and does not say what divides them; or it has none, and nothing says where it ends.
     """
     message = Message()
-    message["Content-Type"] = content_type
+    message["Content-Type"] = headers.get("content-type", "")
     if message.get_content_type() == "application/dicom":
+        if "content-length" not in headers and "transfer-encoding" not in headers:
+            raise Refused(Reason.NOT_SENT, "its answer has neither a boundary nor a length: nothing shows a cut one")
         return None
     boundary = message.get_param("boundary")
     good = message.get_content_type() == "multipart/related" and isinstance(boundary, str)
@@ -32,8 +37,8 @@ def save_part(chunks: Iterator[bytes], boundary: bytes | None, out: BinaryIO, wr
     """Write the content of the first part.
 
     Args:
-        chunks: The body.
-        boundary: What divides the parts; None: the body is the content.
+        chunks: The body; where it has a length or comes in HTTP's chunks, it raises if it ends before.
+        boundary: What divides the parts, as `boundary_of` returns it; None: the body is the content.
         out: Where the content goes.
         write: Called with the bytes written so far, before more are; may raise.
 
@@ -41,7 +46,8 @@ def save_part(chunks: Iterator[bytes], boundary: bytes | None, out: BinaryIO, wr
         Refused: It ends too early, or is no multipart body.
 
     Guarantees:
-        - cut_is_seen: A body that ends before its closing boundary is refused.
+        - cut_is_seen: A body that ends before its closing boundary is refused; one without boundary, before its end as
+          HTTP says it, or where HTTP says none.
     """
     written = 0
     for piece in chunks if boundary is None else _content(chunks, b"--" + boundary):

@@ -130,7 +130,7 @@ class Pull:
         )
 
     def _one(self, series: Series) -> None:
-        name = self._inbox.hashed("series", series.uid)
+        name = self._inbox.series_name(series.uid)
         stated = series.stated or 0
         if self._state.is_whole(name, stated):
             self._met.add(series.uid)
@@ -196,13 +196,16 @@ class Pull:
         return answer
 
     def _series(self, row: Row, study_uid: str) -> list[Series]:
-        """Return the series of a study that a line asks for; count a study that the archive names none of."""
+        """Return the series of a study that a line asks for; count it where it has none, or one without a UID."""
         try:
             found = self._ask(partial(self._archive.find_series, row, study_uid))
         except Refused as error:
             self.tally.failures.append(Failure(row, error.reason, detail=error.detail))
             return []
-        return [one for one in found if row.modality in ("", one.modality)]
+        asked = [one for one in found if row.modality in ("", one.modality)]
+        if any(not one.uid for one in asked):
+            self.tally.failures.append(Failure(row, Reason.NOT_LISTED, detail="it names a series without a UID"))
+        return [one for one in asked if one.uid]
 
     def _instances(self, series: Series) -> list[Instance]:
         """Return the instances of a series; of answers that name too few, all that any named.
@@ -248,7 +251,7 @@ class Pull:
             self.tally.failures.append(Failure(series.row, reason, left, detail))
 
     def _known(self, series: Series) -> int:
-        count = self._state.count(self._inbox.hashed("series", series.uid))
+        count = self._state.count(self._inbox.series_name(series.uid))
         return count.received if count is not None else 0
 
     def _arrived(self) -> None:

@@ -1,4 +1,7 @@
-"""What a source has sent so far, so that a half-finished pull goes on. Holds keyed names and counts, no identifier."""
+"""What a source has sent so far, so that a half-finished pull goes on. Holds keyed names and counts, no identifier.
+
+The name of a series is another one in each inbox: what one inbox has received is not taken for here in another.
+"""
 
 import json
 import time

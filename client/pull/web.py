@@ -119,8 +119,9 @@ class WebArchive:
         while len(seen) < MAX_ANSWERS:
             paged = {**query, "includefield": ",".join(keys), "limit": str(PAGE), "offset": str(len(seen))}
             page, more = self._page(path, paged)
-            fresh = {answer[keys[0]]: answer for answer in (_texts(one, keys) for one in page)}
-            yield from (answer for uid, answer in fresh.items() if uid not in seen)
+            answers = [_texts(one, keys) for one in page]
+            fresh = {"\\".join(answer.values()): answer for answer in answers}
+            yield from (answer for name, answer in fresh.items() if name not in seen)
             before = len(seen)
             seen |= fresh.keys()
             if len(seen) == before or not more:  # a service that knows no offset sends the same page again
@@ -157,7 +158,7 @@ class WebArchive:
 
         try:
             with self._asked(path, DICOM) as answer, part.open("wb") as file:
-                boundary = boundary_of(answer.headers.get("content-type", ""))
+                boundary = boundary_of(answer.headers)
                 save_part(answer.iter_bytes(), boundary, file, bounded)
             delivery.take(part, instance.uid)
         except _TooLarge:

@@ -128,7 +128,7 @@ def test_too_large_an_instance_costs_itself_alone(method: str, orthanc: Orthanc,
     assert all(inbox.holds(uid) for uid in instance_uids("CANARY-ACC-1", "MR"))
     assert not any(inbox.holds(uid) for uid in instance_uids("CANARY-ACC-1", "CT"))
     assert said[-1] == "too-large: larger than max_file_bytes of pacs.toml (line 2, 6 instances)"
-    assert list(inbox.incoming.iterdir()) == []
+    assert [path.name for path in inbox.incoming.iterdir()] == [inbox.identity]
 
 
 def test_whole_series_are_not_asked_for_again(orthanc: Orthanc, opened, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,15 @@ def test_nothing_twice(tmp_path: Path) -> None:
     assert inbox.files == 1
 
 
+def test_another_inbox_is_told_from_this_one(tmp_path: Path) -> None:
+    one, other = inbox_of(tmp_path), inbox_of(tmp_path / "other")
+    again = inbox_of(tmp_path)
+    assert one.identity == again.identity != other.identity
+    assert one.series_name(UID) == again.series_name(UID) != other.series_name(UID)
+    assert one.series_name(UID) != Inbox(tmp_path / "inbox", b"o" * 32, ROOMY).series_name(UID)
+    assert UID not in one.series_name(UID)
+
+
 def test_no_identifier_in_names(tmp_path: Path) -> None:
     name = str(inbox_of(tmp_path).path(UID).relative_to(tmp_path))
     assert UID not in name
@@ -93,6 +102,23 @@ def test_sweep_and_key(tmp_path: Path) -> None:
     (tmp_path / "keys" / "inbox.key").write_bytes(b"short")
     with pytest.raises(StorageError):
         load_key(tmp_path / "keys" / "inbox.key")
+
+
+def test_sweep_leaves_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows whose they are: not even an empty one, nor what stands in another, nor where a link leads."""
+    inbox = inbox_of(tmp_path)
+    for name in ("empty", "full"):
+        (inbox.incoming / name).mkdir()
+    (inbox.incoming / "full" / "file").touch()
+    (inbox.incoming / "link").symlink_to(tmp_path)
+    part_of(inbox)
+    inbox.sweep()
+    left = {path.name for path in inbox.incoming.rglob("*")}
+    assert left - {inbox.identity} == {"empty", "file", "full"}
+    part_of(inbox)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+    with pytest.raises(StorageError, match="Operation not permitted"):
+        inbox.sweep()
 
 
 def test_only_what_was_asked(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The pull's loop, with an archive that fails as it is told to."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Fake:
         self.names: list[tuple[int, ...]] = []
         """What it names of the series that it is asked about next, instead of what it holds."""
         self.refuses: list[Refused] = []
+        self.nameless: list[Series] = []
 
     def echo(self) -> str:
         return "here"
@@ -42,7 +44,7 @@ class Fake:
         if self.refuses:
             raise self.refuses.pop(0)
         count = len(self.held) if self.states else None
-        return [Series(row, study_uid, f"1.3.{ord(name)}", "CR", count) for name in row.accession]
+        return [Series(row, study_uid, f"1.3.{ord(name)}", "CR", count) for name in row.accession] + self.nameless
 
     def find_instances(self, series: Series) -> list[Instance]:
         held = self.names.pop(0) if self.names else self.held
@@ -212,6 +214,70 @@ def test_an_empty_answer_is_never_whole(tmp_path: Path) -> None:
     assert not state.is_whole("series", 0)
 
 
+@pytest.mark.parametrize("way", ["another", "moved away", "made anew"])
+def test_what_stands_in_one_inbox_is_not_taken_for_here_in_another(way: str, tmp_path: Path) -> None:
+    first, *_ = pull_of(tmp_path)
+    first.fetch(first.resolve(A))
+    match way:
+        case "moved away":
+            (tmp_path / "inbox").rename(tmp_path / "full")
+        case "made anew":
+            shutil.rmtree(tmp_path / "inbox")
+        case _:
+            (tmp_path / "other").mkdir()
+            shutil.copy(tmp_path / "state.json", tmp_path / "other")
+    again, fake, said = pull_of(tmp_path / "other" if way == "another" else tmp_path)
+    found = again.resolve(A)
+    again.describe(A, found)
+    again.fetch(found)
+    assert said == ["line 2: 1 series, 2 instances, 0 of them here"]
+    assert fake.fetched == ["A2"]
+    assert (again.tally.were_here, again.tally.received, again.tally.missing) == (0, 2, 0)
+
+
+def test_an_inbox_that_is_named_again_is_known_again(tmp_path: Path) -> None:
+    """A wrong folder in pacs.toml for one night does not bring what was imported and deleted before."""
+    first, *_ = pull_of(tmp_path)
+    first.fetch(first.resolve(A))
+    (tmp_path / "inbox").rename(tmp_path / "right")
+    wrong, *_ = pull_of(tmp_path)
+    wrong.fetch(wrong.resolve(A))
+    shutil.rmtree(tmp_path / "inbox")
+    (tmp_path / "right").rename(tmp_path / "inbox")
+    again, fake, _ = pull_of(tmp_path)
+    again.fetch(again.resolve(A))
+    assert fake.fetched == []
+    assert again.tally.were_here == 2
+
+
+@pytest.mark.parametrize("folders", [True, False])
+def test_files_that_are_deleted_after_an_import_do_not_come_again(folders: bool, tmp_path: Path) -> None:
+    first, *_ = pull_of(tmp_path)
+    first.fetch(first.resolve(A))
+    for path in (tmp_path / "inbox").glob("*"):  # as the shell's `*`, which leaves .incoming
+        if folders and not path.name.startswith("."):
+            shutil.rmtree(path)
+    for path in (tmp_path / "inbox").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    again, fake, _ = pull_of(tmp_path)
+    again.fetch(again.resolve(A))
+    assert fake.fetched == []
+    assert (again.tally.were_here, again.tally.missing) == (2, 0)
+
+
+def test_a_state_that_names_no_inbox_says_nothing_of_this_one(tmp_path: Path) -> None:
+    """As those that were written before inboxes were told apart: what stands here is seen by its files."""
+    pull, fake, _ = pull_of(tmp_path)
+    fake.inbox.keep(part_of(fake.inbox, "1.2", "1.3.65", "1.3.65.1"), "1.3.65.1")
+    state = State(tmp_path / "state.json")
+    state.put(fake.inbox.hashed("series", "1.3.65"), Count(expected=2, received=2))
+    state.save()
+    pull, fake, _ = pull_of(tmp_path)
+    pull.fetch(pull.resolve(A))
+    assert fake.fetched == ["A1"]
+
+
 @pytest.mark.parametrize("states", [True, False])
 def test_counted_anew(states: bool, tmp_path: Path) -> None:
     first, *_ = pull_of(tmp_path, states=states)
@@ -246,3 +312,16 @@ def test_no_line_in_silence(tmp_path: Path) -> None:
     assert pull.tally.exit_code(fetched=True) == ExitCode.PACS  # nothing is fetched yet
     pull.fetch(found)
     assert pull.tally.exit_code(fetched=True) == ExitCode.DATA
+
+
+@pytest.mark.parametrize(("modality", "code"), [("", ExitCode.PACS), ("PR", ExitCode.PACS), ("CR", ExitCode.OK)])
+def test_a_series_without_a_uid_is_counted_where_it_is_asked_for(modality: str, code: ExitCode, tmp_path: Path) -> None:
+    pull, fake, said = pull_of(tmp_path)
+    row = Row(2, accession="AB", modality=modality)
+    fake.nameless = [Series(row, "1.2", "", "PR", None)] * 2
+    pull.fetch(pull.resolve([row]))
+    pull.tell_failures()
+    assert fake.fetched == ([] if modality == "PR" else ["A2", "B2"])
+    told = f"not-listed: {ADVICE[Reason.NOT_LISTED]}; it names a series without a UID (line 2)"
+    assert said == ([told] if code else [])
+    assert pull.tally.exit_code(fetched=True) == code

@@ -36,6 +36,8 @@ FILE = (
     )
 )
 Answer = tuple[int, dict[str, str], bytes]
+"""Status, headers (an empty one is not sent) and body; Content-Length is the body's unless it is named."""
+CHUNKED = {"Content-Type": "application/dicom", "Content-Length": "", "Transfer-Encoding": "chunked"}
 
 
 def part(content: bytes, *, cut: bool = False) -> Answer:
@@ -66,7 +68,8 @@ class Server:
                 code, headers, body = server.answer(parts.path, parse_qs(parts.query))
                 self.send_response(code)
                 for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                    self.send_header(name, value)
+                    if value:
+                        self.send_header(name, value)
                 self.end_headers()
                 try:
                     self.wfile.write(body)
@@ -131,10 +134,18 @@ def test_whole_file_with_the_token(archive: WebArchive, server: Server, tmp_path
     assert deliver(archive, tmp_path / "plain").missing == frozenset()
 
 
+def test_plain_file_in_chunks(archive: WebArchive, server: Server, tmp_path: Path) -> None:
+    server.answer = lambda *_: (200, CHUNKED, b"%x\r\n%s\r\n0\r\n\r\n" % (len(FILE), FILE))
+    assert deliver(archive, tmp_path).missing == frozenset()
+    assert kept(tmp_path) == [FILE]
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
         (part(FILE, cut=True), Reason.CUT),
+        ((200, {"Content-Type": "application/dicom", "Content-Length": ""}, FILE), Reason.NOT_SENT),
+        ((200, CHUNKED, b"%x\r\n%s\r\n" % (len(FILE), FILE)), Reason.CUT),
         ((200, {"Content-Type": "application/dicom", "Content-Length": "9999"}, FILE), Reason.CUT),
         ((200, {"Content-Type": "text/html"}, b"<html>"), Reason.NOT_SENT),
         ((200, {"Content-Type": "multipart/related"}, b""), Reason.NOT_SENT),
@@ -180,12 +191,23 @@ def test_service_that_ignores_the_key_gives_nothing(archive: WebArchive, server:
     assert caught.value.reason is Reason.OTHERS
 
 
-@pytest.mark.parametrize("named", [(), ("1.3", ""), ("1.3", "../x")])
-def test_study_without_series_is_no_answer(named: tuple[str, ...], archive: WebArchive, server: Server) -> None:
-    server.answer = lambda *_: page(*({"0020000E": {"Value": [uid]}} for uid in named))
+def test_study_without_series_is_no_answer(archive: WebArchive, server: Server) -> None:
+    server.answer = lambda *_: page()
     with pytest.raises(Refused) as caught:
         archive.find_series(ROW, "1.2")
     assert caught.value.reason is Reason.NOT_LISTED
+
+
+@pytest.mark.parametrize("bad", ["", "../x", "1." * 40])
+def test_a_series_without_a_uid_hides_no_other(bad: str, archive: WebArchive, server: Server) -> None:
+    """Nor does one without a UID hide another one without."""
+    named = (("1.3", "CT"), (bad, "CT"), (bad, "PR"), ("1.4", "CT"))
+    server.answer = lambda *_: page(
+        *({"0020000E": {"Value": [uid]}, "00080060": {"Value": [kind]}} for uid, kind in named)
+    )
+    found = archive.find_series(ROW, "1.2")
+    assert {(one.uid, one.modality) for one in found} >= {("1.3", "CT"), ("1.4", "CT"), ("", "CT")}
+    assert {one.uid for one in found} == {"1.3", "1.4", ""}
 
 
 def test_pages_are_followed_and_end(archive: WebArchive, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,8 +319,11 @@ def test_cut_is_seen(content: bytes, sizes: list[int]) -> None:
 
 
 def test_boundaries() -> None:
-    assert boundary_of('multipart/related; boundary="a b"; type="application/dicom"') == b"a b"
-    assert boundary_of("application/dicom; transfer-syntax=*") is None
+    assert boundary_of({"content-type": 'multipart/related; boundary="a b"; type="application/dicom"'}) == b"a b"
+    plain = {"content-type": "application/dicom; transfer-syntax=*"}
+    assert boundary_of(plain | {"content-length": "9"}) is None
+    with pytest.raises(Refused, match="not-sent"):
+        boundary_of(plain)
     for wrong in ("", "multipart/related; boundary=" + "x" * 300, "text/plain; boundary=x"):
         with pytest.raises(Refused):
-            boundary_of(wrong)
+            boundary_of({"content-type": wrong})
