@@ -57,8 +57,8 @@ quarter and an eighth of them, so that both listeners, the database and the log 
 FIRST_WATCH_S, WATCH_S = 0.2, 2.0
 """How often the files of the home are looked at: sites that come and go, a renewed certificate."""
 FIRST_LOOKS = 10
-"""After so many looks in vain who is not known is refused, and not asked to come again: it would wait for as long as the
-home stays as it is."""
+"""After so many looks in vain who is not known is refused, and not asked to come again: that would go on for as long as
+the home stays as it is."""
 SHUTDOWN_S = 5
 BIND_S = 10.0
 
