@@ -15,7 +15,7 @@ from client.pull.pace import Pace
 from client.pull.state import Count, State
 from client.pull.tally import Failure, Tally
 from common.errors import PacsError
-from common.wording import counted
+from common.wording import counted, duration
 
 RETRIES_S: Final = (5.0, 30.0)
 """Waits before what failed is asked for again: twice where the connection broke off, else once."""
@@ -277,7 +277,7 @@ class Pull:
         tally = self.tally
         rate = tally.received / max(now - self._began, 1e-6)
         done = tally.were_here + tally.received
-        left = clock(tally.missing / rate)
+        left = duration(tally.missing / rate)
         self._say(f"{done} of {tally.expected} instances, {rate * 60:.0f} a minute, {left} left")
 
     def _told(self, reason: Reason, failures: Sequence[Failure]) -> str:
@@ -292,15 +292,3 @@ class Pull:
 
     def _name(self, row: Row) -> str:
         return f"line {row.line}" + (f" ({row.shown})" if self._show_ids else "")
-
-
-def clock(seconds: float) -> str:
-    """Return a time as a person says it.
-
-    >>> clock(42), clock(200), clock(9000)
-    ('42 s', '3 min 20 s', '2 h 30 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
