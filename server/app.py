@@ -100,7 +100,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
     while state is None or (state.round < last and not job.stop.is_set()):
         check_lost(records[resumed:])
         number = 0 if state is None else state.round + 1
-        link, roster = yield from gather(link, config, folder.run_id, roster)  # 1 who
+        link, roster = yield from gather(link, config, folder.run_id, roster, begins=True)  # 1 who
         quorum = yield from settle(link, met, roster, state, records)
         if quorum.over is not None:
             yield quorum.over

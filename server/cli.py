@@ -23,7 +23,7 @@ from common.config_text import build_config, read_config
 from common.errors import FederationError
 from common.flower_environment import flower_environment
 from server import control, operate
-from server.consortium import Consortium, enrolled, load_consortium
+from server.consortium import enrolled, load_consortium
 from server.membership import add_commands
 from server.operate import folder_of, require_run
 from server.status import runs_of_files, stand, without_process
@@ -138,10 +138,11 @@ operate.add_commands(app)
 
 def _finished(home: Path, run: Path) -> Path:
     """Return the folder of a run whose results stand in it."""
-    path = folder_of(Consortium(home.absolute()), run)
+    consortium = load_consortium(home.absolute())
+    path = folder_of(consortium, run)
     require_run(path)
     if not (path / "privacy.json").exists():
-        raise unfinished(Consortium(home.absolute()), path, run)
+        raise unfinished(consortium, path, run)
     return path
 
 

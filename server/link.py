@@ -56,6 +56,9 @@ MAX_CONNECTIONS, MAX_SHAKING = 512, 256
 quarter and an eighth of them, so that both listeners, the database and the log always have theirs."""
 FIRST_WATCH_S, WATCH_S = 0.2, 2.0
 """How often the files of the home are looked at: sites that come and go, a renewed certificate."""
+FIRST_LOOKS = 10
+"""After so many looks in vain who is not known is refused, and not asked to come again: that would go on for as long as
+the home stays as it is."""
 SHUTDOWN_S = 5
 BIND_S = 10.0
 
@@ -65,8 +68,9 @@ def sites_only(states: LinkStateFactory, registered: threading.Event) -> Admit:
 
     Args:
         states: Knows the node keys.
-        registered: Set once the link has been told the sites of the home. A key that is not known before may be one of
-            theirs: who signs with it is asked to come again, and not told that it was revoked.
+        registered: Set once the link has been told the sites of the home, or could not be for `FIRST_LOOKS` looks. A
+            key that is not known before may be one of theirs: who signs with it is asked to come again, and not told
+            that it was revoked.
     """
 
     async def admit(method: str, path: str, headers: Headers) -> HTTPStatus:
@@ -234,8 +238,8 @@ def _watch(
     stop: threading.Event,
 ) -> None:
     sites: list[tuple[str, int]] | None = None
-    certificate = _stamp(consortium.server_pem)
-    while thread.is_alive() and not stop.wait(WATCH_S if sites is not None else FIRST_WATCH_S):
+    certificate, in_vain = _stamp(consortium.server_pem), 0
+    while thread.is_alive() and not stop.wait(WATCH_S if registered.is_set() else FIRST_WATCH_S):
         if not all(server.started for server in servers):
             continue
         keep_unheard_runs(states, min(server.heard for server in servers))
@@ -251,6 +255,10 @@ def _watch(
                 registered.set()
         except (FedmedganError, OSError) as error:  # the link goes on with what it has; the next look tries again
             LOG.error("%s", error)
+            in_vain += 1
+            if in_vain >= FIRST_LOOKS and not registered.is_set():
+                LOG.error("sites that this link does not know yet are not let in before that is mended")
+                registered.set()
 
 
 def _let_in_and_out(consortium: Consortium) -> None:

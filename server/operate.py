@@ -129,11 +129,16 @@ def _stopped(consortium: Consortium, run: control.RunStatus, ended: bool) -> str
 
 
 def folder_of(consortium: Consortium, run: Path) -> Path:
-    """Return the folder of a run that is given by its name, or by a path to its folder from the home or from here."""
+    """Return the folder of a run that is given by its name, or by a path to its folder from the home or from here.
+
+    By whatever way it is reached, a run of the home has the one path by which the link lists it.
+    """
     places = (consortium.runs / run, consortium.folder / run, run.absolute())
-    return next(
-        (place for place in places if (place / "config.toml").exists()), places[0 if run.name == str(run) else 2]
-    )
+    found = next((place for place in places if (place / "config.toml").exists()), None)
+    if found is None:
+        return places[0 if run.name == str(run) else 2]
+    known = (file.parent for file in consortium.runs.glob("*/config.toml"))
+    return next((folder for folder in known if folder.samefile(found)), found.resolve())
 
 
 def require_run(path: Path) -> None:

@@ -10,6 +10,7 @@ from common.errors import ConfigError, FederationError, RefusalCode, WireError
 from common.greeting import Greeting, hello_settings, parse_greeting
 from common.messages import Kind, Request
 from common.plan import Plan, plan
+from common.wording import counted
 from server.exchange import POLL_S, Answer, Link, as_registered, ask, patiently
 from server.handshake import other_proposal, other_protocol
 from server.records import LATE, Waiting
@@ -21,7 +22,9 @@ SILENCE = LATE - {RefusalCode.EXPIRED.value}
 AGAIN_S = 5.0
 """A node that was silent once is waited for this long, times the rounds that it was passed over."""
 MOST_ROUNDS = 8
-"""So many rounds at most such a node is passed over."""
+"""So many rounds at most such a node is passed over,"""
+MOST_S = 600.0
+"""and for so long: rounds may take hours, and nothing else tells that its agent is well again."""
 
 
 @final
@@ -45,11 +48,13 @@ class Silent:
         rounds: After so many rounds it is asked again.
         left: How many of them are still to come.
         reason: What its greeting came to.
+        until: By the monotonic clock it is asked again then, however many rounds are still to come.
     """
 
     rounds: int = 1
     left: int = 0
     reason: str = ""
+    until: float = 0.0
 
 
 @final
@@ -74,7 +79,7 @@ class Roster:
 
 
 def gather(
-    link: Link, config: Config, run_id: str, known: Roster | None
+    link: Link, config: Config, run_id: str, known: Roster | None, *, begins: bool = False
 ) -> Generator[Waiting, None, tuple[Link, Roster]]:
     """Return who is here and may be, and the link with their keys; wait for sites where fewer are left than must be.
 
@@ -85,6 +90,8 @@ def gather(
         config: The run's configuration.
         run_id: The run.
         known: Who was greeted so far; None at the start.
+        begins: Whether a round begins, for which who was silent may sit out. Else too few others are able to answer it,
+            and the silent are asked at each look.
 
     Yields:
         For whom it waits, at each change.
@@ -94,8 +101,7 @@ def gather(
     """
     link, roster = as_registered(link), Roster()
     if known is not None:
-        silent = {node_id: replace(one, left=max(0, one.left - 1)) for node_id, one in known.silent.items()}
-        roster = greet(link, config, run_id, replace(known, silent=silent))
+        roster = greet(link, config, run_id, replace(known, silent=_turns(known.silent, begins)))
     if known is None or len(roster.members) < config.federation.min_sites:
         link, waited = yield from wait_for_sites(link, config, run_id, roster)
         if len(waited.members) < config.federation.min_sites:  # then the silent are what the run waits for
@@ -163,8 +169,8 @@ def greet(link: Link, config: Config, run_id: str, known: Roster) -> Roster:
 
     A node that does not answer, speaks another protocol, reads the proposal otherwise, declares nonsense or takes a
     known name is left out, with the reason; it is asked again next round. Between machines one that was silent, or took
-    longer than `AGAIN_S` to be left out, is asked again after 1, 2, 4 and then every 8 rounds, and waited for briefly,
-    unless there are too few others.
+    longer than `AGAIN_S` to be left out, is asked again after 1, 2, 4 and then every 8 rounds, or after `MOST_S`, and
+    waited for briefly, unless there are too few others.
 
     Guarantees:
         - silence_costs_little: However many nodes are silent at every greeting, they cost `connect_timeout_s` when they
@@ -206,7 +212,7 @@ def _greetings(
     longest_s = config.federation.connect_timeout_s
     new, again = [node for node in nodes if node not in silent], [node for node in nodes if node in silent]
     again = [node for node in again if not _is_passed_over(silent, node)]
-    again_s = AGAIN_S * max((silent[node].rounds for node in again), default=1)
+    again_s = AGAIN_S * max((1, *(silent[node].rounds - silent[node].left for node in again)))
     for asked, timeout_s in ((new, longest_s), (again, min(longest_s, again_s))):
         requests = {node: Request(Kind.HELLO, run_id, 0, config.proposal(), hello_settings()) for node in asked}
         before = time.monotonic()
@@ -215,20 +221,29 @@ def _greetings(
             before = time.monotonic()
 
 
+def _turns(silent: Mapping[int, Silent], begins: bool) -> dict[int, Silent]:
+    """Return who was silent as a round begins, or as all of them are to be asked now."""
+    return {
+        node_id: replace(one, left=max(0, one.left - 1)) if begins else replace(one, until=0.0)
+        for node_id, one in silent.items()
+    }
+
+
 def _is_passed_over(silent: Mapping[int, Silent], node_id: int) -> bool:
-    return node_id in silent and silent[node_id].left > 0
+    one = silent.get(node_id)
+    return one is not None and one.left > 0 and time.monotonic() < one.until
 
 
 def _more_silent(before: Silent | None, reason: str) -> Silent:
-    """Return when a node is asked again that was silent once more.
+    """Return when a node is asked again that was silent once more; ahead of its turn, it sits out for no longer.
 
     >>> first = _more_silent(None, "no answer")
-    >>> first.reason, _more_silent(first, "no answer").rounds
-    ('no answer; it is asked again after 1 round', 2)
+    >>> first.reason, _more_silent(first, "no answer").rounds, _more_silent(replace(first, left=0), "no answer").rounds
+    ('no answer; it is asked again after 1 round or 10 min', 1, 2)
     """
-    rounds = 1 if before is None else min(2 * before.rounds, MOST_ROUNDS)
-    said = f"{reason}; it is asked again after {rounds} round{'' if rounds == 1 else 's'}"
-    return Silent(rounds, rounds, said)
+    rounds = 1 if before is None else before.rounds if before.left else min(2 * before.rounds, MOST_ROUNDS)
+    said = f"{reason}; it is asked again after {counted(rounds, 'round')} or {MOST_S / 60:.0f} min"
+    return Silent(rounds, rounds, said, time.monotonic() + MOST_S)
 
 
 def _may(link: Link, member: Member) -> bool:

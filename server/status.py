@@ -7,6 +7,7 @@ asking the link (server/control), the words (server/status_text).
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import final
 
@@ -116,11 +117,12 @@ def stand(
     by_folder = _by_folder(runs)
     records = {folder: _records(folder) for folder in by_folder}
     newest = next((found for found in records.values() if found), [])
-    declared = _declared(dict.fromkeys(run.folder for run in runs))
+    declared = _declared(by_folder, records)
     sites = [_site(node, newest, declared) for node in nodes]
     gone_out = sorted(set(revoked) - {node.name for node in nodes})
     sites += [replace(_site(NodeStatus(name, 0, False, ""), newest, declared), revoked=True) for name in gone_out]
-    return sites, [_run(submitted, records[folder], now, gone) for folder, submitted in by_folder.items()]
+    shown = islice(by_folder.items(), SHOWN_RUNS)
+    return sites, [_run(submitted, records[folder], now, gone) for folder, submitted in shown]
 
 
 def without_process(consortium: Consortium, runs: Sequence[RunStatus]) -> set[int]:
@@ -149,28 +151,43 @@ def under_way(runs: Sequence[RunStatus], dead: Iterable[int]) -> list[RunStatus]
 
 
 def _by_folder(runs: Sequence[RunStatus]) -> dict[Path, list[RunStatus]]:
-    folders = list(dict.fromkeys(run.folder for run in runs))[:SHOWN_RUNS]
-    return {folder: [run for run in runs if run.folder == folder] for folder in folders}
+    """Return the submissions of each run, the newest first."""
+    submitted: dict[Path, list[RunStatus]] = {}
+    for run in runs:
+        submitted.setdefault(run.folder, []).append(run)
+    return submitted
 
 
-def _declared(folders: Iterable[Path]) -> dict[str, Declared]:
+def _declared(
+    by_folder: Mapping[Path, Sequence[RunStatus]], records: Mapping[Path, Sequence[RoundRecord]]
+) -> dict[str, Declared]:
     """Return what each site declared last, in the order of time over all runs."""
     newest: dict[str, Declared] = {}
-    for folder in folders:
-        for name, one in (_of_records(folder) | read_declared(RunFolder(folder, "").declared)).items():
+    for folder, submitted in by_folder.items():
+        of_run = _of_records(records[folder], _seconds(submitted[-1].started))
+        for name, one in (of_run | read_declared(RunFolder(folder, "").declared)).items():
             if name not in newest or one.at > newest[name].at:
                 newest[name] = one
     return newest
 
 
-def _of_records(folder: Path) -> dict[str, Declared]:
-    """Return what was declared in the rounds of a run, for a folder of a release that kept nothing else."""
-    at = _written(folder)
+def _of_records(records: Sequence[RoundRecord], at: float) -> dict[str, Declared]:
+    """Return what was declared in the rounds of a run, for a folder of a release that kept nothing else.
+
+    It counts as of the run's submission: records hold no time, and their file is written anew by each resume.
+    """
     return {
         name: Declared(record.round, site.epsilon_spent, site.epsilon_allowed, at)
-        for record in _records(folder)
+        for record in records
         for name, site in record.sites.items()
     }
+
+
+def _seconds(moment: str) -> float:
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _site(node: NodeStatus, newest: Sequence[RoundRecord], spent: Mapping[str, Declared]) -> SiteStanding:

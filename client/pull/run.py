@@ -1,6 +1,7 @@
 """The pull itself: lines of the list to series, series to files. Knows no protocol and shows no identifier."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,19 +15,19 @@ from client.pull.pace import Pace
 from client.pull.state import Count, State
 from client.pull.tally import Failure, Tally
 from common.errors import PacsError
-from common.wording import counted
+from common.wording import counted, duration
 
 RETRIES_S: Final = (5.0, 30.0)
 """Waits before what failed is asked for again: twice where the connection broke off, else once."""
 MAX_VAIN: Final = 3
-"""Answers in a row that were asked for again in vain; after that nothing is asked for twice."""
+"""Of each kind of question so many are asked again in vain in a row; then each is asked once, until one is answered."""
 SAY_EVERY_S: Final = 5.0
 SHOWN_LINES: Final = 5
 _REASONS: Final = {
     Verdict.NOT_ASKED: Reason.NOT_ASKED,
     Verdict.NOT_DICOM: Reason.NOT_DICOM,
 }
-_ASKED_AGAIN: Final = frozenset((Reason.CUT, Reason.QUERY, Reason.NOT_LISTED))
+_ASKED_AGAIN: Final = frozenset((Reason.QUERY, Reason.NOT_LISTED))
 _T = TypeVar("_T")
 
 
@@ -51,7 +52,8 @@ class Pull:
         self._began = self._said = time.monotonic()
         self.tally = Tally()
         self._met: set[str] = set()
-        self._vain = 0
+        self._vain = Counter[str]()
+        self._cut = Counter[str]()
 
     def resolve(self, rows: Sequence[Row]) -> list[Series]:
         """Ask the archive what it has of the list, each series once, and count it.
@@ -67,7 +69,7 @@ class Pull:
         found: dict[str, Series] = {}
         for row in rows:
             try:
-                studies = self._ask(partial(self._archive.find_studies, row))
+                studies = self._ask("studies", partial(self._archive.find_studies, row))
             except Refused as error:
                 self.tally.failures.append(Failure(row, error.reason, detail=error.detail))
                 continue
@@ -138,7 +140,7 @@ class Pull:
             return
         self._pace.wait_for_window(self._say)
         try:
-            instances = self._persist(lambda: self._instances(series))
+            instances = self._instances(series)
         except Refused as error:
             self.tally.failures.append(Failure(series.row, error.reason, stated, error.detail))
             return
@@ -157,9 +159,10 @@ class Pull:
             if delivery.missing:
                 self._inbox.require_room()
                 self._persist(
+                    "files",
                     lambda: self._archive.fetch(
                         series, [one for one in instances if one.uid in delivery.wanted], delivery
-                    )
+                    ),
                 )
         except Refused as error:
             refused = error
@@ -167,38 +170,52 @@ class Pull:
         self._state.put(name, Count(expected=len(uids) + unnamed, received=len(uids) - left))
         self._note(series, delivery, left, refused)
 
-    def _persist(self, call: Callable[[], _T]) -> _T:
-        """Call, and call again after a while where the connection breaks off."""
-        for wait in RETRIES_S:
+    def _persist(self, kind: str, call: Callable[[], _T]) -> _T:
+        """Call, and call again after a while where the connection breaks off; soon once, where it always does."""
+        for wait in RETRIES_S if self._cut[kind] < MAX_VAIN else ():
             try:
-                return call()
+                answer = call()
             except Refused as error:
                 if error.reason is not Reason.CUT:
+                    self._cut[kind] = 0
                     raise
                 self._say(f"the connection broke off; trying again in {wait:.0f} s")
             except PacsError as error:
+                if not self._cut:  # nothing was ever answered: that may be the settings
+                    raise
                 self._say(f"{error} Trying again in {wait:.0f} s.")
+            else:
+                self._cut[kind] = 0
+                return answer
             self._wait(wait)
-        return call()
+        self._cut[kind] += 1
+        answer = call()
+        self._cut[kind] = 0
+        return answer
 
-    def _ask(self, call: Callable[[], _T]) -> _T:
+    def _ask(self, kind: str, call: Callable[[], _T]) -> _T:
         """Ask, and once more where the answer cannot be all; an archive that always answers so is soon asked once."""
+        return self._persist(kind, partial(self._ask_for_all, kind, call))
+
+    def _ask_for_all(self, kind: str, call: Callable[[], _T]) -> _T:
         try:
-            return call()
+            answer = call()
         except Refused as error:
-            if error.reason not in _ASKED_AGAIN or self._vain >= MAX_VAIN:
+            if error.reason not in _ASKED_AGAIN:
+                raise
+            self._vain[kind] += 1
+            if self._vain[kind] > MAX_VAIN:
                 raise
             self._say(f"{error.reason}; asking again in {RETRIES_S[0]:.0f} s")
-        self._wait(RETRIES_S[0])
-        self._vain += 1
-        answer = call()
-        self._vain = 0
+            self._wait(RETRIES_S[0])
+            answer = call()
+        self._vain[kind] = 0
         return answer
 
     def _series(self, row: Row, study_uid: str) -> list[Series]:
         """Return the series of a study that a line asks for; count it where it has none, or one without a UID."""
         try:
-            found = self._ask(partial(self._archive.find_series, row, study_uid))
+            found = self._ask("series", partial(self._archive.find_series, row, study_uid))
         except Refused as error:
             self.tally.failures.append(Failure(row, error.reason, detail=error.detail))
             return []
@@ -221,7 +238,7 @@ class Pull:
                 raise Refused(Reason.NOT_LISTED)
 
         try:
-            self._ask(ask)
+            self._ask("instances", ask)
         except Refused as error:
             if not named or error.reason is not Reason.NOT_LISTED:
                 raise
@@ -263,7 +280,7 @@ class Pull:
         tally = self.tally
         rate = tally.received / max(now - self._began, 1e-6)
         done = tally.were_here + tally.received
-        left = clock(tally.missing / rate)
+        left = duration(tally.missing / rate)
         self._say(f"{done} of {tally.expected} instances, {rate * 60:.0f} a minute, {left} left")
 
     def _told(self, reason: Reason, failures: Sequence[Failure]) -> str:
@@ -278,15 +295,3 @@ class Pull:
 
     def _name(self, row: Row) -> str:
         return f"line {row.line}" + (f" ({row.shown})" if self._show_ids else "")
-
-
-def clock(seconds: float) -> str:
-    """Return a time as a person says it.
-
-    >>> clock(42), clock(200), clock(9000)
-    ('42 s', '3 min 20 s', '2 h 30 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -132,8 +132,9 @@ def test_a_home_that_is_not_there_and_a_site_that_nobody_knows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first has one exit code here and at a site."""
-    for command in ("status", "sites", "start", "stop"):
-        assert exit_of(command, tmp_path / "nowhere") == ExitCode.STORAGE
+    of_a_run = [("report", "run-0001"), ("generate", "run-0001", "--out", "images"), ("resume", "run-0001")]
+    for command, *rest in (*zip(("status", "sites", "start", "stop")), *of_a_run):
+        assert exit_of(command, tmp_path / "nowhere", *rest) == ExitCode.STORAGE
         assert "No coordinator's home stands in" in capsys.readouterr().err
     consortium = make_home(tmp_path / "hub")
     enrol(consortium, "st-mary")

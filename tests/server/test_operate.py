@@ -232,8 +232,29 @@ def test_a_run_is_named_by_its_name_or_its_folder_from_the_home_or_from_here(
     for given in ("run-0002", "runs/run-0002", "hub/runs/run-0002", "./hub/runs/run-0002/", str(folder)):
         assert operate.folder_of(consortium, Path(given)) == folder, given
     assert operate.folder_of(consortium, Path("elsewhere/runs/run-0003")) == elsewhere
+    assert operate.folder_of(consortium, Path("hub/../elsewhere/runs/run-0003")) == elsewhere
     begun(hub.parent, "run-0002")  # a folder of that name below here: the home's own is meant
     assert operate.folder_of(consortium, Path("runs/run-0002")) == folder
     for missing, path in (("run-0009", hub / "runs"), ("runs/run-0009", hub.parent / "runs")):
         assert exit_of("resume", "hub", missing) == ExitCode.RESUME
         assert f"{path / 'run-0009'} is no folder of a run. Name one as " in capsys.readouterr().err
+
+
+def test_a_run_is_the_same_by_whatever_way_its_folder_is_reached(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `..`, by a link to the home or by the disk that a run lies on: it is what the link lists by its own path."""
+    folder, disk = begun(hub, "run-0001"), begun(hub.parent / "disk", "run-0002")
+    linked = hub / "runs" / "run-0002"
+    linked.symlink_to(disk)
+    (hub.parent / "way").symlink_to(hub)
+    monkeypatch.chdir(hub / "runs")
+    for given in ("../runs/run-0001", "run-0001/../run-0001", str(hub.parent / "way" / "runs" / "run-0001")):
+        assert operate.folder_of(Consortium(hub), Path(given)) == folder, given
+    for given in ("run-0002", str(linked), str(disk), "../../disk/runs/run-0002"):
+        assert operate.folder_of(Consortium(hub), Path(given)) == linked, given
+    runs[0] = RunStatus(7, "running", "", "", folder, "")
+    monkeypatch.setattr(control, "submit", lambda *_, **__: 8)
+    write_atomic(make_folder(Consortium(hub).running) / "7", b"")
+    assert exit_of("resume", hub, "../runs/run-0001", "--detach") == ExitCode.OK  # as by its name: its process is gone
+    assert capsys.readouterr().out == f"run-0001 in {folder}\n"

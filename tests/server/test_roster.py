@@ -1,8 +1,10 @@
 """Who is let in by a greeting, and what is said of the others, over a grid in this process."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,11 +253,17 @@ CODES = ("timeout", "flower-3", "flower-4")
 
 
 def _silent_run(
-    monkeypatch: pytest.MonkeyPatch, rounds: int, answers: Callable[[int, int], str]
+    monkeypatch: pytest.MonkeyPatch,
+    rounds: int,
+    answers: Callable[[int, int], str],
+    *,
+    looks: Collection[int] = (),
+    round_s: float = 1.0,
 ) -> tuple[list[list[float]], list[Roster]]:
     """Look who is here once a round; `answers` says of node and round "", "silent", or "gone".
 
-    Returns how long each look waited for the silent, and what it came to.
+    `looks` are those of the numbers with which no round begins. Returns how long each look waited for the silent, and
+    what it came to.
     """
     now, waits, rosters, number = _registered("a", "b", "c"), list[list[float]](), [Roster()], 0
     nodes = list(now.nodes)
@@ -270,12 +278,13 @@ def _silent_run(
 
     link = open_link(says, lambda: now)
     monkeypatch.setattr(roster, "ask", ask)
+    monkeypatch.setattr(roster, "time", SimpleNamespace(monotonic=lambda: number * round_s, sleep=time.sleep))
     for number in range(rounds):
         present = [node_id for node_id in nodes if answers(node_id - FIRST_NODE_ID, number) != "gone"]
         monkeypatch.setattr(says, "get_node_ids", lambda present=present: present)
         waits.append([])
         with pytest.raises(StopIteration) as ended:
-            next(gather(link, CONFIG, "run", rosters[-1]))
+            next(gather(link, CONFIG, "run", rosters[-1], begins=number not in looks))
         link, found = ended.value.value
         rosters.append(found)
     return waits, rosters[1:]
@@ -297,9 +306,12 @@ def test_silence_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         assert sum(map(sum, waits[1:])) <= 5.0 * len(waits[1:])
         assert all(set(roster.members) == set("abc") - {"abc"[node] for node in silent} for roster in rosters)
-        told = [roster.left_out["b"].split()[-2] for roster in rosters]
+        told = [roster.left_out["b"].split()[-5] for roster in rosters]
         assert told == ["1", *["2"] * 2, *["4"] * 4, *["8"] * 33]
-    assert rosters[0].left_out["b"] == "no valid answer to the greeting (timeout); it is asked again after 1 round"
+    assert (
+        rosters[0].left_out["b"]
+        == "no valid answer to the greeting (timeout); it is asked again after 1 round or 10 min"
+    )
 
 
 def test_silent_ones_in_turns_cost_no_more_than_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +333,30 @@ def test_who_was_silent_is_heard_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [number for number, roster in enumerate(rosters) if "b" in roster.members] == [26, 27]
 
 
+def test_who_was_silent_is_asked_again_after_minutes_however_long_the_rounds_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its relay stays connected, so that nothing else tells that its agent is well again."""
+    waits, rosters = _silent_run(
+        monkeypatch, 20, lambda node, number: "silent" if node == 1 and number < 18 else "", round_s=3600.0
+    )
+    assert waits[8:18] == [[5.0]] * 10  # and each asking costs no more than the rounds that it sat out
+    assert [number for number, roster in enumerate(rosters) if "b" in roster.members] == [18, 19]
+    _, rosters = _silent_run(
+        monkeypatch, 34, lambda node, number: "silent" if node == 1 and number < 24 else "", round_s=200.0
+    )
+    assert min(number for number, roster in enumerate(rosters) if "b" in roster.members) <= 24 + 3
+
+
+def test_looks_while_too_few_are_able_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The silent are what such looks wait for: all of them ask, and none makes the silent sit out for longer."""
+    looks = range(2, 20)
+    waits, rosters = _silent_run(monkeypatch, 23, lambda node, _: "silent" if node == 1 else "", looks=looks)
+    assert [waits[number] for number in looks] == [[5.0]] * len(looks)
+    assert {rosters[number].silent[FIRST_NODE_ID + 1].rounds for number in looks} == {2}
+    assert [waits[number] for number in (20, 21, 22)] == [[], [10.0], []]
+
+
 def test_where_too_few_are_left_the_silent_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the attempts at a round would be over before an agent that starts anew can answer."""
     waits, _ = _silent_run(monkeypatch, 5, lambda node, number: "silent")
@@ -333,7 +369,7 @@ def test_long_nonsense_is_silence_and_a_quick_refusal_is_not(monkeypatch: pytest
     assert [roster.left_out["b"] for roster in quick] == ["no valid answer to the greeting (malformed-reply)"] * 2
     monkeypatch.setattr(roster, "AGAIN_S", 0.0)
     (slow,) = _gather([_registered("a", "b")], *answers)
-    assert slow.left_out["b"].endswith("(malformed-reply); it is asked again after 1 round")
+    assert slow.left_out["b"].endswith("(malformed-reply); it is asked again after 1 round or 10 min")
 
 
 def test_within_one_machine_load_shuts_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:

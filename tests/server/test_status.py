@@ -12,13 +12,14 @@ from rich.console import Console
 from common.config_text import build_config, to_toml
 from common.files import write_atomic
 from common.lock import alone
+from server import status
 from server.consortium import Consortium
 from server.control import KILLED, UNHEARD, NodeStatus, RunStatus
 from server.declared import keep_declared
 from server.handshake import all_refuse
 from server.records import Failed, RoundRecord, SiteRelease, read_records, write_records
 from server.run_folder import RunFolder
-from server.status import RunStanding, SiteStanding, stand, without_process
+from server.status import SHOWN_RUNS, RunStanding, SiteStanding, stand, without_process
 from server.status_text import failure, how_it_ended, tables
 
 STARTED = "2026-11-27T07:00:00+00:00"
@@ -89,16 +90,31 @@ def test_what_was_spent_in_a_failed_round_is_shown(home: Path) -> None:
 
 
 def test_what_a_site_spent_follows_time_and_not_the_order_of_runs(home: Path) -> None:
-    older = make_folder(home / "run-0001", 1).path
-    newer = make_folder(home / "run-0002", 3).path
-    for path, at_s in ((older, BEGUN_S + 5), (newer, BEGUN_S)):  # the older ended last
+    """A run of a release that kept no times counts as of its first submission: each resume writes its records anew."""
+    older, newer = make_folder(home / "run-0001", 1).path, make_folder(home / "run-0002", 3).path
+    for path, at_s in ((older, BEGUN_S + 5), (newer, BEGUN_S)):
         os.utime(path / "metrics.jsonl", (at_s, at_s))
-    both = [run_of(newer), run_of(older)]
-    assert {site.epsilon_spent for site in stand(NODES, both, BEGUN_S)[0]} == {2.0625}
-    write_atomic(newer / "declared.json", json.dumps({"st-anne": _declared(3.5, BEGUN_S + 9)}).encode())
-    for runs in (both, both[::-1]):  # resumed last or submitted last
-        sites, _ = stand(NODES, runs, BEGUN_S)
-        assert [site.epsilon_spent for site in sites] == [3.5, 2.0625]
+    first = replace(run_of(older), run_id=1, started="2026-11-27T06:00:00+00:00")
+    resumed = replace(run_of(older), run_id=3, started="2026-11-27T07:30:00+00:00")
+    runs = [resumed, run_of(newer), first]
+    assert {site.epsilon_spent for site in stand(NODES, runs, BEGUN_S)[0]} == {4.0625}
+    write_atomic(older / "declared.json", json.dumps({"st-anne": _declared(4.5, BEGUN_S + 9)}).encode())
+    for told in (runs, runs[1:]):  # resumed last or submitted last
+        sites, _ = stand(NODES, told, BEGUN_S)
+        assert [site.epsilon_spent for site in sites] == [4.5, 4.0625]
+
+
+def test_each_file_is_read_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [run_of(make_folder(home / f"run-{number:04d}", 2).path) for number in range(SHOWN_RUNS + 2)]
+    read: list[Path] = []
+
+    def reading(path: Path) -> list[RoundRecord]:
+        read.append(path)
+        return read_records(path)
+
+    monkeypatch.setattr(status, "read_records", reading)
+    stand(NODES, [*runs, *runs], BEGUN_S)
+    assert sorted(read) == [run.folder / "metrics.jsonl" for run in runs]
 
 
 def _declared(spent: float, at: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ from client.pull.asked import Row
 from client.pull.delivery import Delivery
 from client.pull.inbox import Inbox
 from client.pull.pace import Pace
-from client.pull.run import MAX_VAIN, Pull, clock
+from client.pull.run import MAX_VAIN, Pull
 from client.pull.sources import Bounds
 from client.pull.state import Count, State
 from common.errors import ConfigError, ExitCode, PacsError
@@ -29,8 +29,12 @@ class Fake:
         self.held: tuple[int, ...] = (1, 2)
         self.names: list[tuple[int, ...]] = []
         """What it names of the series that it is asked about next, instead of what it holds."""
-        self.refuses: list[Refused] = []
         self.nameless: list[Series] = []
+        self.refuses: list[PacsError] = []
+        self.breaks: list[PacsError] = []
+        """What it fails with instead of naming instances."""
+        self.asked = 0
+        """How often for instances."""
 
     def echo(self) -> str:
         return "here"
@@ -47,6 +51,9 @@ class Fake:
         return [Series(row, study_uid, f"1.3.{ord(name)}", "CR", count) for name in row.accession] + self.nameless
 
     def find_instances(self, series: Series) -> list[Instance]:
+        self.asked += 1
+        if self.breaks:
+            raise self.breaks.pop(0)
         held = self.names.pop(0) if self.names else self.held
         return [Instance(f"{series.uid}.{number}") for number in held]
 
@@ -165,7 +172,6 @@ def test_progress_says_how_much_is_left(tmp_path: Path, monkeypatch: pytest.Monk
     pull.fetch(pull.resolve([Row(2, accession="A")]))
     assert said[0].startswith("1 of 2 instances, ")
     assert said[0].endswith(" s left")
-    assert clock(3599) == "59 min 59 s"
 
 
 def test_every_reason_has_advice() -> None:
@@ -325,3 +331,73 @@ def test_a_series_without_a_uid_is_counted_where_it_is_asked_for(modality: str, 
     told = f"not-listed: {ADVICE[Reason.NOT_LISTED]}; it names a series without a UID (line 2)"
     assert said == ([told] if code else [])
     assert pull.tally.exit_code(fetched=True) == code
+
+
+def waits_of(pull: Pull, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    waits: list[float] = []
+    monkeypatch.setattr(pull, "_wait", waits.append)
+    return waits
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_a_connection_that_breaks_off_is_tried_again_twice_wherever_it_does(
+    states: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One event, one sentence; as docs/pull.md says."""
+    pull, fake, said = pull_of(tmp_path, states=states)
+    waits = waits_of(pull, monkeypatch)
+    fake.refuses, fake.breaks = [Refused(Reason.CUT)] * 2, [Refused(Reason.CUT)] * 3
+    pull.fetch(pull.resolve([Row(2, accession="AB")]))
+    assert waits == [5.0, 30.0] * 2
+    assert said == [f"the connection broke off; trying again in {wait:.0f} s" for wait in waits]
+    assert fake.asked == (4 if states else 3 + 1 + 1)
+    assert [failure.reason for failure in pull.tally.failures] == [Reason.CUT]
+
+
+def test_one_broken_series_changes_nothing_for_the_others(tmp_path: Path) -> None:
+    pull, fake, _ = pull_of(tmp_path)
+    fake.breaks = [Refused(Reason.CUT)] * 3
+    fake.names = [(1,), (1, 2)]
+    pull.fetch(pull.resolve([Row(2, accession="AB")]))
+    assert fake.asked == 3 + 2
+    assert (pull.tally.received, pull.tally.missing) == (2, 2)
+
+
+def test_answers_in_vain_count_in_a_row(tmp_path: Path) -> None:
+    """A whole one between them shows that the archive does not always answer so."""
+    pull, fake, _ = pull_of(tmp_path)
+    accession = "ABCDEFGHIJKL"
+    found = pull.resolve([Row(2, accession=accession)])
+    fake.names = [(1,), (1,), (1, 2)] * 6
+    pull.fetch(found)
+    assert fake.asked == 3 * len(accession) // 2
+    again, other, _ = pull_of(tmp_path / "again")
+    other.names = [(3,)] * 99
+    again.fetch(again.resolve([Row(2, accession=accession)]))
+    assert other.asked == len(accession) + MAX_VAIN
+
+
+def test_an_archive_that_always_breaks_off_is_soon_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pull, fake, _ = pull_of(tmp_path)
+    waits = waits_of(pull, monkeypatch)
+    fake.refuses = [Refused(Reason.CUT)] * 99
+    assert pull.resolve([Row(line, accession="A") for line in range(2, 12)]) == []
+    assert len(waits) == 2 * MAX_VAIN  # not half a minute for each line of a long list
+
+
+def test_an_outage_is_waited_for_and_an_archive_that_never_answered_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull, fake, said = pull_of(tmp_path)
+    fake.refuses = [PacsError("away")]
+    assert len(pull.resolve(A)) == 1
+    assert said == ["away Trying again in 5 s."]
+    never, fake, said = pull_of(tmp_path)
+
+    def away(row: Row) -> list[str]:
+        raise PacsError("away")
+
+    monkeypatch.setattr(fake, "find_studies", away)
+    with pytest.raises(PacsError, match="away"):  # its settings may be wrong: that is said at once
+        never.resolve(A)
+    assert said == []
