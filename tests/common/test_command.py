@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
+import click
 import pytest
 import typer
 
@@ -161,21 +162,31 @@ def test_every_fixed_path_of_a_home_is_one_of_our_names() -> None:
         assert {part for path in paths for part in path.relative_to("home").parts} <= OWN_NAMES
 
 
-@pytest.mark.parametrize(
-    ("module", "argument", "name"),
-    [
-        ("server.cli", "status", "fedmedgan-coordinator status"),
-        ("client.entry", "status", "fedmedgan-site status"),
-        ("client.entry", "import", "fedmedgan-site import"),
-        ("client.entry", "pull", "fedmedgan-site pull"),
-        ("simulations.cli", "--nonsense", "fedmedgan-simulate"),
-    ],
-)
+def commands(module: str, name: str) -> list[tuple[str, list[str], str]]:
+    """Return the entry, the words and the usage of every command of a command line, groups and what is in them too."""
+
+    def below(command: click.Command, words: list[str]) -> list[list[str]]:
+        inner = command.commands.values() if isinstance(command, click.Group) else ()
+        return [words, *(found for one in inner for found in below(one, [*words, str(one.name)]))]
+
+    listed = below(typer.main.get_command(import_module(f"{module}.cli").app), [])
+    entry = f"{module}.{'cli' if module == 'simulations' else 'entry'}"
+    return [(entry, words, " ".join([name, *words])) for words in listed]
+
+
+EVERY = [
+    *commands("client", "fedmedgan-site"),
+    *commands("server", "fedmedgan-coordinator"),
+    *commands("simulations", "fedmedgan-simulate"),
+]
+
+
+@pytest.mark.parametrize(("module", "words", "name"), EVERY, ids=[name for _, _, name in EVERY])
 def test_usage_has_the_commands_name_however_it_was_started(
-    module: str, argument: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: str, words: list[str], name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", [f"/somewhere/{module.replace('.', '/')}.py"])
     with pytest.raises(SystemExit) as ended:
-        import_module(module).main([argument])
+        import_module(module).main([*words, "--nonsense"])
     assert ended.value.code == ExitCode.USAGE
     assert f"Usage: {name} [OPTIONS]" in capsys.readouterr().err
