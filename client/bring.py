@@ -16,4 +16,4 @@ app.command("import")(images.import_)
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line."""
-    run_command(app, arguments)
+    run_command(app, arguments, name="fedmedgan-site")

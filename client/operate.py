@@ -14,7 +14,7 @@ from client import passphrase
 from client.joining import load_pinned
 from client.logs import log_to
 from client.paths import Home, require_closed_home
-from client.relay_state import STOPPED, read_state, why_ended
+from client.relay_state import STOPPED, State, read_state, why_ended
 from client.supervise import Child, agent_command, relay_command, supervise
 from common.command import run_command
 from common.crypto import is_sealed, load_key
@@ -85,13 +85,13 @@ def relay(
     require_closed_home(opened)
     log_to(opened.relay_log)
     logging.getLogger("flwr").handlers.clear()  # what it says stands in the relay's log, once
-    told = why_ended(opened.relay_state) if again else ""
+    told, state = why_ended(opened.relay_state) if again else "", State(opened.relay_state)
     try:
         with alone(opened.relay_lock, "relay", GOODBYE_S):
-            run(opened, _socket(opened, socket))
+            run(opened, _socket(opened, socket), state)
     except FedmedganError as error:
         LOG.error("%s", error)
-        if str(error) == told:
+        if str(error) == told and not state.node_id:  # one that was connected has come to a new end
             raise typer.Exit(error.exit_code) from None
         raise
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from common.closed import owners_of, require_closed, require_in_place, require_owned
 from common.errors import StorageError
-from common.files import require_closed, require_in_place
 
 INCOMING = ".incoming"
 """Folder of an inbox in which a pull (client/pull) puts what it has not kept yet."""
@@ -31,13 +31,17 @@ def require_closed_home(home: "Home") -> None:
     They could put their own policy, or coordinator, there.
 
     Raises:
-        StorageError: It is open, or everybody can write a folder above it.
+        StorageError: It is open, or everybody can write a folder above it, or a part of it or a folder above is another
+            user's.
     """
     folders = (home.folder, home.key.parent, home.ledger, home.journal, home.replies, home.log.parent)
     books = (book / f"{book.name}{end}" for book in (home.ledger, home.journal) for end in (".jsonl", ".head.json"))
     files = (home.policy, home.folder / "site.toml", home.federation, home.bundles, home.node_pub)
-    require_closed(*folders, *files, *books, *home.folder.glob("vault-*"))
-    require_in_place(home.folder)
+    paths, owners = (*folders, *files, *books, *home.folder.glob("vault-*")), owners_of(home.folder)
+    require_closed(*paths, owners=owners)
+    require_owned(home.key, home.node_key, home.vault_key, owners=owners)
+    for path in paths:  # each, since it may be a link
+        require_in_place(path, owners)
 
 
 @final

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from common.config import ModelName, Positive, Proposal, Section
+from common.config import Epsilon, ModelName, Positive, Proposal, Section
 from common.enrolment import SITE_NAME
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.files import open_regular, write_atomic
@@ -53,9 +53,9 @@ class Policy(Section):
     """What the site says of itself without noise and without a charge: its name and declared_patients, and there is
     nothing else that could be listed. No run can be planned without both: without one of them the site takes part in
     nothing."""
-    max_epsilon: Positive
+    max_epsilon: Epsilon
     """Bound on everything ever charged to this data set, over all runs together: the patients' guarantee. Raising it
-    weakens what they were told."""
+    weakens what they were told. At most 1,000,000: more says nothing."""
     delta: Annotated[float, Field(gt=0, lt=1)]
     """The delta of the guarantee; a request with another is refused, since all charges must add up at one. Should be
     well below one over the declared patients (`fedmedgan-site init` warns)."""

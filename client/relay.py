@@ -78,7 +78,7 @@ class _Ending:
         return f"The line to {address} failed: {self.failure}. It may be started anew." if self.failure else ""
 
 
-def run(home: Home, socket: Path) -> None:
+def run(home: Home, socket: Path, state: State) -> None:
     """Relay between the pinned coordinator and the agent behind `socket` until SIGTERM or Ctrl-C.
 
     The caller holds the home's relay lock: a relay that starts signs its predecessor off at the link.
@@ -87,6 +87,7 @@ def run(home: Home, socket: Path) -> None:
         home: Holds keys/node.key and federation.json, unless they are handed over as credentials, and, if wanted,
             bundles.txt and site.toml, of which only `extra_ca` is looked at; nothing else of it is read.
         socket: The agent's Unix socket. The agent may come and go.
+        state: What this relay says of itself; it has a node from the moment that the link lets it in.
 
     Raises:
         ConfigError: The site has not joined, or the list of bundles or the extra CA does not read.
@@ -97,8 +98,8 @@ def run(home: Home, socket: Path) -> None:
         - no_silent_end: A relay that the link puts out, in the middle of a run too, ends with an error that says so.
     """
     pinned, key, bundles = load_pinned(home.folder), read_node_key(home.folder), read_bundles(home.bundles)
-    make_folder(home.relay_state.parent, 0o700)
-    ending, state = _Ending(), State(home.relay_state)
+    make_folder(state.path.parent, 0o700)
+    ending = _Ending()
     threading.excepthook = ending.of_a_thread
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
@@ -106,7 +107,7 @@ def run(home: Home, socket: Path) -> None:
     address = f"[{pinned.host}]:{pinned.port}" if ":" in pinned.host else f"{pinned.host}:{pinned.port}"
     LOG.info("connecting to %s at %s as %s", pinned.federation, address, pinned.site)
     try:
-        before = node_before(home.relay_state)
+        before = node_before(state.path)
         if before and fleet.sign_off(address, ca_pem, key, before):
             LOG.info("signed the killed relay off")
             time.sleep(SIGNED_OFF_S)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from client.paths import Home
 from common.certificates import extra_authorities
+from common.closed import owners_of, require_closed, require_in_place
 from common.errors import ConfigError, FedmedganError
-from common.files import open_regular, read_bounded, require_closed, require_in_place
+from common.files import open_regular, read_bounded
 
 MAX_BUNDLES_BYTES = 1 << 16
 MAX_EXTRA_CA_BYTES = 1 << 16
@@ -61,8 +62,9 @@ def extra_ca(home: Home) -> tuple[bytes, ...]:
         return ()
     if not isinstance(named, str) or not Path(named).is_absolute():
         raise ConfigError(f"Expected extra_ca in {site} as an absolute path, got {named!r}.")
-    require_closed(Path(named))
-    require_in_place(Path(named))
+    owners = owners_of(home.folder)
+    require_closed(Path(named), owners=owners)
+    require_in_place(Path(named), owners)
     try:
         return extra_authorities(read_bounded(Path(named), MAX_EXTRA_CA_BYTES))
     except FedmedganError as error:

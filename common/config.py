@@ -39,6 +39,10 @@ Transport = Literal["float32", "float16"]
 GradientEngine = Literal["fast", "opacus"]
 LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MAX_EPSILON = 1e6
+"""No guarantee that allows more says anything. A site's policy, a proposal and what a site declares of itself, which is
+stated as the federation's, are all held to it: who is charged has been told before."""
+Epsilon = Annotated[float, Field(gt=0, le=MAX_EPSILON, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -63,7 +67,7 @@ class ImageConfig(Section):
 class PrivacyConfig(Section):
     """The guarantee that is proposed, per patient and for the whole run."""
 
-    epsilon: Positive = 10.0
+    epsilon: Epsilon = 10.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     max_grad_norm: Positive = 1.0
     batch_patients: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 64

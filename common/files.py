@@ -213,44 +213,6 @@ def make_own_folder(path: Path) -> Path:
     return path
 
 
-def require_closed(*paths: Path) -> None:
-    """Refuse files and folders that others than their owner can write; to be read by a group is fine.
-
-    Raises:
-        StorageError: One of them is open; those that are not there are not looked at.
-    """
-    for path in paths:
-        try:
-            mode = stat.S_IMODE(path.stat().st_mode)
-        except OSError:  # not there, or not to be seen: told where it is read
-            continue
-        if mode & 0o022:
-            raise StorageError(
-                f"Expected {path} to be written by its owner alone, its mode is {mode:03o}: others can change what it "
-                f"says. Look whether somebody has, then run: chmod go-w {path}"
-            )
-
-
-def require_in_place(path: Path) -> None:
-    """Refuse a path in whose place everybody can put another: a folder above it is open and not sticky, as /tmp is.
-
-    One that a group may write is let pass: on many systems a user's own group may write whatever he makes.
-
-    Raises:
-        StorageError: One is open; those that cannot be looked at are left to who opens the path.
-    """
-    for folder in dict.fromkeys((*path.absolute().parents, *Path(os.path.realpath(path)).parents)):
-        try:
-            mode = stat.S_IMODE(folder.stat().st_mode)
-        except OSError:
-            continue
-        if mode & 0o002 and not mode & stat.S_ISVTX:
-            raise StorageError(
-                f"Expected {folder} not to be written by everybody, its mode is {mode:03o}: others can put something "
-                f"else in the place of {path}. Look whether somebody has, then run: chmod o-w {folder}"
-            )
-
-
 def sync_folder(path: Path) -> None:
     """Flush a folder's own entries, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 import torch
 
-from common.config import Config
+from common.config import MAX_EPSILON, Config
 from common.errors import WireError
 from common.messages import Arrays, Kind, Reply, Request, size_bytes
 from common.models import Pair, build
@@ -27,8 +27,6 @@ from server.ladder import climb
 from server.records import Progress, RoundRecord, SiteRelease
 from server.roster import Member
 
-MAX_EPSILON = 1e6
-"""No policy that allows more says anything. What sites declare is stated as the federation's, so it is bounded."""
 _ROUNDING = 1e-6
 
 Members = Mapping[str, Member]
@@ -138,11 +136,10 @@ def averaged_pair(config: Config, state: State) -> Pair:
 
 def _release(member: Member, reply: Reply, config: Config, kind: Kind) -> SiteRelease:
     spent, allowed = reply.fields.get("epsilon_spent"), reply.fields.get("epsilon_allowed")
-    largest = max(MAX_EPSILON, config.privacy.epsilon)
     if not isinstance(spent, float) or not isinstance(allowed, float):
         raise WireError("Expected epsilon_spent and epsilon_allowed as floats.")
-    if not 0 <= spent <= allowed * (1 + _ROUNDING) or not allowed <= largest:
-        raise WireError(f"Expected 0 <= epsilon_spent <= epsilon_allowed <= {largest:g}.")
+    if not 0 <= spent <= allowed * (1 + _ROUNDING) or not allowed <= MAX_EPSILON:
+        raise WireError(f"Expected 0 <= epsilon_spent <= epsilon_allowed <= {MAX_EPSILON:g}.")
     warmup = kind is Kind.WARMUP
     charge: Charge = (
         member.plan.charge_of_warmup() if warmup else member.plan.charge_of_round(config.train.steps_per_round)

@@ -110,22 +110,26 @@ def test_a_socket_with_a_long_path_is_refused(joined: Home, capsys: pytest.Captu
 def test_a_relay_that_is_started_again_tells_the_same_refusal_once(
     joined: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusals = ["revoked", "revoked", "revoked", "out of date", "out of date"]
+    """Unless it was connected in between: then the same words tell a new end."""
+    refusals = ["revoked", "revoked", "revoked", "out of date", "out of date", "out of date", "out of date"]
+    nodes = [0, 0, 0, 0, 0, 7, 0]
 
-    def refused(home: Home, socket: Path) -> None:
+    def refused(home: Home, socket: Path, state: State) -> None:
         del socket
-        why = refusals.pop(0)
-        State(home.relay_state).end(why)
+        assert state.path == home.relay_state
+        why, state.node_id = refusals.pop(0), nodes.pop(0)
+        state.end(why)
         raise FederationError(why)
 
     monkeypatch.setattr("client.relay.run", refused)
     monkeypatch.setattr("client.operate.log_to", lambda _: None)
     monkeypatch.setattr("client.operate.flower_environment", lambda *_, **__: {})
     said: list[str] = []
-    for again in ((), ("--again",), ("--again",), ("--again",), ()):
+    for again in ((), ("--again",), ("--again",), ("--again",), (), ("--again",), ("--again",)):
         assert run("relay", joined.folder, *again) == ExitCode.FEDERATION
         said.append(capsys.readouterr().err)
-    assert said == ["error: revoked\n", "", "", "error: out of date\n", "error: out of date\n"]
+    revoked, out_of_date = "error: revoked\n", "error: out of date\n"
+    assert said == [revoked, "", "", out_of_date, out_of_date, out_of_date, ""]
 
 
 def test_all_commands_stand_in_one_help(capsys: pytest.CaptureFixture[str]) -> None:

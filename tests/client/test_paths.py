@@ -1,5 +1,6 @@
 """A home that others can write, or put another in the place of, is none to start in."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,39 @@ def test_whatever_others_can_write_is_named(tiny_home: Home, part: str) -> None:
         with pytest.raises(StorageError, match=f"chmod go-w {path}$"):
             require_closed_home(tiny_home)
         path.chmod(path.stat().st_mode & ~bits)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
+@pytest.mark.parametrize("part", [*PARTS[1:], "keys/site.json", "..", "vault"])
+def test_whatever_belongs_to_another_is_named(tiny_home: Home, part: str) -> None:
+    """Not the folder of the home: where root runs this, to whom that belongs is its user."""
+    (vault,) = tiny_home.folder.glob("vault-*")
+    path = {"..": tiny_home.folder.parent, "vault": vault}.get(part, tiny_home.folder / part)
+    if not path.exists():
+        path.touch(0o644)
+    require_closed_home(tiny_home)
+    os.chown(path, 65534, 65534)
+    with pytest.raises(StorageError, match=f"user 65534's.*chown 0 {path}$"):
+        require_closed_home(tiny_home)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
+def test_root_may_look_at_the_home_of_an_agents_user(tiny_home: Home) -> None:
+    for path in (tiny_home.folder, *tiny_home.folder.rglob("*")):
+        os.chown(path, 12345, 12345)
+    require_closed_home(tiny_home)
+    tiny_home.policy.unlink()
+    tiny_home.policy.touch(0o644)  # root's own is fine
+    require_closed_home(tiny_home)
+
+
+def test_a_policy_that_is_a_link_is_followed(tiny_home: Home, tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    tiny_home.policy.symlink_to(tiny_home.policy.rename(tmp_path / "open" / "policy.toml"))
+    require_closed_home(tiny_home)
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(StorageError, match=f"in the place of {tiny_home.policy}. .*chmod o-w {tmp_path / 'open'}$"):
+        require_closed_home(tiny_home)
 
 
 def test_a_training_set_that_others_can_write_is_named(tiny_home: Home) -> None:

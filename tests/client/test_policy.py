@@ -4,7 +4,7 @@ import tomllib
 import pytest
 
 from client.policy import Policy, PolicyFile, check_hello, check_plan, check_proposal, check_reply, load, save
-from common.config import Proposal
+from common.config import MAX_EPSILON, Proposal
 from common.errors import ConfigError, PolicyRefusal, RefusalCode
 from common.plan import Plan
 from common.secure_sum import Cohort
@@ -158,6 +158,8 @@ BASE = 'site = "a"\ndeclared_patients = 100\nmax_epsilon = 3.0\ndelta = 1e-5\n'
         (BASE.replace("100", "1"), "declared_patients"),
         (BASE.replace('"a"', '"../a"'), "site"),
         (BASE.replace("1e-5", "1.0"), "delta"),
+        (BASE.replace("3.0", "1000001.0"), "max_epsilon .*: .* less than or equal to 1000000"),
+        (BASE.replace("3.0", "1e300"), "max_epsilon"),
         (BASE + "min_grad_norm = 200.0\n", "exceeds max_grad_norm"),
         (BASE + "version = 2\n", "version"),
         ("site = \n", "not TOML: .*line 1.*Mend that line"),
@@ -175,6 +177,11 @@ BASE = 'site = "a"\ndeclared_patients = 100\nmax_epsilon = 3.0\ndelta = 1e-5\n'
 def test_bad_policies_are_explained(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words):
         load(written(tmp_path, text))
+
+
+def test_the_loosest_policy_reads(tmp_path):
+    """The server takes what it allows: no site is charged for a reply that is thrown away."""
+    assert load(written(tmp_path, BASE.replace("3.0", f"{MAX_EPSILON}"))).max_epsilon == MAX_EPSILON
 
 
 def test_missing_policy(tmp_path):

@@ -316,13 +316,13 @@ def fail_the_heartbeats() -> None:
 def test_no_silent_end(joined: Home, monkeypatch: pytest.MonkeyPatch, failure: Callable, said: str) -> None:
     answers_with(failure, monkeypatch)
     with pytest.raises(FederationError, match=said):
-        relay.run(joined, SOCKET)
+        relay.run(joined, SOCKET, State(joined.relay_state))
     assert said in json.loads(joined.relay_state.read_text())["ended"]
 
 
 def test_a_stop_is_a_stop(joined: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     answers_with(lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
-    relay.run(joined, SOCKET)
+    relay.run(joined, SOCKET, State(joined.relay_state))
     assert json.loads(joined.relay_state.read_text())["ended"] == "stopped"
 
 

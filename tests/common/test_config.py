@@ -38,6 +38,7 @@ def test_unknown_key_names_the_nearest(tree: dict, near: str) -> None:
         ("privacy.epsilon", 0.0),
         ("privacy.epsilon", -1.0),
         ("privacy.epsilon", float("nan")),
+        ("privacy.epsilon", 1_000_001.0),
         ("privacy.epsilon", float("inf")),
         ("privacy.delta", 0.0),
         ("privacy.delta", 1.0),

@@ -16,8 +16,6 @@ from common.files import (
     read_bounded,
     read_credential,
     read_secret,
-    require_closed,
-    require_in_place,
     write_atomic,
 )
 
@@ -156,32 +154,11 @@ def test_a_credential_of_roots_may_show_the_mask_of_an_access_list(tmp_path, mon
         read_credential("passphrase", 10)
 
 
-def test_an_open_folder_is_closed_and_an_open_home_refused(tmp_path):
+def test_an_open_folder_is_closed(tmp_path):
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)
     assert make_own_folder(folder).stat().st_mode & 0o777 == 0o700
-    require_closed(folder, tmp_path / "gone")
-    for mode in (0o750, 0o755):
-        folder.chmod(mode)
-        require_closed(folder)
-    for mode in (0o770, 0o702):
-        folder.chmod(mode)
-        with pytest.raises(StorageError, match="chmod go-w"):
-            require_closed(folder)
-
-
-def test_a_path_that_everybody_can_exchange_is_refused(tmp_path):
-    folder = tmp_path / "open"
-    folder.mkdir()
-    for mode in (0o755, 0o775, 0o1777):
-        folder.chmod(mode)
-        require_in_place(folder / "file")
-    folder.chmod(0o757)
-    require_in_place(folder)
-    for path in (folder / "file", folder / "gone" / "file"):
-        with pytest.raises(StorageError, match=f"mode is 757: .*chmod o-w {folder}$"):
-            require_in_place(path)
 
 
 def test_neither_waits_nor_endless(tmp_path) -> None:
