@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Num
 from pydicom import Dataset
 from pydicom.encaps import get_frame
-from pydicom.pixels import apply_color_lut, get_decoder
+from pydicom.pixels import get_decoder
 from pydicom.uid import (
     UID,
     JPEG2000TransferSyntaxes,
@@ -28,6 +28,7 @@ from pydicom.uid import (
 from client.intake.codestream import has_signs, shape_of
 from client.intake.headers import DAMAGED_DICOM, damaged, parse, syntax_name
 from client.intake.memory import header_bytes, within
+from client.intake.palettes import from_palette
 from client.intake.pixels import Levels
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -153,8 +154,7 @@ def _clear(values: Num[np.ndarray, "..."], dataset: Dataset, width: int) -> Num[
 
 def _colours(stored: Num[np.ndarray, "..."], dataset: Dataset, photometric: str) -> Levels:
     if photometric == "PALETTE COLOR":
-        colour = apply_color_lut(_stored_bits(stored, dataset), dataset)
-        return colour[..., :3].astype(np.float32) * np.float32(255 / np.iinfo(colour.dtype).max)
+        return from_palette(_stored_bits(stored, dataset), dataset)
     bits, shift = bits_of(dataset)
     if stored.ndim != 3 or photometric not in _COLOURS or (photometric != "RGB" and (bits, shift) != (8, 0)):
         raise Refused(Reason.PIXELS)  # pydicom knows no other as colours

@@ -4,9 +4,11 @@ Source: DICOM PS3.3 C.7.6.3 (image pixel), C.7.6.16 (functional groups), C.11.1 
 Out of scope: what is made of the values (client/intake/windows), decoding them (client/intake/dicom).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt16
 from pydicom import Dataset
 
 from client.intake.refusals import Reason, Refused
@@ -77,18 +79,27 @@ def _lut(item: Dataset, dataset: Dataset, signed: bool) -> Lut:
 
     Source: DICOM PS3.3 C.11.1.1.1, C.11.2.1.1.
     """
-    entries, first, bits = (int(number) for number in item.LUTDescriptor)
-    first -= 2**16 if signed and first >= 2**15 else 0
-    entries = entries % 2**16 or 2**16  # of a descriptor in signed words too
-    order = "<" if dataset.original_encoding[1] else ">"
-    data = item.LUTData
-    words = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
-    table = words.astype("<u2")
+    entries, first, bits = descriptor_of(item.LUTDescriptor, signed)
+    table = words_of(item.LUTData, dataset)
     if len(table) != entries and bits <= 8 and len(table) == (entries + 1) // 2:
         table = table.view(np.uint8)[:entries]
     if len(table) != entries or not 1 <= bits <= 16 or int(table.max()) >= 2**bits:
         raise Refused(Reason.PIXELS)
     return Lut(first, table.astype(np.float64), bits)
+
+
+def descriptor_of(numbers: Sequence[int], signed: bool) -> tuple[int, int, int]:
+    """Return how many entries a table has, its first value and the bits of an entry."""
+    entries, first, bits = (int(number) for number in numbers)
+    first -= 2**16 if signed and first >= 2**15 else 0
+    return entries % 2**16 or 2**16, first, bits  # of a descriptor in signed words too
+
+
+def words_of(data: Any, dataset: Dataset) -> UInt16[np.ndarray, " words"]:
+    """Return the 16-bit words of a table, as pydicom read it; two packed bytes stand in a word the lower one first."""
+    order = "<" if dataset.original_encoding[1] else ">"
+    words = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
+    return words.astype("<u2")
 
 
 def _padding(dataset: Dataset) -> tuple[float, float] | None:
