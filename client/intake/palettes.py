@@ -27,11 +27,12 @@ def from_palette(stored: Integer[np.ndarray, "..."], dataset: Dataset) -> Float3
 
     Guarantees:
         - bytes_in_words: Entries of 8 bits are the same in bytes and in words.
+        - palettes_of_signed_values: A first value has the sign of the pixels, also where it is written without.
     """
     if dataset.get("PixelPresentation") in ("MIXED", "COLOR"):  # a supplemental palette, for a part of the values
         raise Refused(Reason.PIXELS)
     descriptor = dataset["RedPaletteColorLookupTableDescriptor"].value
-    entries, first, bits = descriptor_of(descriptor, signed=False)
+    entries, first, bits = descriptor_of(descriptor, signed=bool(dataset.PixelRepresentation))
     if not 1 <= bits <= 16:
         raise Refused(Reason.PIXELS)
     if "RedPaletteColorLookupTableData" in dataset:

@@ -112,3 +112,24 @@ def test_segmented_palettes(tmp_path: Path, write_dicom: WriteDicom, bits: int) 
             tables[f"Segmented{name}PaletteColorLookupTableData"].value = bytes([0, 3, 5, 0, 1, 1, 253, 254])
     found = levels(write_dicom, tmp_path / "a", NUMBERS, tables)
     assert np.abs(found.ravel() - [5, *range(255)]).max() <= 1
+
+
+@pytest.mark.parametrize("vr", ["US", "SS"])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_palettes_of_signed_values(tmp_path: Path, write_dicom: WriteDicom, vr: str, segmented: bool) -> None:
+    """PS3.3 C.7.6.3.1.5: it is mapped from a stored value, which PixelRepresentation gives its sign."""
+    pixels = np.arange(-100, 156, dtype=np.int16).reshape(16, 16)
+    tables = palette((np.arange(256, dtype="<u2") * 257).tobytes(), 256, 2**16 - 100 if vr == "US" else -100, 16, vr)
+    if segmented:
+        for name in ("Red", "Green", "Blue"):
+            del tables[f"{name}PaletteColorLookupTableData"]
+            line = np.array([0, 1, 0, 1, 255, 65535], "<u2").tobytes()
+            tables.add_new(f"Segmented{name}PaletteColorLookupTableData", "OW", line)
+    found = levels(write_dicom, tmp_path / "a", pixels, tables, PixelRepresentation=1)
+    assert np.abs(found.ravel() - np.arange(256)).max() < 0.51
+
+
+def test_a_first_value_in_the_upper_half_of_unsigned_values(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    pixels = np.arange(40000, 40256, dtype=np.uint16).reshape(16, 16)
+    found = levels(write_dicom, tmp_path / "a", pixels, palette(BYTES.tobytes(), 256, 40000), BitsStored=16, HighBit=15)
+    assert np.array_equal(found.ravel(), BYTES)
