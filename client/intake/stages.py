@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt16
-from pydicom import Dataset
+from pydicom import DataElement, Dataset
 
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -105,21 +105,26 @@ def words_of(data: Any, dataset: Dataset) -> UInt16[np.ndarray, " words"]:
 def _padding(dataset: Dataset) -> tuple[float, float] | None:
     """Return the range of stored values that mean "no image here"; beyond the stored bits, of words as they stand.
 
-    Source: DICOM PS3.3 C.7.5.1.1.2: one value, or with PixelPaddingRangeLimit all between the two. It has 16 bits and
-        the sign of the pixels, which the VR (US or SS) may contradict.
+    Source: DICOM PS3.3 C.7.5.1.1.2: one value, or with PixelPaddingRangeLimit all between the two. It has 16 bits
+        (some write 32, for pixels of 32) and the sign of the pixels, which the VR (US or SS) may contradict.
     """
     integer = "PixelData" in dataset
     name = "PixelPaddingValue" if integer else f"{next(n for n in FLOATS if n in dataset)[:-4]}PaddingValue"
-    value = dataset.get(name)
-    if value is None:
+    if dataset.get(name) is None:
         return None
-    limit = dataset.get(name.replace("Value", "RangeLimit"))
-    ends = [value, value if limit is None else limit]
-    if integer:
-        lowest = -(2**15) if dataset.PixelRepresentation else 0
-        ends = [(int(end) - lowest) % 2**16 + lowest for end in ends]
-    low, high = sorted(float(end) for end in ends)
-    return low, high
+    limit = name.replace("Value", "RangeLimit")
+    elements = [dataset[one] for one in (name, limit) if dataset.get(one) is not None]
+    ends = [_padding_word(element, dataset) if integer else float(element.value) for element in elements]
+    return min(ends), max(ends)
+
+
+def _padding_word(element: DataElement, dataset: Dataset) -> float:
+    """Return an end of the padding with the sign of the pixels, and as it stands where it is longer than they are."""
+    value, bits = int(element.value), 16 if element.VR in ("US", "SS") else int(dataset.BitsAllocated)
+    if not -(2 ** (bits - 1)) <= value < 2**bits:
+        return float(value)
+    lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
+    return float((value - lowest) % 2**bits + lowest)
 
 
 def _numbers(value: Any) -> list[float]:
