@@ -133,3 +133,19 @@ def test_a_first_value_in_the_upper_half_of_unsigned_values(tmp_path: Path, writ
     pixels = np.arange(40000, 40256, dtype=np.uint16).reshape(16, 16)
     found = levels(write_dicom, tmp_path / "a", pixels, palette(BYTES.tobytes(), 256, 40000), BitsStored=16, HighBit=15)
     assert np.array_equal(found.ravel(), BYTES)
+
+
+@pytest.mark.parametrize("missing", ["Descriptor", "Data"])
+@pytest.mark.parametrize("name", ["Red", "Blue"])
+def test_no_palette_is_refused(tmp_path: Path, write_dicom: WriteDicom, missing: str, name: str) -> None:
+    tables = palette(BYTES.tobytes())
+    if missing == "Descriptor":
+        tables.RedPaletteColorLookupTableDescriptor = None if name == "Red" else [256]
+    else:
+        del tables[f"{name}PaletteColorLookupTableData"]
+    with pytest.raises(Refused, match=Reason.PIXELS):
+        levels(write_dicom, tmp_path / "a", NUMBERS, tables)
+    with pytest.raises(Refused, match=Reason.PIXELS):
+        levels(write_dicom, tmp_path / "b", NUMBERS, Dataset())
+    with pytest.raises(Refused, match=Reason.PIXELS):  # a supplemental palette is one for a part of the values
+        levels(write_dicom, tmp_path / "c", NUMBERS, palette(BYTES.tobytes()), PixelPresentation="MIXED")
