@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Num
 from pydicom import Dataset
 from pydicom.encaps import get_frame
-from pydicom.pixels import apply_color_lut, get_decoder
+from pydicom.pixels import get_decoder
 from pydicom.uid import (
     UID,
     JPEG2000TransferSyntaxes,
@@ -25,9 +25,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.intake.codestream import has_signs, shape_of
+from client.intake.codestream import depth_of, has_signs, rounds, shape_of
 from client.intake.headers import DAMAGED_DICOM, damaged, parse, syntax_name
 from client.intake.memory import header_bytes, within
+from client.intake.palettes import from_palette
 from client.intake.pixels import Levels
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -49,7 +50,7 @@ class DicomImage:
         - frame_groups_win: Rescale and window of a frame's functional groups win over shared ones and the top level.
         - codestreams_have_the_headers_shape: A compressed frame of other rows, columns or samples is not decoded.
         - codestreams_have_the_headers_sign: Nor is one with signs where the header knows none.
-        - high_bits_are_cleared: What stands beside the stored bits changes nothing.
+        - high_bits_are_cleared: What stands beside the stored bits changes nothing, in a compressed frame neither.
     """
 
     def __init__(self, data: bytes, rules: IntakeRules) -> None:
@@ -75,18 +76,17 @@ class DicomImage:
         """
         dataset = self._dataset
         try:
-            _check_form(dataset, frame)
-            # Unused bits are cleared here: pydicom does not look at HighBit.
+            codestream = _codestream(dataset, frame)
             # A view, where nothing is compressed: it is read once and never written to.
-            options: Any = {"correct_unused_bits": not _as_it_is(dataset), "view_only": True}
+            options: Any = {"view_only": True, **_bits(dataset, codestream)}
             decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
             stored, _ = decoder.as_array(dataset, index=frame, decoding_plugin=self._plugin, **options)
             photometric = str(dataset.get("PhotometricInterpretation", ""))
             if stored.ndim == 2 and photometric.startswith("MONOCHROME"):
                 with within(header_bytes(self._rules)):
                     said = stages(dataset, frame, self._rules)
-                return show(_stored_bits(stored, dataset, said.padding), said)
-            levels = _colours(stored, dataset, photometric)
+                return show(_stored_bits(stored, dataset, codestream, said.padding), said)
+            levels = _colours(stored, dataset, codestream, photometric)
         except DAMAGED_DICOM as error:
             raise damaged(error, Reason.PIXELS) from error
         if levels.shape[2:] != (3,):  # such as a palette for pixels that are colours already
@@ -94,15 +94,15 @@ class DicomImage:
         return levels
 
 
-def _check_form(dataset: Dataset, frame: int) -> None:
-    """Refuse a codestream of another form than the header's.
+def _codestream(dataset: Dataset, frame: int) -> bytes | None:
+    """Return the codestream of a frame, if it has one (RLE is none), and refuse one of another form than the header's.
 
     Decoders allocate its shape, and pydicom would shear it. Values below zero would be taken for the highest where the
     header knows no sign; the reverse is known: words that have signs by the header, packed as if they had none.
     """
     syntax: UID = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated or syntax == RLELossless:
-        return
+        return None
     offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
     data = get_frame(
         dataset.PixelData,
@@ -114,32 +114,55 @@ def _check_form(dataset: Dataset, frame: int) -> None:
         raise Refused(Reason.PIXELS)
     if has_signs(data) and not dataset.PixelRepresentation:
         raise Refused(Reason.PIXELS)
+    return data
+
+
+def _bits(dataset: Dataset, codestream: bytes | None) -> dict[str, Any]:
+    """Return what a decoder is told of the bits: to leave words as they are, also in a codestream of more bits.
+
+    Unused bits are cleared here: pydicom looks at neither HighBit nor padding, and GDCM keeps no more than are stored.
+    """
+    if not _in_words(dataset):
+        return {"correct_unused_bits": True}
+    depth = 0 if codestream is None else depth_of(codestream)
+    deeper = {"bits_stored": depth} if dataset.get("BitsStored", depth) < depth <= dataset.BitsAllocated else {}
+    return {"correct_unused_bits": False, **deeper}
 
 
 def _stored_bits(
-    values: Num[np.ndarray, "rows columns *samples"], dataset: Dataset, padding: tuple[float, float] | None = None
+    values: Num[np.ndarray, "rows columns *samples"],
+    dataset: Dataset,
+    codestream: bytes | None,
+    padding: tuple[float, float] | None = None,
 ) -> Num[np.ndarray, "rows columns *samples"]:
-    """Clear what stands beside the stored bits, where the file holds pixels as they are; decoders do it for others.
+    """Clear what stands beside the stored bits, in words of the file or of a codestream of more bits.
 
     A whole word that is padding stays: in the stored bits alone it could be a pixel's value.
     """
-    if values.dtype.kind not in "iu" or not _as_it_is(dataset):
+    if values.dtype.kind not in "iu" or not _in_words(dataset):
         return values
+    bits, shift = bits_of(dataset)
+    if codestream is not None and depth_of(codestream) < bits + shift:  # no words: the stored bits alone
+        shift = 0
     low, high = stored_range(dataset)
-    _, shift = bits_of(dataset)
-    if shift == 0 and values.size and values.min() >= low and values.max() <= high:
+    width = values.itemsize * 8
+    if shift == 0 and (bits >= width or not values.size or (values.min() >= low and values.max() <= high)):
         return values
-    cleared = _clear(values >> shift, dataset, values.itemsize * 8)
+    if codestream is not None and shift == 0 and low == 0 and rounds(codestream):
+        cleared = np.minimum(values, values.dtype.type(high))  # white, and a little more
+    else:
+        cleared = _clear(values >> shift, dataset, width)
     if padding is None or shift:
         return cleared
     return np.where((values >= padding[0]) & (values <= padding[1]), values, cleared)
 
 
-def _as_it_is(dataset: Dataset) -> bool:
-    """Return whether the file holds grey values, places in a palette or RGB bit by bit, not as a codec made them."""
+def _in_words(dataset: Dataset) -> bool:
+    """Return whether pydicom hands over grey values, places in a palette or RGB bit by bit: it converts no colours."""
     syntax: UID = dataset.file_meta.TransferSyntaxUID
-    kept = dataset.get("SamplesPerPixel", 1) == 1 or dataset.get("PhotometricInterpretation") == "RGB"
-    return kept and (not syntax.is_compressed or syntax == RLELossless)
+    packed = syntax.is_compressed and syntax != RLELossless
+    grey = dataset.get("SamplesPerPixel", 1) == 1
+    return grey or (dataset.get("PhotometricInterpretation") == "RGB" and not packed)
 
 
 def _clear(values: Num[np.ndarray, "..."], dataset: Dataset, width: int) -> Num[np.ndarray, "..."]:
@@ -151,16 +174,15 @@ def _clear(values: Num[np.ndarray, "..."], dataset: Dataset, width: int) -> Num[
     return values & values.dtype.type(2**stored - 1)
 
 
-def _colours(stored: Num[np.ndarray, "..."], dataset: Dataset, photometric: str) -> Levels:
+def _colours(stored: Num[np.ndarray, "..."], dataset: Dataset, codestream: bytes | None, photometric: str) -> Levels:
     if photometric == "PALETTE COLOR":
-        colour = apply_color_lut(_stored_bits(stored, dataset), dataset)
-        return colour[..., :3].astype(np.float32) * np.float32(255 / np.iinfo(colour.dtype).max)
+        return from_palette(_stored_bits(stored, dataset, codestream), dataset)
     bits, shift = bits_of(dataset)
     if stored.ndim != 3 or photometric not in _COLOURS or (photometric != "RGB" and (bits, shift) != (8, 0)):
         raise Refused(Reason.PIXELS)  # pydicom knows no other as colours
     if dataset.PixelRepresentation:  # no colour is below zero
         raise Refused(Reason.PIXELS)
-    return _stored_bits(stored, dataset).astype(np.float32) * np.float32(255 / (2**bits - 1))
+    return _stored_bits(stored, dataset, codestream).astype(np.float32) * np.float32(255 / (2**bits - 1))
 
 
 def _plugin(dataset: Dataset) -> str:

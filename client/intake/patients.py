@@ -2,7 +2,8 @@
 
 Privacy is promised to each patient as a whole, so a patient under two ids breaks the promise, while two patients under
 one id only share what one may contribute. Hence ids are brought together generously: characters of one meaning (NFKC),
-capitals, letters that nobody sees (Unicode's Cf) and spaces at the ends or doubled do not tell two patients apart.
+capitals, letters that nobody sees (Unicode's Cf and Default_Ignorable_Code_Point) and spaces at the ends or doubled do
+not tell two patients apart.
 
 The table is a CSV file with the columns `patient` and `to` and, if wanted, `issuer` and `to_issuer`: the images of
 `patient` count as those of `to`. A line without an issuer means the patient of that id whatever the issuer, and one
@@ -10,6 +11,7 @@ without `to_issuer` too, or with an issuer the patient `to` of the same one. Out
 (client/intake/cautions).
 """
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +23,14 @@ from common.errors import IntakeError
 
 Patient = tuple[str, str]
 """Issuer and id, as the file states them or normalised."""
+
+_IGNORED = re.compile(
+    "[\u034f\u115f-\u1160\u17b4-\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
+"""Default_Ignorable_Code_Point of Unicode beyond Cf: joiners, fillers, variation selectors, places reserved for such.
+
+Source: Unicode 14.0 to 16.0, DerivedCoreProperties.txt.
+"""
 
 
 def normalised(patient: Patient) -> Patient:
@@ -46,8 +56,10 @@ def readable(patient: Patient) -> bool:
 
 
 def _seen(text: str) -> str:
-    """Take characters away that only format others: zero-width spaces, byte order marks, soft hyphens."""
-    return text if text.isascii() else "".join(one for one in text if unicodedata.category(one) != "Cf")
+    """Take characters away that are not shown or only format others: zero-width spaces, byte order marks, fillers."""
+    if text.isascii():
+        return text
+    return "".join(one for one in _IGNORED.sub("", text) if unicodedata.category(one) != "Cf")
 
 
 @final

@@ -4,10 +4,12 @@ Source: DICOM PS3.3 C.7.6.3 (image pixel), C.7.6.16 (functional groups), C.11.1 
 Out of scope: what is made of the values (client/intake/windows), decoding them (client/intake/dicom).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pydicom import Dataset
+from jaxtyping import UInt16
+from pydicom import DataElement, Dataset
 
 from client.intake.refusals import Reason, Refused
 from client.intake.rules import IntakeRules
@@ -77,13 +79,8 @@ def _lut(item: Dataset, dataset: Dataset, signed: bool) -> Lut:
 
     Source: DICOM PS3.3 C.11.1.1.1, C.11.2.1.1.
     """
-    entries, first, bits = (int(number) for number in item.LUTDescriptor)
-    first -= 2**16 if signed and first >= 2**15 else 0
-    entries = entries % 2**16 or 2**16  # of a descriptor in signed words too
-    order = "<" if dataset.original_encoding[1] else ">"
-    data = item.LUTData
-    words = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
-    table = words.astype("<u2")
+    entries, first, bits = descriptor_of(item.LUTDescriptor, signed)
+    table = words_of(item.LUTData, dataset)
     if len(table) != entries and bits <= 8 and len(table) == (entries + 1) // 2:
         table = table.view(np.uint8)[:entries]
     if len(table) != entries or not 1 <= bits <= 16 or int(table.max()) >= 2**bits:
@@ -91,24 +88,43 @@ def _lut(item: Dataset, dataset: Dataset, signed: bool) -> Lut:
     return Lut(first, table.astype(np.float64), bits)
 
 
+def descriptor_of(numbers: Sequence[int], signed: bool) -> tuple[int, int, int]:
+    """Return how many entries a table has, its first value and the bits of an entry."""
+    entries, first, bits = (int(number) for number in numbers)
+    first -= 2**16 if signed and first >= 2**15 else 0
+    return entries % 2**16 or 2**16, first, bits  # of a descriptor in signed words too
+
+
+def words_of(data: Any, dataset: Dataset) -> UInt16[np.ndarray, " words"]:
+    """Return the 16-bit words of a table, as pydicom read it; two packed bytes stand in a word the lower one first."""
+    order = "<" if dataset.original_encoding[1] else ">"
+    words = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data))
+    return words.astype("<u2")
+
+
 def _padding(dataset: Dataset) -> tuple[float, float] | None:
     """Return the range of stored values that mean "no image here"; beyond the stored bits, of words as they stand.
 
-    Source: DICOM PS3.3 C.7.5.1.1.2: one value, or with PixelPaddingRangeLimit all between the two. It has 16 bits and
-        the sign of the pixels, which the VR (US or SS) may contradict.
+    Source: DICOM PS3.3 C.7.5.1.1.2: one value, or with PixelPaddingRangeLimit all between the two. It has 16 bits
+        (some write 32, for pixels of 32) and the sign of the pixels, which the VR (US or SS) may contradict.
     """
     integer = "PixelData" in dataset
     name = "PixelPaddingValue" if integer else f"{next(n for n in FLOATS if n in dataset)[:-4]}PaddingValue"
-    value = dataset.get(name)
-    if value is None:
+    if dataset.get(name) is None:
         return None
-    limit = dataset.get(name.replace("Value", "RangeLimit"))
-    ends = [value, value if limit is None else limit]
-    if integer:
-        lowest = -(2**15) if dataset.PixelRepresentation else 0
-        ends = [(int(end) - lowest) % 2**16 + lowest for end in ends]
-    low, high = sorted(float(end) for end in ends)
-    return low, high
+    limit = name.replace("Value", "RangeLimit")
+    elements = [dataset[one] for one in (name, limit) if dataset.get(one) is not None]
+    ends = [_padding_word(element, dataset) if integer else float(element.value) for element in elements]
+    return min(ends), max(ends)
+
+
+def _padding_word(element: DataElement, dataset: Dataset) -> float:
+    """Return an end of the padding with the sign of the pixels, and as it stands where it is longer than they are."""
+    value, bits = int(element.value), 16 if element.VR in ("US", "SS") else int(dataset.BitsAllocated)
+    if not -(2 ** (bits - 1)) <= value < 2**bits:
+        return float(value)
+    lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
+    return float((value - lowest) % 2**bits + lowest)
 
 
 def _numbers(value: Any) -> list[float]:

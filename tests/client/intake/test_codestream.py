@@ -11,7 +11,7 @@ from pydicom import dcmread
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless
 
-from client.intake.codestream import has_signs, shape_of
+from client.intake.codestream import depth_of, has_signs, rounds, shape_of
 from client.intake.refusals import Refused
 from client.intake.rules import IntakeRules
 from client.intake.worker import Source
@@ -62,6 +62,32 @@ def test_codestreams_have_the_headers_shape(
     else:
         with pytest.raises(Refused, match="pixels not decodable"):
             source.levels(None)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000", "JP2", "JPEG-LS"])
+def test_the_depth_of_a_codestream(kind: str) -> None:
+    assert depth_of(packed(RAMP, kind)) == 8
+    if kind != "JPEG":
+        assert depth_of(packed(RAMP.astype(np.uint16) * 257, kind)) == 16
+        whole = packed(RAMP, "JPEG2000")
+        assert depth_of(whole[:42] + bytes([0x8B]) + whole[43:]) == 12  # with signs
+
+
+def test_what_a_codestream_may_lose() -> None:
+    assert [rounds(packed(RAMP, kind)) for kind in ("JPEG", "JPEG2000", "JP2", "JPEG-LS")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert rounds(packed(RAMP, "JPEG").replace(b"\xff\xc0", b"\xff\xc3")) is False
+    assert rounds(bytes(jpeg_ls.encode(RAMP, 1)))
+    lossy = io.BytesIO()
+    Image.fromarray(RAMP).save(lossy, "JPEG2000", irreversible=True)
+    assert rounds(lossy.getvalue())
+    for kind, end in (("JPEG", 30), ("JPEG2000", 55), ("JPEG-LS", 20)):
+        with pytest.raises((ValueError, struct.error)):
+            rounds(packed(RAMP, kind)[:end])
 
 
 def test_the_sign_of_a_codestream() -> None:

@@ -572,6 +572,40 @@ def test_padding_beyond_the_stored_bits_is_no_pixel(
     assert np.array_equal(padded(words), plain)
 
 
+@pytest.mark.parametrize(
+    ("wide", "signed", "vr", "value", "hit"),
+    [
+        (True, 1, "SL", -(2**31), -(2**31)),
+        (True, 1, "UL", 2**31, -(2**31)),  # without its sign
+        (True, 0, "UL", 2**32 - 1, 2**32 - 1),
+        (True, 0, "SL", -1, 2**32 - 1),
+        (True, 1, "SL", 2**20, 2**20),
+        (False, 0, "UL", 2**20, None),
+        (False, 1, "SL", -(2**31), None),
+        (False, 1, "SL", -2000, -2000),
+        (False, 1, "UL", 63536, -2000),
+    ],
+)
+def test_padding_of_32_bits(
+    tmp_path: Path, write_dicom: WriteDicom, wide: bool, signed: int, vr: str, value: int, hit: int | None
+) -> None:
+    """A longer value is one of 16 bits only where it fits these: -2147483648 takes no 0 away."""
+    bits = 32 if wide else 16
+    pixels = RAMP.astype(f"{'i' if signed else 'u'}{bits // 8}")
+    if hit is not None:
+        pixels[5] = hit
+    tags = {"BitsAllocated": bits, "BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": signed}
+    path = write_dicom(tmp_path / "a", pixels, WindowCenter=100, WindowWidth=400, **tags)
+    dataset = dcmread(path)
+    dataset.add_new("PixelPaddingValue", vr, value)
+    dataset.save_as(path)
+    expected = decode(write_dicom(tmp_path / "b", RAMP, WindowCenter=100, WindowWidth=400))
+    if hit is not None:
+        expected[5] = 0
+    assert expected[0, 0] > 0
+    assert np.array_equal(decode(path), expected)
+
+
 def test_padding_in_words_with_other_bits(tmp_path: Path, write_dicom: WriteDicom) -> None:
     """What stands beside the stored bits, such as an overlay, does not hide padding."""
     words = RAMP | np.uint16(0x7000)

@@ -176,6 +176,72 @@ def test_lossless_encodings_give_one_tensor(
     assert np.array_equal(square(recoded(write_dicom(tmp_path / "a", pixels, **tags), syntax)), expected)
 
 
+def packed_words(path: Path, syntax: str, change: Callable[[Dataset], None]) -> Path:
+    """Pack whole words, in 16 bits: what is beside the stored bits too."""
+    dataset = dcmread(path)
+    stated = dataset.BitsStored, dataset.HighBit
+    dataset.BitsStored, dataset.HighBit = 16, 15
+    dataset.save_as(path)
+    dataset = dcmread(recoded(path, syntax))
+    dataset.BitsStored, dataset.HighBit = stated
+    change(dataset)
+    dataset.save_as(path)
+    return path
+
+
+WORDS = ("overlay above", "signed, overlay above", "high bit 15", "12 signed", "12 unsigned", "8 in 16")
+PACKED = (ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless, JPEGLSLossless, JPEGLosslessSV1)
+
+
+@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("syntax", PACKED, ids=lambda syntax: syntax.keyword)
+def test_packed_words_give_one_tensor(
+    tmp_path: Path, write_dicom: WriteDicom, expected: np.ndarray, syntax: str, name: str
+) -> None:
+    """A codestream of 16 bits where fewer are stored holds the words of the file as they stand."""
+    pixels, tags = depths()[name]
+    path = packed_words(write_dicom(tmp_path / "a", pixels, **tags), syntax, lambda _: None)
+    assert np.array_equal(square(path), expected)
+
+
+@pytest.mark.parametrize(
+    ("signed", "vr", "value"), [(0, "US", 63536), (0, "SS", -2000), (1, "SS", -32768), (1, "US", 32768)]
+)
+@pytest.mark.parametrize("syntax", PACKED, ids=lambda syntax: syntax.keyword)
+def test_padding_beyond_the_stored_bits_is_kept_by_every_encoding(
+    tmp_path: Path, write_dicom: WriteDicom, syntax: str, signed: int, vr: str, value: int
+) -> None:
+    pixels = SOURCE.astype(np.uint16) * 16
+    if signed:
+        pixels = (pixels.astype(np.int16) - 2048).astype(np.uint16) & 0x0FFF
+    pixels[:16] = value % 2**16
+    path = write_dicom(tmp_path / "a", pixels, PixelRepresentation=signed)
+    path = packed_words(path, syntax, lambda dataset: dataset.add_new("PixelPaddingValue", vr, value))
+    found = Source(path, None, IntakeRules(percentiles=(0, 100))).levels(None)
+    low, high = SOURCE[16:].min(), SOURCE[16:].max()
+    assert not found[:16].any()
+    assert np.allclose(found[16:], (SOURCE[16:] - float(low)) * (255 / (high - low)), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "options"),
+    [(JPEGLSNearLossless, {"jls_error": 3}), (JPEG2000, {"j2k_cr": [12]})],
+    ids=["JPEGLSNearLossless", "JPEG2000"],
+)
+def test_lossy_white_stays_white(tmp_path: Path, write_dicom: WriteDicom, syntax: str, options: dict[str, Any]) -> None:
+    """A codec that rounds, and knows of more bits than are stored, goes beyond the highest value here and there."""
+    pixels = SOURCE.astype(np.uint16) * 16 + 15
+    pixels[:, 20:40] = 4095
+    tags = {"WindowCenter": 2048, "WindowWidth": 4096}
+    path = write_dicom(tmp_path / "a", pixels, BitsStored=16, HighBit=15, **tags)
+    dataset = dcmread(recoded(path, syntax, **options))
+    assert dataset.pixel_array.max() > 4095
+    dataset.BitsStored, dataset.HighBit = 12, 11
+    dataset.save_as(path)
+    found = Source(path, None, IntakeRules()).levels(None)
+    assert np.abs(found - pixels * (255 / 4095)).max() < 10
+
+
 @pytest.mark.parametrize(
     ("syntax", "options", "most"),
     [(JPEGLSNearLossless, {"jls_error": 1}, 4), (JPEG2000, {"j2k_cr": [5]}, 4)],

@@ -37,6 +37,9 @@ def said(records: list[Record], table: PatientTable | None = None, blank: BlankR
         ("\ufeffP1", "p1"),
         ("P1 \u200b", "p1"),
         ("u\u200b\u0308", "\u00fc"),
+        *((f"P{unseen}1", "p1") for unseen in "\u034f\u115f\u1160\u17b4\u180b\u180f\u2065\u3164\ufe0f\uffa0\ufff0"),
+        *((f"P{unseen}1", "p1") for unseen in "\u00ad\u061c\u180e\u2060\ufe00\U0001bca0\U0001d173\U000e0001\U000e01ef"),
+        ("\U000e0fff\ufe0f ", ""),
     ],
 )
 def test_spelling_does_not_split(one: str, other: str) -> None:
@@ -46,6 +49,7 @@ def test_spelling_does_not_split(one: str, other: str) -> None:
 def test_different_ids_stay_apart() -> None:
     assert len({normalised(("", name)) for name in ("1", "01", "1 0", "10", "-1")}) == 5
     assert normalised(("a", "1")) != normalised(("b", "1"))
+    assert len({normalised(("", f"P{letter}1")) for letter in "\u0301\u1100\u1161\ufe20\ufffd\u2044"}) == 6
 
 
 def test_the_table_merges(tmp_path: Path) -> None:
