@@ -151,7 +151,8 @@ def _no_file(path: Path) -> Reason | None:
 
 def _search(folder: Path, label: LabelSource, rules: IntakeRules, known: Known) -> _Search:
     table = read_labels_file(folder, label)
-    labels: Labelling = TagLabel(tag=label.name if label.kind == "tag" else AUTO_TAG)
+    of_tags = label.kind == "auto" and not table.column
+    labels: Labelling = TagLabel(tag=label.name if label.kind == "tag" else AUTO_TAG if of_tags else "")
     if label.kind == "rules":
         labels = read_label_rules(Path(label.name))
     for keyword in labels.tags():
