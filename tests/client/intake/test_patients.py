@@ -93,6 +93,14 @@ def test_one_meaning(tmp_path: Path, lines: str, message: str) -> None:
         read_patient_table(tmp_path / "patients.csv")
 
 
+def test_one_number_of_an_examination_hides_no_warning() -> None:
+    """One id is an accession number by chance; that nobody has a second examination is told all the same."""
+    uids = [{"StudyInstanceUID": f"1.{number}", "AccessionNumber": "p0"} for number in range(30)]
+    text = said([record(number, f"p{number}", **uids[number]) for number in range(30)], PatientTable())
+    assert "1 of 30 ids is the number of an examination" in text
+    assert "None of 30 ids has a second examination" in text
+
+
 def test_nothing_false_of_a_part() -> None:
     """A birth date of another file is not known, so that what is said is said of these files alone."""
     records = [record(number, f"A{number}", AccessionNumber=f"A{number}", StudyInstanceUID="1") for number in range(30)]
