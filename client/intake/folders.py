@@ -19,7 +19,7 @@ from client.intake.archives import Archive
 from client.intake.directory import named_files
 from client.intake.isolation import DecoderPool
 from client.intake.labels import Labelling, TagLabel, read_label_rules
-from client.intake.labels_file import LABELS_FILE, LabelsFile, read_labels_file
+from client.intake.labels_file import LABELS_FILE, LabelsFile, members_places, read_labels_file
 from client.intake.records import (
     ALL,
     NOTHING_KNOWN,
@@ -232,7 +232,7 @@ def _items(path: Path, folder: Path, search: _Search) -> Iterator[_File | Refusa
         yield file
     else:
         for member in _members(file):
-            search.met.add(f"{place}/{member.member}")
+            search.met.add(member.place if isinstance(member, _File) else f"{place}/{member.member}")
             yield member
 
 
@@ -243,8 +243,9 @@ def _members(file: _File) -> Iterator[_File | Refusal]:
     except Refused as refusal:
         yield file.refusal(refusal.reason)
         return
+    places = members_places(file.place, (name for name, _ in members))
     for name, had in members:
-        member = replace(file, place=f"{file.place}/{name}", member=name)
+        member = replace(file, place=places[name], member=name)
         # If not, another member has this name and would be read in its place, or it is a folder with data.
         yield member if had else member.refusal(Reason.ARCHIVE)
 

@@ -7,12 +7,12 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import final
 
 from client.intake.records import LabelSource, Refusal, stamp_of
 from client.intake.refusals import Reason
-from client.intake.table import Row, read_table
+from client.intake.table import Row, normal, read_table, spelled_here
 from common.errors import IntakeError
 
 LABELS_FILE = "labels.csv"
@@ -68,7 +68,7 @@ def read_labels_file(folder: Path, label: LabelSource) -> LabelsFile:
         return LabelsFile()
     table = read_table(path, LABELS_FILE)
     file = table.column("file")
-    names = [PurePosixPath(row[file]).as_posix() for row in table.rows]
+    names = [_place(folder, row[file]) for row in table.rows]
     by_file = dict(zip(names, table.rows, strict=True))
     if len(by_file) != len(table.rows):
         raise IntakeError(f"{LABELS_FILE} names a file more than once. Keep one row for each file.")
@@ -76,9 +76,25 @@ def read_labels_file(folder: Path, label: LabelSource) -> LabelsFile:
     return LabelsFile(by_file, dict(zip(names, table.lines, strict=True)), column, _beside(by_file, column))
 
 
+def members_places(archive: str, members: Iterable[str]) -> Mapping[str, str]:
+    """Return how the table names the members of an archive: with slashes, unless another one has that name."""
+    names = frozenset(members)
+    slashed = {name: name.replace("\\", "/") for name in names}
+    return {name: f"{archive}/{name if other in names else other}" for name, other in slashed.items()}
+
+
+def _place(folder: Path, name: str) -> str:
+    end = _end_of_archive(name)
+    return normal(spelled_here(folder, name[:end]) + name[end:].replace("\\", "/"))
+
+
+def _end_of_archive(name: str) -> int:
+    end = name.lower().find(".zip/")
+    return len(name) if end < 0 else end + 4
+
+
 def _beside(rows: Mapping[str, Row], column: str) -> Mapping[str, str]:
     texts: dict[str, list[str]] = {}
     for place, row in rows.items() if column else ():
-        end = place.lower().find(".zip/")
-        texts.setdefault(place if end < 0 else place[: end + 4], []).append(f"{place}={row.get(column, '')}")
+        texts.setdefault(place[: _end_of_archive(place)], []).append(f"{place}={row.get(column, '')}")
     return {place: "\n".join(lines) for place, lines in texts.items()}

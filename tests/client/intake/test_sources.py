@@ -339,3 +339,20 @@ def test_a_pipe_neither_waits_nor_a_device_fills(
         Practice(tmp_path, f"rules:{tmp_path / 'rules'}").digest()
     with pytest.raises(IntakeError, match="not a regular file"):
         read_patient_table(tmp_path / "rules")
+
+
+def test_the_slashes_of_windows_in_labels(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """In the table, and in the names that some programs on Windows give to members; what stands so stays so."""
+    for number, name in enumerate(("deep/a", r"deep\b", "c", "d", "e"), 1):
+        write_dicom(tmp_path / name, PatientID=str(number), SOPInstanceUID=f"1.2.{number}")
+    with zipfile.ZipFile(tmp_path / "deep" / "f.zip", "w") as archive:
+        for name, member in (("c", "c"), ("d", r"in\d"), ("e", "in/e"), ("e", r"in\e")):
+            archive.write(tmp_path / name, member)
+    for name in "cde":
+        (tmp_path / name).unlink()
+    rows = (r"deep\a,x", r"deep\b,y", r"deep\f.zip\c,z", r"deep\f.zip\in\d,u", r"deep/f.zip/in\e,v")
+    (tmp_path / "labels.csv").write_text("\n".join(("file,label", *rows)) + "\n")
+    found = scan(tmp_path)
+    labels = {record.member or record.path.name: record.label for record in found.records}
+    assert labels == {"a": "x", r"deep\b": "y", "c": "z", r"in\d": "u", "in/e": "v", r"in\e": None}
+    assert not found.refusals
