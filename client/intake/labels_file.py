@@ -62,7 +62,9 @@ def read_labels_file(folder: Path, label: LabelSource) -> LabelsFile:
         IntakeError: It cannot be read, names a file twice, or labels are asked of it and it is not there.
     """
     path = folder / LABELS_FILE
-    if not os.path.lexists(path):  # one that is no file is an error: labels would come from somewhere else
+    asked = label.kind in ("auto", "column")
+    # One that is no file is an error where labels are asked of it: they would come from somewhere else.
+    if not (os.path.lexists if asked else os.path.isfile)(path):
         if label.kind == "column":
             raise IntakeError(f"--label column:{label.name} needs {LABELS_FILE} (file, {label.name}) beside the DICOM.")
         return LabelsFile()
@@ -72,7 +74,7 @@ def read_labels_file(folder: Path, label: LabelSource) -> LabelsFile:
     by_file = dict(zip(names, table.rows, strict=True))
     if len(by_file) != len(table.rows):
         raise IntakeError(f"{LABELS_FILE} names a file more than once. Keep one row for each file.")
-    column = table.column(label.name or "label") if label.kind in ("auto", "column") else ""
+    column = table.column(label.name or "label") if asked else ""
     return LabelsFile(by_file, dict(zip(names, table.lines, strict=True)), column, _beside(by_file, column))
 
 

@@ -356,3 +356,22 @@ def test_the_slashes_of_windows_in_labels(tmp_path: Path, write_dicom: WriteDico
     labels = {record.member or record.path.name: record.label for record in found.records}
     assert labels == {"a": "x", r"deep\b": "y", "c": "z", r"in\d": "u", "in/e": "v", r"in\e": None}
     assert not found.refusals
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("put", [pipe, Path.mkdir, dangling])
+def test_labels_that_are_no_file_stop_only_who_asks_for_them(
+    tmp_path: Path, write_dicom: WriteDicom, put: Callable[[Path], None]
+) -> None:
+    write_dicom(tmp_path / "a", PatientID="P1", Modality="CT")
+    put(tmp_path / "labels.csv")
+    assert [[record.label for record in scan(tmp_path, label).records] for label in ("none", "tag:Modality")] == [
+        ["all"],
+        ["CT"],
+    ]
+    for label in ("auto", "column:label"):
+        with pytest.raises(IntakeError, match="could not be read"):
+            scan(tmp_path, label)
