@@ -231,3 +231,15 @@ def test_black_by_rule() -> None:
     whole, part = BlankRules(blank=[rule]), BlankRules(blank=[rule.model_copy(update={"regions": [[0, 0, 29, 65535]]})])
     assert "1 image: the regions of blank_rules cover them whole" in said([small], blank=whole)
     assert "cover" not in said([small], blank=part)
+
+
+def test_a_patient_of_many_images_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each spelling, to order patients and to group images: not for each image."""
+    asked: list[tuple[str, str]] = []
+    real = PatientTable.of
+    monkeypatch.setattr(PatientTable, "of", lambda self, stated: (asked.append(stated), real(self, stated))[1])
+    records = [record(number, "pP"[number % 2], SOPInstanceUID=f"1.{number}") for number in range(50)]
+    records.append(record(50, "q", SOPInstanceUID="1.0"))
+    choice = choose(Scan(tuple(records), {}), Practice(Path()), None)
+    assert (len(choice.records), choice.shared) == (50, ((records[0], records[50]),))
+    assert sorted(asked) == sorted([("", "p"), ("", "P"), ("", "q")] * 2)
