@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from client.intake.arrays import load_stack
-from client.intake.folders import LABELS_FILE
 from client.intake.headers import is_dicom
+from client.intake.labels_file import LABELS_FILE
 from client.intake.records import Record, Scan
 from client.intake.table import write_table
 from common.errors import ConfigError, IntakeError, StorageError

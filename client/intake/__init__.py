@@ -11,7 +11,7 @@ Two steps, between which a caller can stop, store, skip or choose:
   DICOM header, for checks at the site.
 - `found.refusals` names every file, member or row that is not used, with its reason; `found.refused` counts them.
   Records and refusals together account for every file.
-- `scan(..., skip=known)` does not open DICOM files and archives that the caller knows, by path and stamp.
+- `scan(..., known=Known(skip))` does not open DICOM files and archives that the caller knows, by path and stamp.
 - `decode_records` decodes in child processes, in order and within bounded memory; whatever is in a file costs that
   file's frames at most. `decode` reads one record in its own size, float32 levels in [0, 255], in this process.
 

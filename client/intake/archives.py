@@ -12,6 +12,7 @@ from typing import BinaryIO, final
 from client.intake.records import state_of
 from client.intake.refusals import DAMAGED, Reason, Refused
 from client.intake.rules import IntakeRules
+from common.files import open_regular
 
 MAX_DIRECTORY_BYTES = 64 * 1024**2
 """Of the archive's own directory, which is read whole."""
@@ -54,7 +55,7 @@ class Archive:
             Refused: It is damaged, or expands beyond the limits.
         """
         try:
-            self._file = path.open("rb")
+            self._file = open_regular(path)
         except PermissionError as error:
             raise Refused(Reason.NOT_READABLE) from error
         except OSError as error:

@@ -120,15 +120,16 @@ def _examinations(groups: Groups) -> list[Caution]:
         for (_, name), records in groups.items()
         if any(name == records[0].header.get(key, "").casefold() for key in ("AccessionNumber", "StudyInstanceUID"))
     ]
+    found: list[Caution] = []
     if equal:
         some = f"{len(equal)} of {counted(len(groups), 'id')} {'is' if len(equal) == 1 else 'are'}"
         said = f"{some} the number of an examination: visits, not people?"
-        return [Caution(said, tuple(equal))]
+        found.append(Caution(said, tuple(equal)))
     studies = [len({record.header.get("StudyInstanceUID") for record in records}) for records in groups.values()]
     stated = any("StudyInstanceUID" in records[0].header for records in groups.values())
     if len(groups) >= _FEW and stated and max(studies) == 1:
-        return [Caution(f"None of {len(groups)} ids has a second examination: visits, not people?")]
-    return []
+        found.append(Caution(f"None of {len(groups)} ids has a second examination: visits, not people?"))
+    return found
 
 
 def _contradictions(groups: Groups) -> list[Caution]:

@@ -1,16 +1,16 @@
 """Where DICOM files stand: a folder tree, zip archives in it or alone, or what a DICOMDIR names. Headers only.
 
 A tree is walked whole; files that a DICOMDIR in it names and that are not there are counted. Labels come from tags, or
-from `labels.csv`: `file` is relative to the folder, of a member `ARCHIVE.zip/MEMBER`.
+from `labels.csv` (client/intake/labels_file).
 """
 
 import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import final
 
 from pydicom.datadict import tag_for_keyword
@@ -19,65 +19,74 @@ from client.intake.archives import Archive
 from client.intake.directory import named_files
 from client.intake.isolation import DecoderPool
 from client.intake.labels import Labelling, TagLabel, read_label_rules
-from client.intake.records import ALL, Header, LabelSource, Record, Refusal, Room, Scan, Skip, Stamp, scan_of, stamp_of
+from client.intake.labels_file import LABELS_FILE, LabelsFile, members_places, read_labels_file
+from client.intake.records import (
+    ALL,
+    NOTHING_KNOWN,
+    Header,
+    Known,
+    LabelSource,
+    Record,
+    Refusal,
+    Room,
+    Scan,
+    Stamp,
+    scan_of,
+    stamp_of,
+)
 from client.intake.refusals import Reason, Refused
 from client.intake.requests import Asked, ask_header
 from client.intake.rules import IntakeRules
-from client.intake.table import Row, read_table
 from client.paths import INCOMING
 from common.errors import ConfigError, IntakeError
 
-LABELS_FILE = "labels.csv"
 AUTO_TAG = "AdmittingDiagnosesDescription"
 _LINK_TO_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
-Found = Record | Refusal
+Found = Refusal | tuple[Record, Sequence[int | None]]
+"""A refusal, or the first image of a file and which of its frames are asked."""
 
 
 @final
 @dataclass(frozen=True)
 class _Search:
-    """What one scan looks for; by file, `lines` of the table, `beside` what it says of it and of all its members."""
+    """What one scan looks for, and what it has met."""
 
     rules: IntakeRules
     label: LabelSource
     labels: Labelling
-    table: Mapping[str, Row] = field(repr=False)
-    lines: Mapping[str, int] = field(repr=False)
-    column: str
-    beside: Mapping[str, str] = field(repr=False)
-    skip: Skip | None
-    skipped: list[Path] = field(repr=False)
+    table: LabelsFile
+    known: Known
+    skipped: list[Path] = field(default_factory=list[Path], repr=False)
     met: set[str] = field(default_factory=set[str], repr=False)
-    room: Room = field(default_factory=Room)
 
 
-def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
+def scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, known: Known = NOTHING_KNOWN) -> Scan:
     """List the images of all DICOM files below a folder, from their headers.
 
     Raises:
         IntakeError: `labels.csv` is needed and missing, or cannot be read.
         ConfigError: The label's tag is not a DICOM keyword.
     """
-    return _scan(walk(folder), folder, _search(folder, label, rules, skip), in_tree=True)
+    return _scan(walk(folder), folder, _search(folder, label, rules, known), in_tree=True)
 
 
-def scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
+def scan_file(path: Path, label: LabelSource, rules: IntakeRules, known: Known = NOTHING_KNOWN) -> Scan:
     """List the images of one file: a zip archive, or a DICOM file.
 
     Raises:
         IntakeError, ConfigError: As in `scan_folder`.
     """
-    return _scan([path], path.parent, _search(path.parent, label, rules, skip))
+    return _scan([path], path.parent, _search(path.parent, label, rules, known))
 
 
-def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None = None) -> Scan:
+def scan_directory(path: Path, label: LabelSource, rules: IntakeRules, known: Known = NOTHING_KNOWN) -> Scan:
     """List the images of the files that a DICOMDIR names.
 
     Raises:
         IntakeError, ConfigError: As in `scan_folder`; also where the DICOMDIR itself cannot be read.
     """
-    search = _search(path.parent, label, rules, skip)
+    search = _search(path.parent, label, rules, known)
     named = (Refusal(path, None, one) if isinstance(one, Reason) else one for one in named_files(path, rules))
     try:
         return _scan(named, path.parent, search)
@@ -140,24 +149,16 @@ def _no_file(path: Path) -> Reason | None:
         return Reason.NOT_A_FILE if error.errno in _LINK_TO_NOWHERE else Reason.NOT_READABLE
 
 
-def _search(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> _Search:
-    table, lines, column = _labels_file(folder, label)
-    labels: Labelling = TagLabel(tag=label.name if label.kind == "tag" else AUTO_TAG)
+def _search(folder: Path, label: LabelSource, rules: IntakeRules, known: Known) -> _Search:
+    table = read_labels_file(folder, label)
+    of_tags = label.kind == "auto" and not table.column
+    labels: Labelling = TagLabel(tag=label.name if label.kind == "tag" else AUTO_TAG if of_tags else "")
     if label.kind == "rules":
         labels = read_label_rules(Path(label.name))
     for keyword in labels.tags():
         if tag_for_keyword(keyword) is None:
             raise ConfigError(f"Expected DICOM keywords such as {AUTO_TAG} to read labels from, got {keyword!r}.")
-    return _Search(rules, label, labels, table, lines, column, _beside(table, column), skip, [])
-
-
-def _beside(table: Mapping[str, Row], column: str) -> Mapping[str, str]:
-    """Return what the table says of each file; of an archive, of all its members in turn."""
-    texts: dict[str, list[str]] = {}
-    for place, row in table.items() if column else ():
-        end = place.lower().find(".zip/")
-        texts.setdefault(place if end < 0 else place[: end + 4], []).append(f"{place}={row.get(column, '')}")
-    return {place: "\n".join(lines) for place, lines in texts.items()}
+    return _Search(rules, label, labels, table, known)
 
 
 def _scan(paths: Iterable[Path | Refusal], folder: Path, search: _Search, in_tree: bool = False) -> Scan:
@@ -176,13 +177,32 @@ def _scan(paths: Iterable[Path | Refusal], folder: Path, search: _Search, in_tre
         for header in pool.answers(asked()):
             while isinstance(item := items.popleft(), Refusal):
                 found.append(item)
-            found.extend([item.refusal(header)] if isinstance(header, str) else _records(item, header, search))
+            found.extend([item.refusal(header) if isinstance(header, str) else _images(item, header, search)])
             if in_tree and item.member is None and header == Reason.INDEX:
                 found.extend(_missing(item.path, search.rules))
     found += [item for item in items if isinstance(item, Refusal)]
-    found.extend(_rows_without_files(folder, search))
-    records = [item for item in found if isinstance(item, Record)]
+    archives = filter(is_archive, search.skipped)
+    found.extend(search.table.without_files(folder, search.met, archives))
+    return _with_frames(found, search)
+
+
+def _with_frames(found: Sequence[Found], search: _Search) -> Scan:
+    """List all frames of what was found, as far as the files that are known already leave room for them.
+
+    Only now is it known which these are: what a scan lists does not depend on what the last one did.
+    """
+    files = [item[0] for item in found if not isinstance(item, Refusal)]
     refusals = [item for item in found if isinstance(item, Refusal)]
+    room = Room(search.known.frames(scan_of(files, refusals, search.skipped)))
+    records: list[Record] = []
+    refusals = []
+    for item in found:
+        if isinstance(item, Refusal):
+            refusals.append(item)
+        elif room.takes(len(item[1])):
+            records.extend(replace(item[0], frame=frame) for frame in item[1])
+        else:
+            refusals.append(replace(item[0].refused(Reason.SOURCE_FRAMES), frame=None))
     return scan_of(records, refusals, search.skipped)
 
 
@@ -205,14 +225,14 @@ def _items(path: Path, folder: Path, search: _Search) -> Iterator[_File | Refusa
     """Yield what of a file is to be opened, itself or its members, and what of it is refused before."""
     place = path.relative_to(folder).as_posix()
     search.met.add(place)
-    file = _File(path, place, stamp_of(path), search.beside.get(place, ""))
-    if search.skip is not None and search.skip(path, file.stamp, file.beside):
+    file = _File(path, place, stamp_of(path), search.table.beside.get(place, ""))
+    if search.known.skip(path, file.stamp, file.beside):
         search.skipped.append(path)
     elif not is_archive(path):
         yield file
     else:
         for member in _members(file):
-            search.met.add(f"{place}/{member.member}")
+            search.met.add(member.place if isinstance(member, _File) else f"{place}/{member.member}")
             yield member
 
 
@@ -223,49 +243,26 @@ def _members(file: _File) -> Iterator[_File | Refusal]:
     except Refused as refusal:
         yield file.refusal(refusal.reason)
         return
+    places = members_places(file.place, (name for name, _ in members))
     for name, had in members:
-        member = replace(file, place=f"{file.place}/{name}", member=name)
+        member = replace(file, place=places[name], member=name)
         # If not, another member has this name and would be read in its place, or it is a folder with data.
         yield member if had else member.refusal(Reason.ARCHIVE)
 
 
-def _records(file: _File, header: Header, search: _Search) -> Iterator[Found]:
+def _images(file: _File, header: Header, search: _Search) -> tuple[Record, Sequence[int | None]]:
     label, site = _label(header, file.place, search)
     frames = (None,) if header.frames is None else search.rules.chosen(header.frames)
-    if not search.room.takes(len(frames)):
-        yield file.refusal(Reason.SOURCE_FRAMES)
-        return
-    for frame in frames:
-        record = Record(file.path, frame, header.patient, label, site, file.member, file.stamp, header.facts)
-        yield replace(record, beside=file.beside, seen=header.seen)
+    record = Record(file.path, frames[0], header.patient, label, site, file.member, file.stamp, header.facts)
+    return replace(record, beside=file.beside, seen=header.seen), frames
 
 
 def _label(header: Header, place: str, search: _Search) -> tuple[str | None, str | None]:
     """Return the label and the site of a file."""
-    row = search.table.get(place, {})
-    said = row.get(search.column) if search.column else header.label
+    row = search.table.rows.get(place, {})
+    said = row.get(search.table.column) if search.table.column else header.label
     text = ALL if search.label.kind == "none" else said
     return text or None, row.get("site") or None
-
-
-def _rows_without_files(folder: Path, search: _Search) -> Iterator[Refusal]:
-    """Yield a refusal for each row of the table that names no file; of an archive that is known none can be told.
-
-    Raises:
-        IntakeError: No row names a file.
-    """
-    if not search.column or not search.table:
-        return
-    known = tuple(f"{path.relative_to(folder).as_posix()}/" for path in search.skipped if is_archive(path))
-    rows = [place for place in search.table if place not in search.met and not place.startswith(known)]
-    if len(rows) == len(search.table) and search.met:
-        raise IntakeError(
-            f"None of {len(rows)} rows of {LABELS_FILE} names a file that is there. Give files as folder/file.dcm, "
-            "from the folder of the images on, and members of an archive as folder/archive.zip/member."
-        )
-    path = folder / LABELS_FILE
-    missing = Refusal(path, None, Reason.MISSING, stamp_of(path))
-    yield from (replace(missing, line=search.lines[place]) for place in rows)
 
 
 def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:
@@ -276,20 +273,3 @@ def _missing(path: Path, rules: IntakeRules) -> Iterator[Refusal]:
                 yield Refusal(path, None, named)
     except Refused:  # it is counted as what it is
         return
-
-
-def _labels_file(folder: Path, label: LabelSource) -> tuple[Mapping[str, Row], Mapping[str, int], str]:
-    """Return rows of `labels.csv` and their lines, by file, and the column that holds labels ("" where a tag does)."""
-    path = folder / LABELS_FILE
-    if not os.path.lexists(path):  # one that is no file is an error: labels would come from somewhere else
-        if label.kind == "column":
-            raise IntakeError(f"--label column:{label.name} needs {LABELS_FILE} (file, {label.name}) beside the DICOM.")
-        return {}, {}, ""
-    table = read_table(path, LABELS_FILE)
-    file = table.column("file")
-    names = [PurePosixPath(row[file]).as_posix() for row in table.rows]
-    by_file = dict(zip(names, table.rows, strict=True))
-    if len(by_file) != len(table.rows):
-        raise IntakeError(f"{LABELS_FILE} names a file more than once. Keep one row for each file.")
-    column = table.column(label.name or "label") if label.kind in ("auto", "column") else ""
-    return by_file, dict(zip(names, table.lines, strict=True)), column

@@ -37,7 +37,7 @@ from client.intake.refusals import DAMAGED, Reason, Refused, unopened
 from client.intake.requests import ask_volume
 from client.intake.rules import IntakeRules
 from client.intake.sizes import Size, size_of
-from client.intake.table import Table, read_table
+from client.intake.table import Table, normal, read_table, spelled_here
 from client.intake.volumes import is_volume
 from common.errors import IntakeError
 from common.files import open_regular
@@ -65,14 +65,14 @@ def scan_index(folder: Path, index: Path, label: LabelSource, rules: IntakeRules
     name = "" if label.kind == "none" else table.column(label.name or "label")
     root = folder.resolve()
     lines: dict[str, list[str]] = {}
-    files = [_spelled_here(root, row[file]) for row in table.rows]
+    files = [spelled_here(root, row[file]) for row in table.rows]
     for row, of in zip(table.rows, files, strict=True):
         said = json.dumps([row.get("issuer", ""), row[patient], row[name] if name else ALL])
-        lines.setdefault(_normal(of), []).append(said)
+        lines.setdefault(normal(of), []).append(said)
     beside = {name: "\n".join(said) for name, said in lines.items()}
     items: list[Record | Refusal] = []
     for row, of, line in zip(table.rows, files, table.lines, strict=True):
-        path, said = root, beside[_normal(of)]
+        path, said = root, beside[normal(of)]
         try:
             path = _inside(root, of)
             _look_at(path)
@@ -146,25 +146,6 @@ def _levels(image: Image.Image) -> Levels:
         white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC, 0) == 0
         return full_range(-values.astype(np.float64) if white_is_zero else values)
     return np.asarray(image.convert("RGB"), dtype=np.float32)
-
-
-def _spelled_here(root: Path, name: str) -> str:
-    """Return a file's name with the slashes of this system, where a table from Windows has the other ones.
-
-    A name that is there as it stands is left alone: here a backslash may be a letter of one.
-    """
-    if "\\" not in name or "\0" in name:
-        return name
-    try:
-        as_it_stands = (root / name).exists()
-    except OSError:
-        as_it_stands = False
-    return name if as_it_stands else name.replace("\\", "/")
-
-
-def _normal(name: str) -> str:
-    """Return one spelling of a file's name, whatever dots and slashes it has."""
-    return PurePosixPath(name).as_posix()
 
 
 def _named(root: Path, name: str) -> Path:

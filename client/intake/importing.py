@@ -21,7 +21,7 @@ from client.intake.dataset import Form
 from client.intake.decode import decode_records
 from client.intake.pixels import Square
 from client.intake.pseudonyms import Instances, Names
-from client.intake.records import Record, Refusal, Scan, Skip, Stamp
+from client.intake.records import NOTHING_KNOWN, Known, Record, Refusal, Scan, Stamp
 from client.intake.refusals import at_decoding
 from client.intake.selection import Choice, Practice, choose, other_copies, other_labels
 from client.intake.shortage import STAYS, too_few
@@ -113,6 +113,8 @@ def import_source(
         - not_reached_is_not_gone: Images of files that could not be reached stay, while the site's rules are the same
           and no table says otherwise.
         - order_of_patients: A first import numbers patients by (issuer, id), whatever the key.
+        - however_often: An import again, of the same files, by the same rules or others, uses the same ones: the limit
+          on the frames of a source counts those that are not opened.
         - damage_shows: Every chunk of the vault is opened first, so that a changed bit is an error also where nothing
           is new.
         - pseudonyms_only: Nothing of a header or a name is written but keyed pseudonyms and class numbers.
@@ -155,7 +157,7 @@ def import_source(
     )
 
 
-def told_of_files(progress: Progress | None, skip: Skip | None = None) -> Skip:
+def told_of_files(progress: Progress | None, known: Known = NOTHING_KNOWN) -> Known:
     """Return what a scan asks about each file, so that it is told too."""
     done = 0
 
@@ -164,9 +166,9 @@ def told_of_files(progress: Progress | None, skip: Skip | None = None) -> Skip:
         done += 1
         if progress is not None:
             progress(LOOKED_AT, done, 0)
-        return skip is not None and skip(path, stamp, beside)
+        return known.skip(path, stamp, beside)
 
-    return ask
+    return replace(known, skip=ask)
 
 
 @final
@@ -185,7 +187,7 @@ class _Looked:
 
 def _look(names: Names, before: Manifest, manifest: Manifest, practice: Practice, progress: Progress | None) -> _Looked:
     try:
-        found = scan(practice.source, practice.label, practice.rules, told_of_files(progress, names.skip(manifest)))
+        found = scan(practice.source, practice.label, practice.rules, told_of_files(progress, names.known(manifest)))
     except IntakeError as error:
         if not before.current().any():
             raise

@@ -82,7 +82,7 @@ class LabelRules(BaseModel):
 
 @final
 class TagLabel(BaseModel):
-    """Labels that are the values of one attribute, by its DICOM keyword."""
+    """Labels that are the values of one attribute, by its DICOM keyword; without one, none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -90,7 +90,7 @@ class TagLabel(BaseModel):
 
     def tags(self) -> tuple[str, ...]:
         """Return the DICOM keywords that are looked at."""
-        return (self.tag,)
+        return (self.tag,) if self.tag else ()
 
     def class_of(self, values: Mapping[str, str]) -> str | None:
         """Return the label of a header with these values."""

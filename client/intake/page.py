@@ -16,10 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 from client.intake.pixels import Square
 from client.intake.report import Report, escaped
 from client.intake.survey import SIZE, Row
+from common.errors import StorageError
 from common.files import make_folder, write_atomic
 
 COLUMNS = 8
-SHEET = "contact-sheet.png"
+PAGE, SHEET = "report.html", "contact-sheet.png"
 _GAP, _LABEL, _TITLE = 8, 18, 34
 
 _PAGE = """<!doctype html>
@@ -98,12 +99,15 @@ def make_page_folder(folder: Path) -> None:
     """Make the folder of the page, before hours of reading; one that is there is left as it is.
 
     Raises:
-        StorageError: It cannot be made.
+        StorageError: It cannot be made, or a folder stands where a file of it shall.
     """
     made = not os.path.isdir(folder)  # noqa: PTH112 - False also where nobody may look
     make_folder(folder, 0o700)
     if made:
         folder.chmod(0o700)  # whatever the umask leaves of it
+    for name in (PAGE, SHEET):
+        if os.path.isdir(folder / name) and not os.path.islink(folder / name):  # noqa: PTH112, PTH114 - as above
+            raise StorageError(f"{folder / name} is a folder, where a file shall stand. Choose another folder.")
 
 
 def save_page(folder: Path, report: Report, rows: Sequence[Row], path: str = "") -> list[Path]:
@@ -130,12 +134,19 @@ def save_page(folder: Path, report: Report, rows: Sequence[Row], path: str = "")
     text = environment.from_string(_PAGE).render(
         r=report, rows=shown, path=escaped(path), moment=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     )
-    files = {"report.html": text.encode(errors="backslashreplace")} | ({SHEET: png} if png else {})
+    files = {PAGE: text.encode(errors="backslashreplace")} | ({SHEET: png} if png else {})
     if not png:
-        (folder / SHEET).unlink(missing_ok=True)
+        _remove(folder / SHEET)
     for name, content in files.items():
         write_atomic(folder / name, content, 0o600)
     return [folder / name for name in files]
+
+
+def _remove(sheet: Path) -> None:
+    try:
+        sheet.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"Could not delete {sheet} of an earlier check: {error.strerror}. Delete it.") from error
 
 
 def contact_sheet(rows: Sequence[Row]) -> bytes:

@@ -7,12 +7,12 @@ Keyed (HMAC), so that a vault tells nothing to whoever has not the site's key. O
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path, PurePath
 from typing import final
 
 from client.intake.patients import Patient
-from client.intake.records import Record, Refusal, Scan, Stamp
+from client.intake.records import Known, Record, Refusal, Scan, Stamp
 from client.intake.refusals import Reason, may_pass
 from client.intake.selection import Choice, instance_of
 from client.intake.vault import Manifest, Seen
@@ -76,14 +76,18 @@ class Names:
         instance = self.key.pseudonym(name.encode(), "instance") if name else bytes(PSEUDONYM_BYTES)
         return self.file(record.path), self.stamp(record.stamp, record.beside), part, patient, instance, label
 
-    def skip(self, manifest: Manifest) -> Callable[[Path, Stamp, str], bool]:
-        """Return what tells whether a file is known as it is."""
+    def known(self, manifest: Manifest) -> Known:
+        """Return what tells whether a file is known as it is, and how many frames those hold that are not opened."""
 
-        def known(path: Path, stamp: Stamp, beside: str) -> bool:
+        def skip(path: Path, stamp: Stamp, beside: str) -> bool:
             seen = manifest.seen.get(self.file(path))
             return seen is not None and seen.stamp == self.stamp(stamp, beside) and not any(map(may_pass, seen.refused))
 
-        return known
+        def frames(found: Scan) -> int:
+            files = {self.file(path) for path in found.skipped} | self.held(manifest, found)
+            return sum(manifest.seen[file].frames for file in files)
+
+        return Known(skip, frames)
 
     def held(self, manifest: Manifest, found: Scan) -> set[bytes]:
         """Return the files that are known, were not reached, and of which nothing says that they changed."""
@@ -114,7 +118,14 @@ class Names:
                 counts[file][item.reason] += 1
         for reason, count in choice.uncounted:  # of an NPZ, the file that comes first
             counts[next(iter(counts))][reason] += count
-        return {file: Seen(stamp, dict(counts[file]), folder) for file, (stamp, folder) in about.items()}
+        frames = self._frames(found.records)
+        return {file: Seen(stamp, dict(counts[file]), folder, frames[file]) for file, (stamp, folder) in about.items()}
+
+    def _frames(self, records: Iterable[Record]) -> Counter[bytes]:
+        frames: Counter[bytes] = Counter()
+        for (path, _), count in Counter((record.path, record.member) for record in records).items():
+            frames[self.file(path)] += count if count > 1 else 0
+        return frames
 
     def _within(self, folder: Path) -> str:
         relative = self._relative.get(folder)

@@ -151,9 +151,9 @@ class Scan:
 class Room:
     """How many frames of files of several a source may still have."""
 
-    def __init__(self) -> None:
-        """Start with `MAX_FRAMES`."""
-        self._left = MAX_FRAMES
+    def __init__(self, taken: int = 0) -> None:
+        """Start with `MAX_FRAMES` less those that files which are not opened hold already."""
+        self._left = MAX_FRAMES - taken
 
     def takes(self, frames: int) -> bool:
         """Make room for a file's frames and return True, if there is room; a file of one needs none."""
@@ -161,6 +161,24 @@ class Room:
             return False
         self._left -= frames if frames > 1 else 0
         return True
+
+
+@final
+@dataclass(frozen=True)
+class Known:
+    """What the caller of a scan knows of files already.
+
+    Attributes:
+        skip: Whether a file need not be opened.
+        frames: Of what a scan has found, how many frames the files of several hold together that were skipped, or could
+            not be reached and stay as they were.
+    """
+
+    skip: Skip = field(default=lambda _path, _stamp, _beside: False)
+    frames: Callable[[Scan], int] = field(default=lambda _found: 0)
+
+
+NOTHING_KNOWN = Known()
 
 
 def scan_of(records: Iterable[Record], refusals: Iterable[Refusal], skipped: Iterable[Path] = ()) -> Scan:

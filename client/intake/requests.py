@@ -13,9 +13,9 @@ from typing import Generic, TypeVar, final
 
 import numpy as np
 
-from client.intake.headers import FACTS
+from client.intake.headers import FACTS, MAX_VALUE
 from client.intake.labels import Labelling
-from client.intake.pixels import Square
+from client.intake.pixels import MAX_PIXELS, Square
 from client.intake.records import Axes, Header, Region, Seen
 from client.intake.rules import IntakeRules
 
@@ -103,7 +103,7 @@ def ask_header(path: Path, member: str | None, labels: Labelling, rules: IntakeR
     """Ask for what a scan needs of a DICOM file or member, or the reason why it is refused."""
     what = {"path": str(path), "member": member, "labels": labels.model_dump_json(by_alias=True)}
     request = json.dumps([what, 0, 0, rules.model_dump_json()]).encode()
-    return Asked(request, 1, 1, MAX_HEADER_BYTES, _unpack_header)
+    return Asked(request, 1, 1, MAX_HEADER_BYTES, lambda reply, _answers: _unpack_header(reply, rules))
 
 
 def ask_directory(path: Path, rules: IntakeRules) -> Asked[FileIds]:
@@ -115,7 +115,7 @@ def ask_directory(path: Path, rules: IntakeRules) -> Asked[FileIds]:
 def ask_volume(path: Path, rules: IntakeRules) -> Asked[Axes]:
     """Ask for the axes of a NIfTI volume, or the reason why it is refused."""
     request = json.dumps([{"volume": str(path)}, 0, 0, rules.model_dump_json()]).encode()
-    return Asked(request, 1, 1, MAX_HEADER_BYTES, _unpack_axes)
+    return Asked(request, 1, 1, MAX_HEADER_BYTES, lambda reply, _answers: _unpack_axes(reply, rules))
 
 
 def unpack_pixels(reply: bytes, frames: int, form: Form) -> list[Square | str]:
@@ -137,7 +137,7 @@ def unpack_pixels(reply: bytes, frames: int, form: Form) -> list[Square | str]:
     return found
 
 
-def _unpack_header(reply: bytes, _answers: int) -> list[Header | str]:
+def _unpack_header(reply: bytes, rules: IntakeRules) -> list[Header | str]:
     if not reply.startswith(b"+"):
         return [_reason(reply, 0)]
     try:
@@ -145,23 +145,28 @@ def _unpack_header(reply: bytes, _answers: int) -> list[Header | str]:
         texts = (issuer, patient, label, *facts, *facts.values(), state, digest)
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError("not a header") from error
-    known = all(isinstance(text, str) for text in texts) and facts.keys() <= _FACTS
-    if not known or not (frames is None or (type(frames) is int and frames > 1)):
+    known = all(map(_is_short, texts)) and facts.keys() <= _FACTS
+    if not known or not (frames is None or (type(frames) is int and 1 < frames <= rules.max_frames)):
         raise ValueError("not a header")
     shared = {intern(name): intern(text) for name, text in facts.items()}  # most are the same in thousands of files
     return [Header((intern(issuer), intern(patient)), intern(label), frames, shared, (state, digest))]
 
 
-def _unpack_axes(reply: bytes, _answers: int) -> list[Axes | str]:
+def _unpack_axes(reply: bytes, rules: IntakeRules) -> list[Axes | str]:
     if not reply.startswith(b"+"):
         return [_reason(reply, 0)]
     try:
         slices, (columns, rows), state = json.loads(reply[1:])
     except (TypeError, RecursionError) as error:
         raise ValueError("not the axes of a volume") from error
-    if not isinstance(state, str) or not all(type(number) is int and number > 0 for number in (slices, columns, rows)):
+    whole = all(type(number) is int and number > 0 for number in (slices, columns, rows))
+    if not whole or slices > rules.max_frames or columns * rows > MAX_PIXELS or not _is_short(state):
         raise ValueError("not the axes of a volume")
     return [Axes(slices, (columns, rows), state)]
+
+
+def _is_short(text: object) -> bool:
+    return isinstance(text, str) and len(text) <= MAX_VALUE
 
 
 def _unpack_directory(reply: bytes, _answers: int) -> list[FileIds | str]:

@@ -98,12 +98,12 @@ class IntakeRules(BaseModel):
         """Return centre and width for CT, or None where CT is shown as it states."""
         return CT_WINDOWS[self.ct_window] if isinstance(self.ct_window, str) else self.ct_window
 
-    def chosen(self, frames: int) -> tuple[int, ...]:
+    def chosen(self, frames: int) -> range:
         """Return which of so many frames are read, from 0.
 
-        >>> IntakeRules(frames=4).chosen(10), IntakeRules().chosen(10)
-        ((0, 4, 8), (5,))
+        >>> [*IntakeRules(frames=4).chosen(10)], [*IntakeRules().chosen(10)]
+        ([0, 4, 8], [5])
         """
         if self.frames == "middle":
-            return (frames // 2,)
-        return tuple(range(0, frames, 1 if self.frames == "all" else math.floor(self.frames)))
+            return range(frames // 2, frames // 2 + 1)
+        return range(0, frames, 1 if self.frames == "all" else math.floor(self.frames))

@@ -81,6 +81,15 @@ class Choice:
     shared: tuple[tuple[Record, Record], ...] = field(default=(), repr=False)
 
 
+@final
+@dataclass(slots=True)
+class _First:
+    """The first record of an image or instance, and whether one of them is used."""
+
+    record: Record
+    used: bool = False
+
+
 class InUse(Protocol):
     """DICOM instances that are in use already."""
 
@@ -114,30 +123,37 @@ def choose(found: Scan, practice: Practice, classes: Sequence[str] | None, insta
     chosen: list[Record] = []
     refusals = list(found.refusals)
     copies: list[Record] = []
-    once: set[object] = set()
+    shared: list[tuple[Record, Record]] = []
+    met: dict[object, _First] = {}
+    patients = {stated: practice.patients.of(stated) for stated in ranks}
     for record in found.records:
         reason = _reason(record, practice, classes)
-        patient, blank = practice.patients.of(record.patient), practice.blank.regions(record)
+        patient, blank, name = patients[record.patient], practice.blank.regions(record), instance_of(record)
+        before = [met.setdefault(name, _First(record)) for name in _names(record)]
+        # Used or not: both ids are one person's.
+        if others := [one.record for one in before if patients[one.record.patient] != patient]:
+            shared.append((others[0], record))
+        elif instances is not None and name and instances.of_another(name, patient):
+            shared.append((record, record))
         if reason is None:
-            names = _names(record)
-            if names[0] not in once and names[-1] in once:
+            if not before[0].used and before[-1].used:
                 copies.append(replace(record, patient=patient, blank=blank))
-            if any(name in once for name in names) or (instances is not None and instance_of(record) in instances):
+            if any(one.used for one in before) or (instances is not None and name in instances):
                 reason = Reason.DUPLICATE
-            once.update(names)
+            for one in before:
+                one.used = True
         if reason is not None:
             refusals.append(record.refused(str(reason)))
             continue
         chosen.append(replace(record, patient=patient, blank=blank))
-    by_rank = {practice.patients.of(stated): rank for stated, rank in ranks.items()}
+    by_rank = {patients[stated]: rank for stated, rank in ranks.items()}
     chosen.sort(key=lambda record: by_rank[record.patient])
     counted: dict[str, int] = {}
     for refusal in found.refusals:
         counted[refusal.reason] = counted.get(refusal.reason, 0) + 1
     rest = {reason: count - counted.get(reason, 0) for reason, count in found.refused.items()}
     uncounted = tuple((reason, count) for reason, count in rest.items() if count > 0)
-    shared = _under_two_patients(found.records, practice, instances)
-    return Choice(tuple(chosen), tuple(refusals), uncounted, tuple(copies), shared)
+    return Choice(tuple(chosen), tuple(refusals), uncounted, tuple(copies), tuple(shared))
 
 
 def other_copies(choice: Choice, lost: Iterable[Record]) -> tuple[Choice, tuple[Record, ...]]:
@@ -221,23 +237,6 @@ def _reason(record: Record, practice: Practice, classes: Sequence[str] | None) -
     if record.label is None:
         return Reason.NO_LABEL
     return Reason.OTHER_LABEL if classes is not None and record.label not in classes else None
-
-
-def _under_two_patients(
-    records: Sequence[Record], practice: Practice, instances: InUse | None
-) -> tuple[tuple[Record, Record], ...]:
-    """Find images whose patients differ from that of their first record, used or not: both ids are one person's."""
-    first: dict[object, Record] = {}
-    found: list[tuple[Record, Record]] = []
-    for record in records:
-        met = [first.setdefault(name, record) for name in _names(record)]
-        patient, instance = practice.patients.of(record.patient), instance_of(record)
-        others = [one for one in met if one is not record and practice.patients.of(one.patient) != patient]
-        if others:
-            found.append((others[0], record))
-        elif instances is not None and instance and instances.of_another(instance, patient):
-            found.append((record, record))
-    return tuple(found)
 
 
 def _names(record: Record) -> list[object]:

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from client.intake.arrays import scan_arrays
 from client.intake.directory import is_directory
-from client.intake.folders import LABELS_FILE, enter, is_archive, scan_directory, scan_file, scan_folder, walk
+from client.intake.folders import enter, is_archive, scan_directory, scan_file, scan_folder, walk
 from client.intake.headers import is_dicom
 from client.intake.images import scan_index
-from client.intake.records import LabelSource, Refusal, Scan, Skip, parse_label, scan_of, stamp_of
+from client.intake.labels_file import LABELS_FILE
+from client.intake.records import NOTHING_KNOWN, Known, LabelSource, Refusal, Scan, parse_label, scan_of, stamp_of
 from client.intake.refusals import Reason, describe, quiet
 from client.intake.rules import IntakeRules
 from client.intake.table import columns_of
@@ -28,7 +29,7 @@ from client.paths import INCOMING
 from common.errors import IntakeError, UnreadableSource
 
 
-def scan(path: Path, label: str = "auto", rules: IntakeRules | None = None, skip: Skip | None = None) -> Scan:
+def scan(path: Path, label: str = "auto", rules: IntakeRules | None = None, known: Known = NOTHING_KNOWN) -> Scan:
     """List the images of a source from headers and indexes; no pixel is decoded.
 
     Args:
@@ -36,7 +37,7 @@ def scan(path: Path, label: str = "auto", rules: IntakeRules | None = None, skip
         label: `auto`, `none`, `tag:KEYWORD` (DICOM) or `column:NAME` (CSV column or NPZ array),
             `rules:FILE` (client/intake/labels).
         rules: Which frames are read, and the limits.
-        skip: Asked for each DICOM file and archive; one that the caller knows already is not opened.
+        known: Asked for each DICOM file and archive; one that the caller knows already is not opened.
 
     Returns:
         The images in a fixed order, and the count of refused files by reason.
@@ -49,14 +50,14 @@ def scan(path: Path, label: str = "auto", rules: IntakeRules | None = None, skip
     Guarantees:
         - one_bad_file_stops_nothing: A file that cannot be used is counted with its reason, and the rest is read.
         - deterministic_order: The same folder gives the same records in the same order.
-        - known_files_are_not_opened: A file that `skip` knows is neither opened nor refused, but named in `skipped`.
+        - known_files_are_not_opened: A file that is `known` is neither opened nor refused, but named in `skipped`.
     """
-    found = find(path, label, rules, skip)
+    found = find(path, label, rules, known)
     require_usable(found)
     return found
 
 
-def find(path: Path, label: str, rules: IntakeRules | None = None, skip: Skip | None = None) -> Scan:
+def find(path: Path, label: str, rules: IntakeRules | None = None, known: Known = NOTHING_KNOWN) -> Scan:
     """Do the same without asking whether anything is usable.
 
     Raises:
@@ -66,7 +67,7 @@ def find(path: Path, label: str, rules: IntakeRules | None = None, skip: Skip | 
     if not _is_there(path):
         raise UnreadableSource(f"{path} does not exist. Check the path of the images, and that its disk is mounted.")
     with quiet():
-        return (_scan_file if path.is_file() else _scan_folder)(path, source, rules, skip)
+        return (_scan_file if path.is_file() else _scan_folder)(path, source, rules, known)
 
 
 def _is_there(path: Path) -> bool:
@@ -76,7 +77,7 @@ def _is_there(path: Path) -> bool:
         raise UnreadableSource(f"{path} cannot be reached: {error.strerror}. Mend its permissions.") from error
 
 
-def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
+def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, known: Known) -> Scan:
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return replace(scan_arrays(path, label), kind="NPZ")
@@ -89,16 +90,16 @@ def _scan_file(path: Path, label: LabelSource, rules: IntakeRules, skip: Skip | 
             f"The file of the images cannot be read: {error.strerror}. Mend its permissions."
         ) from error
     if dicom and is_directory(path):
-        return replace(scan_directory(path, label, rules, skip), kind="files that a DICOMDIR names")
+        return replace(scan_directory(path, label, rules, known), kind="files that a DICOMDIR names")
     if dicom or suffix == ".zip":
-        return replace(scan_file(path, label, rules, skip), kind="DICOM file" if dicom else "zip archive of DICOM")
+        return replace(scan_file(path, label, rules, known), kind="DICOM file" if dicom else "zip archive of DICOM")
     raise IntakeError(
         "Expected an NPZ file or a folder, an index CSV, a zip archive, a DICOMDIR or a DICOM file, got a file of "
         "another kind. Give its folder."
     )
 
 
-def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Skip | None) -> Scan:
+def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, known: Known) -> Scan:
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.name != INCOMING)
         enter(folder)
@@ -124,7 +125,7 @@ def _scan_folder(folder: Path, label: LabelSource, rules: IntakeRules, skip: Ski
         if len(arrays) == 1:
             found = scan_arrays(folder / arrays[0], label)
             return replace(_with_strays(found, folder, {folder / arrays[0]}), kind="NPZ in a folder")
-    return replace(scan_folder(folder, label, rules, skip), kind="DICOM folder")
+    return replace(scan_folder(folder, label, rules, known), kind="DICOM folder")
 
 
 def _indexed(index: Path, label: LabelSource, rules: IntakeRules) -> Scan:

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import final
 
 from common.csv_lines import read_lines
@@ -85,6 +85,25 @@ def write_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns, *rows])
     return text.getvalue().encode()
+
+
+def spelled_here(root: Path, name: str) -> str:
+    """Return a file's name with the slashes of this system, where a table from Windows has the other ones.
+
+    A name that is there as it stands is left alone: here a backslash may be a letter of one.
+    """
+    if "\\" not in name or "\0" in name:
+        return name
+    try:
+        as_it_stands = (root / name).exists()
+    except OSError:
+        as_it_stands = False
+    return name if as_it_stands else name.replace("\\", "/")
+
+
+def normal(name: str) -> str:
+    """Return one spelling of a file's name, whatever dots and slashes it has."""
+    return PurePosixPath(name).as_posix()
 
 
 def _row(columns: tuple[str, ...], line: list[str]) -> Row:

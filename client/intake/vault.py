@@ -31,7 +31,7 @@ from common.errors import StorageError, WireError
 from common.files import make_folder, read_bounded, write_atomic
 from common.sealing import PSEUDONYM_BYTES, SEAL_BYTES, SealingKey
 
-VERSION = 2
+VERSION = 3
 CHUNK_BYTES = 64 * 1024
 """About the pixels of a chunk: what is decrypted for one image that is asked for."""
 SEGMENT_BYTES = 256 * 1024**2
@@ -56,11 +56,13 @@ class Seen:
         stamp: What the file looked like; another stamp is another file.
         refused: How many of its images were refused, by reason.
         folder: Where it stands, by pseudonym.
+        frames: How many images it gave, used or not; 0 where there is one in the file, or in each of its members.
     """
 
     stamp: bytes
     refused: Mapping[str, int]
     folder: bytes = b""
+    frames: int = 0
 
 
 @final
@@ -150,8 +152,8 @@ def read_manifest(vault: Path, key: SealingKey) -> Manifest:
         form = Form(tuple(tree["classes"]), tree["size"], tree["channels"])
         segments = tuple(Segment(number, tuple(counts), size) for number, counts, size in tree["segments"])
         seen = {
-            bytes.fromhex(file): Seen(bytes.fromhex(stamp), refused, bytes.fromhex(folder))
-            for file, (stamp, refused, folder) in tree["seen"].items()
+            bytes.fromhex(file): Seen(bytes.fromhex(stamp), refused, bytes.fromhex(folder), frames)
+            for file, (stamp, refused, folder, frames) in tree["seen"].items()
         }
         folders = {bytes.fromhex(folder): bytes.fromhex(above) for folder, above in tree["folders"].items()}
         practice = bytes.fromhex(tree["practice"])
@@ -178,7 +180,8 @@ def write_manifest(vault: Path, key: SealingKey, manifest: Manifest) -> None:
     tree |= {"channels": manifest.form.channels, "next": manifest.next}
     tree["segments"] = [[part.number, part.counts, part.size_bytes] for part in manifest.segments]
     tree["seen"] = {
-        file.hex(): [seen.stamp.hex(), dict(seen.refused), seen.folder.hex()] for file, seen in manifest.seen.items()
+        file.hex(): [seen.stamp.hex(), dict(seen.refused), seen.folder.hex(), seen.frames]
+        for file, seen in manifest.seen.items()
     }
     tree["folders"] = {folder.hex(): above.hex() for folder, above in manifest.folders.items()}
     tree["practice"] = manifest.practice.hex()

@@ -31,6 +31,7 @@ from client.intake.requests import MAX_DIRECTORY_BYTES, MAX_HEADER_BYTES, MAX_RE
 from client.intake.rules import IntakeRules
 from client.intake.volumes import Volume, is_volume
 from common.errors import IntakeError
+from common.files import open_regular
 
 MEMORY_BYTES = 6 * 1024**3
 """Address space of one decoder's process: what a damaged file may make it ask for, before it is refused."""
@@ -57,7 +58,7 @@ class Source:
             if member is not None:
                 self._read_member(_archive(path, state_of(path.stat())), member)
                 return
-            with path.open("rb") as handle:
+            with open_regular(path) as handle:
                 state = self._same_state(handle)
                 self._read(handle, path)
                 if self._same_state(handle) != state:
@@ -176,7 +177,7 @@ def _listed(what: dict[str, Any], rules: IntakeRules) -> bytes:
 
     def look() -> bytes:
         if "directory" in what:
-            with Path(what["directory"]).open("rb") as handle:
+            with open_regular(Path(what["directory"])) as handle:
                 said: Any = file_ids(handle, rules)
         elif "volume" in what:
             said = _axes(Path(what["volume"]), rules)
@@ -192,7 +193,7 @@ def _listed(what: dict[str, Any], rules: IntakeRules) -> bytes:
 
 def _header(path: Path, member: str | None, labels: Labelling, rules: IntakeRules) -> list[Any]:
     if member is None:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             about = os.fstat(handle.fileno())
             header = read_header(handle, about.st_size, labels, rules, state_of(about))
     else:
@@ -203,7 +204,7 @@ def _header(path: Path, member: str | None, labels: Labelling, rules: IntakeRule
 
 
 def _axes(path: Path, rules: IntakeRules) -> list[Any]:
-    with path.open("rb") as handle:
+    with open_regular(path) as handle:
         volume = Volume(handle, rules)
         return [volume.slices, volume.size, state_of(os.fstat(handle.fileno()))]
 

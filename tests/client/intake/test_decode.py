@@ -3,6 +3,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 from PIL import Image
 
 from client.intake import IntakeRules, Reason, Scan, decode_records, scan
+from client.intake.isolation import DecoderPool
+from client.intake.labels import TagLabel
+from client.intake.requests import Asked, Form, Job, ask_directory, ask_header, ask_pixels, ask_volume
 
 WriteDicom = Callable[..., Path]
 RULES = IntakeRules(workers=1)
@@ -87,3 +91,21 @@ def test_a_record_without_what_was_seen_is_not_decoded(tmp_path: Path, write_dic
     write_dicom(tmp_path / "a")
     found = scan(tmp_path, "none", RULES)
     assert outcomes(replace(found, records=(replace(found.records[0], seen=("", "")),))) == [Reason.CHANGED]
+
+
+ASKED: dict[str, Callable[[Path], Asked[Any]]] = {
+    "header": lambda path: ask_header(path, None, TagLabel(tag=""), RULES),
+    "member": lambda path: ask_header(path, "a", TagLabel(tag=""), RULES),
+    "volume": lambda path: ask_volume(path, RULES),
+    "directory": lambda path: ask_directory(path, RULES),
+    "pixels": lambda path: ask_pixels(Job(path, None, (None,), ("", "")), Form(28, 1, RULES)),
+}
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path: Path, what: str) -> None:
+    """Put there after the scan looked: to wait for a writer would take as long as an image may."""
+    os.mkfifo(tmp_path / "pipe")
+    with DecoderPool(RULES) as pool:
+        (answer,) = pool.answers([ASKED[what](tmp_path / "pipe")])
+    assert answer == (Reason.ARCHIVE if what == "member" else Reason.NOT_READABLE)

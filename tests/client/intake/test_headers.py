@@ -219,3 +219,13 @@ def test_the_frames_of_a_source_are_bounded(
     assert [record.path.name for record in found.records] == [*"aaaccde"]
     assert [(refusal.path.name, refusal.reason) for refusal in found.refusals] == [("b", Reason.SOURCE_FRAMES)]
     assert len(scan(tmp_path, "none", IntakeRules(frames="middle")).records) == 5
+
+
+def test_a_label_that_nobody_asks_for_refuses_nothing(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """Labels come from the table or are none at all: how long a diagnosis is does not count."""
+    with_text(write_dicom(tmp_path / "a"), "AdmittingDiagnosesDescription", LONG)
+    assert [record.label for record in scan(tmp_path, "none").records] == ["all"]
+    (tmp_path / "labels.csv").write_text("file,label\na,x\n")
+    assert [[record.label for record in scan(tmp_path, label).records] for label in ("auto", "column:label")] == [
+        ["x"]
+    ] * 2

@@ -7,6 +7,7 @@ import sys
 import time
 import zipfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import JPEGLSLossless
 
-from client.intake import Form, Reason, importing
+from client.intake import Form, IntakeRules, Reason, importing, records
 from client.intake import vault as vaults
 from client.intake.cautions import cautions
 from client.intake.forgetting import forget
@@ -418,3 +419,30 @@ def test_pseudonyms_only(tmp_path: Path, write_dicom: WriteDicom) -> None:
     for word in (b"SMITH", b"CANARY", b"4711", b"34567"):
         assert word not in opened
         assert word not in chunk
+
+
+def test_however_often(permissions: Path, write_dicom: WriteDicom, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit on the frames of a source holds over imports, and no import takes images of one before."""
+    monkeypatch.setattr(records, "MAX_FRAMES", 7)
+    folder = permissions / "source"
+    (folder / "far").mkdir(parents=True)
+    for number, name in enumerate(("a", "b", "c", "far/d", "e")):
+        frames = np.full((3, 8, 8), number, np.uint8)
+        frames = frames if name != "e" else frames[:1]
+        more = {"NumberOfFrames": len(frames), "PixelData": frames.tobytes()}
+        write_dicom(folder / name, frames[0], PatientID=name, SOPInstanceUID=f"1.2.{number}", **more)
+    practice = Practice(folder, "none", IntakeRules(frames="all"))
+    vault, least = permissions / "v", 1
+    first = import_source(vault, KEY, FORM, practice, least)
+    assert (first.images, first.refused) == (7, {Reason.SOURCE_FRAMES: 2})
+    for rules in (practice.rules, practice.rules, practice.rules.model_copy(update={"percentiles": (1.0, 99.0)})):
+        again = import_source(vault, KEY, FORM, replace(practice, rules=rules), least)
+        assert (again.images, again.refused, again.gone) == (7, first.refused, (0, 0))
+    for gone in "bc":
+        (folder / gone).rename(permissions / gone)
+        freed = import_source(vault, KEY, FORM, practice, least)
+    assert (freed.images, freed.refused) == (7, {})
+    (permissions / "c").rename(folder / "c")
+    (folder / "far").chmod(0)
+    held = import_source(vault, KEY, FORM, practice, least)
+    assert (held.images, held.held, held.refused[Reason.SOURCE_FRAMES]) == (7, 1, 1)

@@ -97,6 +97,14 @@ def test_one_meaning(tmp_path: Path, lines: str, message: str) -> None:
         read_patient_table(tmp_path / "patients.csv")
 
 
+def test_one_number_of_an_examination_hides_no_warning() -> None:
+    """One id is an accession number by chance; that nobody has a second examination is told all the same."""
+    uids = [{"StudyInstanceUID": f"1.{number}", "AccessionNumber": "p0"} for number in range(30)]
+    text = said([record(number, f"p{number}", **uids[number]) for number in range(30)], PatientTable())
+    assert "1 of 30 ids is the number of an examination" in text
+    assert "None of 30 ids has a second examination" in text
+
+
 def test_nothing_false_of_a_part() -> None:
     """A birth date of another file is not known, so that what is said is said of these files alone."""
     records = [record(number, f"A{number}", AccessionNumber=f"A{number}", StudyInstanceUID="1") for number in range(30)]
@@ -227,3 +235,15 @@ def test_black_by_rule() -> None:
     whole, part = BlankRules(blank=[rule]), BlankRules(blank=[rule.model_copy(update={"regions": [[0, 0, 29, 65535]]})])
     assert "1 image: the regions of blank_rules cover them whole" in said([small], blank=whole)
     assert "cover" not in said([small], blank=part)
+
+
+def test_a_patient_of_many_images_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each spelling, to order patients and to group images: not for each image."""
+    asked: list[tuple[str, str]] = []
+    real = PatientTable.of
+    monkeypatch.setattr(PatientTable, "of", lambda self, stated: (asked.append(stated), real(self, stated))[1])
+    records = [record(number, "pP"[number % 2], SOPInstanceUID=f"1.{number}") for number in range(50)]
+    records.append(record(50, "q", SOPInstanceUID="1.0"))
+    choice = choose(Scan(tuple(records), {}), Practice(Path()), None)
+    assert (len(choice.records), choice.shared) == (50, ((records[0], records[50]),))
+    assert sorted(asked) == sorted([("", "p"), ("", "P"), ("", "q")] * 2)

@@ -14,7 +14,7 @@ from client.intake.folders import scan_folder
 from client.intake.labels import TagLabel, read_label_rules
 from client.intake.page import save_page
 from client.intake.patients import read_patient_table
-from client.intake.records import LabelSource
+from client.intake.records import Known, LabelSource
 from client.intake.report import Listing
 from client.intake.requests import ask_header as real
 from client.intake.selection import Practice
@@ -89,7 +89,7 @@ def test_known_files_are_not_opened(tmp_path: Path, write_dicom: WriteDicom) -> 
     (tmp_path / "labels.csv").write_text("file,label\na,x\nb,x\nc,y\ne.zip/one,x\n")
     opened: list[str] = []
     with patch.object(folders, "ask_header", side_effect=lambda *all_: (opened.append(all_[0].name), real(*all_))[1]):
-        second = scan(tmp_path, skip=lambda *about: about in known)
+        second = scan(tmp_path, known=Known(lambda *about: about in known))
     assert opened == ["b", "c"]
     assert [path.name for path in second.skipped] == ["a", "d", "e.zip"]
     assert [(record.patient[1], record.label) for record in second.records] == [("changed", "x"), ("c", "y")]
@@ -267,8 +267,12 @@ def test_rows_of_labels_without_a_file_are_counted(tmp_path: Path, write_dicom: 
     assert [refusal.line for refusal in found.refusals] == [4, 5, 6]
     (missing,) = survey(Practice(tmp_path)).report.refused
     assert missing.examples == ("line 4", "line 5", "line 6")
-    assert find(tmp_path, "auto", skip=lambda path, _stamp, _beside: path.name == "a").refused == {Reason.MISSING: 3}
-    known = find(tmp_path, "auto", skip=lambda *_: True)  # members of an archive that is not opened are not looked at
+    assert find(tmp_path, "auto", known=Known(lambda path, _stamp, _beside: path.name == "a")).refused == {
+        Reason.MISSING: 3
+    }
+    known = find(
+        tmp_path, "auto", known=Known(lambda *_: True)
+    )  # members of an archive that is not opened are not looked at
     assert known.refused == {Reason.MISSING: 2}
     (tmp_path / "labels.csv").write_text("file,label\nimages/a,x\n")
     with pytest.raises(IntakeError, match=r"None of 1 rows of labels.csv names a file that is there"):
@@ -335,3 +339,39 @@ def test_a_pipe_neither_waits_nor_a_device_fills(
         Practice(tmp_path, f"rules:{tmp_path / 'rules'}").digest()
     with pytest.raises(IntakeError, match="not a regular file"):
         read_patient_table(tmp_path / "rules")
+
+
+def test_the_slashes_of_windows_in_labels(tmp_path: Path, write_dicom: WriteDicom) -> None:
+    """In the table, and in the names that some programs on Windows give to members; what stands so stays so."""
+    for number, name in enumerate(("deep/a", r"deep\b", "c", "d", "e"), 1):
+        write_dicom(tmp_path / name, PatientID=str(number), SOPInstanceUID=f"1.2.{number}")
+    with zipfile.ZipFile(tmp_path / "deep" / "f.zip", "w") as archive:
+        for name, member in (("c", "c"), ("d", r"in\d"), ("e", "in/e"), ("e", r"in\e")):
+            archive.write(tmp_path / name, member)
+    for name in "cde":
+        (tmp_path / name).unlink()
+    rows = (r"deep\a,x", r"deep\b,y", r"deep\f.zip\c,z", r"deep\f.zip\in\d,u", r"deep/f.zip/in\e,v")
+    (tmp_path / "labels.csv").write_text("\n".join(("file,label", *rows)) + "\n")
+    found = scan(tmp_path)
+    labels = {record.member or record.path.name: record.label for record in found.records}
+    assert labels == {"a": "x", r"deep\b": "y", "c": "z", r"in\d": "u", "in/e": "v", r"in\e": None}
+    assert not found.refusals
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("put", [pipe, Path.mkdir, dangling])
+def test_labels_that_are_no_file_stop_only_who_asks_for_them(
+    tmp_path: Path, write_dicom: WriteDicom, put: Callable[[Path], None]
+) -> None:
+    write_dicom(tmp_path / "a", PatientID="P1", Modality="CT")
+    put(tmp_path / "labels.csv")
+    assert [[record.label for record in scan(tmp_path, label).records] for label in ("none", "tag:Modality")] == [
+        ["all"],
+        ["CT"],
+    ]
+    for label in ("auto", "column:label"):
+        with pytest.raises(IntakeError, match="could not be read"):
+            scan(tmp_path, label)
