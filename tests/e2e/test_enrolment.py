@@ -159,7 +159,7 @@ def test_renewing_certificates(run, tmp_path):
         (("init", "hub", "--host", "a"), ExitCode.STORAGE),
         (("enrol", "hub", "gone.json"), ExitCode.STORAGE),
         (("enrol", "hub", "hub/ca.pem"), ExitCode.WIRE),
-        (("enrol", "home", "st-mary.enrolment.json"), ExitCode.CONFIG),
+        (("enrol", "home", "st-mary.enrolment.json"), ExitCode.STORAGE),
         (("enrol", "hub", "st-mary.invitation.json"), ExitCode.WIRE),
         (("enrol", "hub", "st-mary.enrolment.json", "--out", "hub/ca.pem"), ExitCode.CONFIG),
         (("revoke", "hub", "st-john"), ExitCode.ENROLMENT),
