@@ -225,7 +225,7 @@ def _items(path: Path, folder: Path, search: _Search) -> Iterator[_File | Refusa
     """Yield what of a file is to be opened, itself or its members, and what of it is refused before."""
     place = path.relative_to(folder).as_posix()
     search.met.add(place)
-    file = _File(path, place, stamp_of(path), search.table.beside.get(place, ""))
+    file = _File(path, place, stamp_of(path), search.table.of(place))
     if search.known.skip(path, file.stamp, file.beside):
         search.skipped.append(path)
     elif not is_archive(path):

@@ -35,6 +35,10 @@ class LabelsFile:
     column: str = ""
     beside: Mapping[str, str] = field(repr=False, default_factory=dict[str, str])
 
+    def of(self, place: str) -> str:
+        """Return what the table says of a file; also of one that it does not name, which else has its tag's label."""
+        return self.beside.get(place, "no row" if self.column else "")
+
     def without_files(self, folder: Path, met: Set[str], unopened: Iterable[Path]) -> Iterator[Refusal]:
         """Yield a refusal for each row that names no file; of archives that were not opened none can be told.
 

@@ -141,6 +141,22 @@ def test_dicom_files_that_are_known_are_not_opened(tmp_path: Path, write_dicom: 
     assert (last.images, last.added, last.refused) == (7, 1, {Reason.NOT_DICOM: 1})
 
 
+def test_a_table_of_labels_that_comes_later_counts_for_files_that_it_does_not_name(
+    tmp_path: Path, write_dicom: WriteDicom
+) -> None:
+    folder, form = tmp_path / "source", Form(("sick",), 28, 1)
+    for number in range(4):
+        uid = f"1.2.{number}"
+        write_dicom(folder / f"{number}", PatientID=uid, SOPInstanceUID=uid, AdmittingDiagnosesDescription="sick")
+    assert import_source(tmp_path / "vault", KEY, form, Practice(folder), 1).images == 4
+    (folder / "labels.csv").write_text("file,label\n0,sick\n1,sick\n")
+    for _ in range(2):
+        found = import_source(tmp_path / "vault", KEY, form, Practice(folder), 1)
+        assert (found.images, found.refused) == (2, {Reason.NO_LABEL: 2})
+    (folder / "labels.csv").unlink()
+    assert import_source(tmp_path / "vault", KEY, form, Practice(folder), 1).images == 4
+
+
 def test_too_few_patients_give_no_images_and_are_kept(tmp_path: Path, source: Path) -> None:
     vault = tmp_path / "vault"
     with pytest.raises(TooFewPatients, match="min_patients=7 usable patients at this site, found 6") as caught:
