@@ -109,7 +109,7 @@ def client(consortium: Consortium, admin: bool = False) -> httpx.Client:
 
 
 def wait_until_up(consortium: Consortium, timeout_s: float = 40.0) -> None:
-    """Wait until both listeners answer."""
+    """Wait until both listeners answer, and the public one knows whom to let in: before it asks all to come again."""
     deadline = time.monotonic() + timeout_s
     for admin in (True, False):
         with client(consortium, admin) as http:
@@ -121,3 +121,7 @@ def wait_until_up(consortium: Consortium, timeout_s: float = 40.0) -> None:
                     if time.monotonic() > deadline:
                         raise
                 time.sleep(0.2)
+    with client(consortium) as http:
+        while http.post("/v1/fleet/pull-messages").status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
