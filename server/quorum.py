@@ -18,7 +18,7 @@ from server.cohort import Declared, least_sites, planned_cohort, stored_cohort
 from server.exchange import PERMANENT, POLL_S, Link
 from server.handshake import Handshake, Met, advice, all_refuse, few_remain, listed, meet
 from server.records import Failed, RoundRecord, Waiting
-from server.roster import LONGEST_LOOK_S, Roster, gather
+from server.roster import LONGEST_LOOK_S, Roster, gather, missing
 from server.rounds import Heard, make_record
 
 
@@ -89,10 +89,10 @@ def settle(
                 return replace(quorum, over=over)
             _require_cohort(link, fixed, quorum.least)
             if left_s <= 0:
-                raise FederationError(_not_heard(config, quorum, unable, len(able), _missing(link, roster)))
+                raise FederationError(_not_heard(config, quorum, unable, len(able), missing(link, roster.members)))
             if len(able) != shown:
                 shown, pause_s = len(able), POLL_S
-                names = tuple(sorted({*_missing(link, roster), *(unable.keys() - codes.keys())}))
+                names = tuple(sorted({*missing(link, roster.members), *(unable.keys() - codes.keys())}))
                 expected = shown + len(unable.keys() - codes.keys()) + _away(config, replace(quorum, cohort=fixed))
                 yield Waiting(shown, expected, quorum.least, names, left_s)
             time.sleep(min(pause_s, left_s))
@@ -227,14 +227,10 @@ def _is_spent(config: Config, said: Greeting, records: Sequence[RoundRecord]) ->
     return said.rounds_allowed <= sum(said.site in record.sites for record in records)
 
 
-def _missing(link: Link, roster: Roster) -> tuple[str, ...]:
-    return () if link.trust is None else tuple(sorted(link.trust.sites.keys() - roster.members.keys()))
-
-
-def _not_heard(config: Config, quorum: Quorum, unable: Mapping[str, str], able: int, missing: Sequence[str]) -> str:
+def _not_heard(config: Config, quorum: Quorum, unable: Mapping[str, str], able: int, absent: Sequence[str]) -> str:
     why = listed({**quorum.roster.left_out, **unable})
-    start = f"Not heard: {', '.join(missing)}. Start or `revoke` them, then resume." if missing else ""
-    mend = "" if missing else "Mend these sites, then resume."
+    start = f"Not heard: {', '.join(absent)}. Start or `revoke` them, then resume." if absent else ""
+    mend = "" if absent else "Mend these sites, then resume."
     return (
         f"Expected at least {quorum.least} sites that join within {config.federation.connect_timeout_s:.0f} s, "
         f"got {able}{f' ({why})' if why else ''}. {advice(unable.values())}{start}{mend}"

@@ -138,13 +138,13 @@ def wait_for_sites(
     while (here := _connected(link)) < _expected(link, config) and (left_s := deadline - time.monotonic()) > 0:
         if here != shown:
             roster = greet(link, config, run_id, roster)
-            yield Waiting(here, _expected(link, config), needed, _missing(link, roster.members), left_s)
+            yield Waiting(here, _expected(link, config), needed, missing(link, roster.members), left_s)
             shown, pause_s = here, POLL_S
         time.sleep(min(pause_s, left_s))
         pause_s, link = min(1.5 * pause_s, LONGEST_LOOK_S), as_registered(link)
     if here < needed:
-        missing = ", ".join(_missing(link, roster.members))
-        names = f" Not heard: {missing}." if missing else ""
+        absent = ", ".join(missing(link, roster.members))
+        names = f" Not heard: {absent}." if absent else ""
         raise FederationError(
             f"Expected at least federation.min_sites={needed} sites within {allowed_s:.0f} s, {here} connected.{names} "
             "Start the sites, then resume."
@@ -156,7 +156,8 @@ def _expected(link: Link, config: Config) -> int:
     return (0 if link.trust is None else len(link.trust.sites)) or config.simulation.sites
 
 
-def _missing(link: Link, members: Mapping[str, Member]) -> tuple[str, ...]:
+def missing(link: Link, members: Mapping[str, Member]) -> tuple[str, ...]:
+    """Return the enrolled sites that were not heard; within one machine nobody is enrolled."""
     return () if link.trust is None else tuple(sorted(link.trust.sites.keys() - members.keys()))
 
 
