@@ -97,10 +97,11 @@ def _least_cohort(rules: Policy, proposal: Proposal) -> Cohort | None:
     """Return, for secure-sum, the smallest cohort there can be: the real one is known when all sites were greeted.
 
     The whole run costs the proposal's epsilon with any cohort; how many rounds a smaller rest pays for differs little.
+    Where noise is to be shared, two are supposed to share it, so that a policy that forbids it says so now.
     """
     if proposal.train.algorithm == "local":
         return None
     colluding, least = proposal.privacy.colluding_sites, proposal.privacy.min_patients
-    sites = max(proposal.federation.min_sites, 1 if colluding == "all" else colluding + 1)
+    sites = max(proposal.federation.min_sites, 1 if colluding == "all" else colluding + 2)
     together = Cohort(sites, rules.declared_patients + (sites - 1) * least)
     return parse_cohort(together.settings(), rules.declared_patients, least)

@@ -124,3 +124,12 @@ def parse_greeting(given: Mapping[str, object]) -> Greeting:
 def planned_rounds(proposal: Proposal) -> int:
     """Return how many rounds a run has, round 0 of the warm-up among them."""
     return proposal.federation.rounds + (proposal.warmup.share > 0)
+
+
+def pays_for_warm_up(proposal: Proposal, said: Greeting) -> bool:
+    """Tell whether a site's budget carries the warm-up whole: of some of its releases nobody would have the images.
+
+    A site that cannot may still pay for rounds of training, which cost less; its greeting counts none of them.
+    """
+    releases = 1 + min(proposal.warmup.refinements, proposal.federation.rounds)
+    return said.verdict is not Verdict.OVER_BUDGET or said.rounds_allowed >= releases

@@ -93,6 +93,8 @@ def print_plan(
     if proposed.train.algorithm == "secure-sum":
         shares = plans[0].noise_shares
         print(f"secure-sum of these {len(plans)} sites; of the noise of a release each adds one part in {shares}")
+    if proposed.privacy.colluding_sites != "all":
+        print(f"in simulation only: `run` refuses privacy.colluding_sites; {operate.UNMASKED}")
     if proposed.warmup.share > 0:
         print(foretell(proposed, plans))
     print(f"bytes per round and site: {round_bytes(proposed):,} down and as many up")

@@ -14,7 +14,7 @@ from typing import final
 from common.config import Config
 from common.errors import PolicyRefusal, RefusalCode
 from common.files import write_atomic
-from common.greeting import Greeting, Verdict, planned_rounds
+from common.greeting import Greeting, Verdict, pays_for_warm_up, planned_rounds
 from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION
 from common.wire import Release
 from server.run_folder import RunFolder
@@ -167,9 +167,11 @@ def extent(config: Config, said: Greeting) -> str:
     rounds, warmup = config.federation.rounds, config.warmup.share > 0
     why = f": {_WHY[said.verdict]}" if _WHY[said.verdict] else ""
     allowed = min(said.rounds_allowed, planned_rounds(config))
+    if warmup and not pays_for_warm_up(config, said):
+        return f"will not join the warm-up{why}"
     if allowed == 0:
         return f"will not join{why}"
-    if warmup and allowed == 1:
+    if warmup and allowed == 1 + config.refinements < planned_rounds(config):
         return f"will join the warm-up alone{why}"
     return f"will join {allowed - warmup} of {rounds} rounds{why}"
 

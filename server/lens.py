@@ -81,7 +81,7 @@ def choose(seen: Outlook, largest: str) -> str:
         raise ConfigError(
             f"Expected a warm-up whose noise is at most {1 / DROWNED:g} times the sum of a class, got "
             f"{1 / seen.clearness('means'):.1f} times with {seen.dims['means']} coordinates, the fewest there are; "
-            f"{int((seen.length / DROWNED) ** 2)} would do. Raise privacy.epsilon or warmup.share, lower "
+            f"{int((seen.length / DROWNED) ** 2) or 'not one'} would do. Raise privacy.epsilon or warmup.share, lower "
             "warmup.refinements, name fewer image.classes, or find more patients. Nothing was charged for it."
         )
     return "means"

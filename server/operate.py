@@ -29,6 +29,12 @@ SUBMIT_S = 60.0
 END_S, LOOK_S = 60.0, 0.2
 """How long `stop` waits for a run's process: it hears of its end within half a minute, and writes what it has begun."""
 
+UNMASKED = (
+    "with a number the sites share the noise of a release, and nothing in this release masks the part of a single site, "
+    "which has too little. Set it to 'all', or take fedmedgan-simulate."
+)
+"""Why a run with shared noise is none for real sites."""
+
 HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's home.")]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the run.")]
 
@@ -171,6 +177,9 @@ def _proposed(consortium: Consortium, file: Path) -> Config:
     proposed = build_config(tree, {"simulation.sites": len(sites)})
     if not proposed.image.classes:
         raise ConfigError("Expected image.classes: sites have to know what to import. Name them in the configuration.")
+    if proposed.privacy.colluding_sites != "all":
+        given = proposed.privacy.colluding_sites
+        raise ConfigError(f"Expected privacy.colluding_sites = 'all' between machines, got {given}: {UNMASKED}")
     return proposed
 
 

@@ -12,7 +12,7 @@ from typing import final
 
 from common.config import Config
 from common.errors import FederationError, RefusalCode
-from common.greeting import Greeting, Verdict
+from common.greeting import Greeting, Verdict, pays_for_warm_up
 from server.checkpoint import State
 from server.cohort import Declared, least_sites, planned_cohort, stored_cohort
 from server.exchange import PERMANENT, POLL_S, Link
@@ -216,13 +216,11 @@ def _refusals(config: Config, roster: Roster, records: Sequence[RoundRecord]) ->
 
 
 def _is_spent(config: Config, said: Greeting, records: Sequence[RoundRecord]) -> bool:
-    """Tell whether all that a site's budget allows of the run was given.
-
-    A site that cannot pay for the warm-up may still pay for rounds of training, which cost less: its greeting counts
-    none of them.
-    """
+    """Tell whether a site's budget gives no more of the run: not the warm-up under way, or all that it allows."""
     warmup = config.refinements + 1 if config.warmup.share > 0 else 0
-    if len(records) >= warmup > said.rounds_allowed or said.rounds_allowed > len(records):
+    if warmup and not pays_for_warm_up(config, said):
+        return len(records) < warmup
+    if said.rounds_allowed > len(records):
         return False
     return said.rounds_allowed <= sum(said.site in record.sites for record in records)
 

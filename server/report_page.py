@@ -53,6 +53,7 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 </head>
 <body>
 {% set sites = card.sites %}
+{% set shared = card.secure_sum and card.secure_sum.noise_shares > 1 %}
 <h1>{{ name }}</h1>
 <p>
 {{ sites|length }} {{ "site" if sites|length == 1 else "sites" }} trained one generator of {{ "grey" if config.image.channels == 1 else "colour" }} images of
@@ -61,7 +62,7 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 ({{ config.image.classes[:8]|join(", ") }}{{ ", …" if config.image.classes|length > 8 }}):
 {% set refined = [info.rounds, config.refinements]|min %}
 {% if config.warmup.share > 0 %}a warm-up{% if config.refinements %} of {{ 1 + refined }} of {{ 1 + config.refinements }} releases{% endif %}, then {% endif %}{% if config.training_rounds %}{{ info.rounds - refined }} of {{ config.training_rounds }} rounds{% else %}no round of training{% endif %}.
-{% if "simulated" not in card.randomness %}The sites' ledgers and journals name this run <code>{{ info.run_id }}</code>. {% endif %}No image left a site; what left is private per patient, at the figures below. The images shown here are synthetic.
+{% if "simulated" not in card.randomness %}The sites' ledgers and journals name this run <code>{{ info.run_id }}</code>. {% endif %}No image left a site; {% if shared %}the sums over the sites are private per patient, at the figures below, if nothing else is seen{% else %}what left is private per patient, at the figures below{% endif %}. The images shown here are synthetic.
 </p>
 <dl class="facts">
 <div><dt>epsilon, worst site</dt><dd>{{ card.epsilon_max|up }}</dd></div>
@@ -104,7 +105,7 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 <h2>Privacy</h2>
 {% if sites %}
 {% set bounds = attack_bounds(card.epsilon_max, card.delta) %}
-<p>In words: take someone who knows all other patients, holds everything that a site sent, and guesses whether one
+<p>In words: take someone who knows all other patients, holds {{ "the sums over the sites of what they sent" if shared else "everything that a site sent" }}, and guesses whether one
 particular patient was among that site's patients. At even odds, at most {{ bounds[0]|percent }} of such guesses can be right;
 with one false alarm in a thousand, at most {{ bounds[1]|percent }} of the patients can be found. These are the limits that
 the figures alone guarantee, against every attack; they are not what an attack was seen to reach.

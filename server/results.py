@@ -5,8 +5,10 @@ Out of scope: drawing the report (server/report), what a release costs (common/p
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from common.config import Config
 from common.errors import StorageError
 from common.files import write_atomic
 from common.generate import file_names
-from common.plan import plan
+from common.plan import Plan, plan
+from common.privacy import Charge, epsilon
 from common.secure_sum import GRID, Cohort
 from common.sheets import class_row, label_width, write_label, write_png
 from server.checkpoint import State
@@ -106,6 +109,8 @@ def privacy_card(
     Guarantees:
         - worst_site: The stated epsilon is the largest that any site reported.
         - rounded_up: The sentence never states less epsilon than was spent.
+        - assumption_in_the_sentence: Where sites share noise, the sentence speaks of their sum, says what is assumed,
+          and what whoever sees a single site's parts could learn.
     """
     together = config.train.algorithm == "secure-sum"
     kind = "gradient" if together else "train"
@@ -114,16 +119,17 @@ def privacy_card(
         for name in sorted({name for record in records for name in record.sites})
     }
     worst = max((site["epsilon_spent"] for site in sites.values()), default=0.0)
+    shared = _secure_sum(config, declared) if together and declared else None
     return {
         "version": 1,
-        "statement": _statement(worst, config.privacy.delta) if sites else "No site released anything.",
+        "statement": _statement(worst, config.privacy.delta, shared) if sites else "No site released anything.",
         "unit": "patient",
         "relation": "add or remove all images of one patient",
         "epsilon_max": worst,
         "delta": config.privacy.delta,
         "sites": sites,
         "mechanism": (_TOGETHER if together else _MECHANISM) | {"max_grad_norm": config.privacy.max_grad_norm},
-        "secure_sum": _secure_sum(config, declared) if together and declared else None,
+        "secure_sum": shared,
         "accountant": "PLD, dp-accounting, pessimistic: an upper bound",
         "trust_model": _trust_model(config, len(declared or {})),
         "randomness": secrets,
@@ -177,7 +183,21 @@ def _secure_sum(config: Config, declared: Mapping[str, int]) -> dict[str, Any]:
         "warmup_noise_of_a_share": agreed.share_warmup_noise if agreed.warmup_noise_multiplier else None,
         "grid_step": GRID * config.privacy.max_grad_norm,
         "assumption": _assumption(config, cohort.sites),
+        "epsilon_of_parts_seen": _epsilon_of_parts(config, agreed),
     }
+
+
+def _epsilon_of_parts(config: Config, agreed: Plan) -> float:
+    """Return what the whole run would cost the patients of a site whose own parts somebody sees."""
+    shrink, parts = math.sqrt(agreed.noise_shares), list[Charge]()
+    if agreed.warmup_noise_multiplier is not None:
+        parts += [replace(agreed.charge_of_warmup(), noise_multiplier=agreed.share_warmup_noise)] * (
+            1 + config.refinements
+        )
+    if agreed.train_noise_multiplier is not None:
+        step = agreed.charge_of_round(1)
+        parts += [replace(step, noise_multiplier=step.noise_multiplier / shrink, steps=agreed.steps)]
+    return epsilon(parts, config.privacy.delta)
 
 
 def _assumption(config: Config, sites: int) -> str:
@@ -223,11 +243,20 @@ def _terms(release: SiteRelease) -> tuple[float, float, int]:
     return release.noise_multiplier, release.sample_rate, release.steps
 
 
-def _statement(epsilon: float, delta: float) -> str:
+def _statement(spent: float, delta: float, shared: Mapping[str, Any] | None) -> str:
+    private = (
+        f"({round_up(spent)}, {delta:g})-differentially private with respect to adding or removing all images of that "
+        "patient"
+    )
+    if shared is None or shared["noise_shares"] == 1:
+        return (
+            f"For every patient at every site, everything that left the site is {private}, as long as the site's random "
+            "numbers stay secret."
+        )
     return (
-        f"For every patient at every site, everything that left the site is ({round_up(epsilon)}, "
-        f"{delta:g})-differentially private with respect to adding or removing all images of that patient, as long as "
-        "the site's random numbers stay secret."
+        f"For every patient at every site, the sum over the sites of what left them is {private}, as long as the sites' "
+        f"random numbers stay secret, and ASSUMING: {shared['assumption']}. For whoever sees what a single site sent, "
+        f"epsilon is up to {round_up(shared['epsilon_of_parts_seen'])}."
     )
 
 

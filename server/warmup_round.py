@@ -14,12 +14,14 @@ from torch import nn
 
 from common import lens as lenses
 from common.config import Config
+from common.errors import RefusalCode
 from common.generator_step import reproducible
+from common.greeting import Verdict, pays_for_warm_up
 from common.lens import SIGHTS
 from common.look import PUBLIC, look_dims, read_look
 from common.messages import Arrays, Kind, Request, Scalar
 from common.models.vae import take_over_decoder
-from common.plan import Plan, plans_of
+from common.plan import Plan
 from common.secure_sum import WARMUP_GRID
 from common.weights import BOTH, get_weights, set_weights
 from server.checkpoint import State, WarmupRelease
@@ -90,14 +92,16 @@ def _collect(
     heard: Heard,
 ) -> Generator[Progress, None, WarmupRelease | None]:
     """Ask the sites for one release and return their sum; None where too few are there or answered."""
-    cohort, least = before.cohort, config.federation.min_sites
-    asked, plans, settings = members, [member.plan for member in members.values()], dict[str, Scalar]()
+    cohort, least, settings = before.cohort, config.federation.min_sites, dict[str, Scalar]()
+    asked = {name: member for name, member in members.items() if pays_for_warm_up(config, member.greeting)}
+    poor = members.keys() - asked.keys()
     if cohort:
-        asked, least = taking_part(config, members, cohort), least_sites(config, cohort)
-        plans, settings = plans_of(config, cohort.values()), dict(cohort_of(cohort).settings())
+        asked, least = taking_part(config, asked, cohort), least_sites(config, cohort)
+        settings, poor = dict(cohort_of(cohort).settings()), poor & cohort.keys()
+    heard.refused |= dict.fromkeys(sorted(poor), RefusalCode.OVER_BUDGET.value)
     if len(asked) < least:  # whoever is here would be asked, and charged, for nothing
         return None
-    look, lens = _where_to_look(config, plans, number, generator)
+    look, lens = _where_to_look(config, _willing(asked), number, generator)
     shape = (len(config.image.classes), look_dims(config.image)[look])
     total, variance = np.zeros(shape), 0.0
     request = Request(Kind.WARMUP, before.run_id, number, config.proposal(), {"look": look, **settings}, lens)
@@ -105,10 +109,17 @@ def _collect(
         total += arrays["embedding"] * (WARMUP_GRID if cohort else 1.0)  # a power of two: exact
         variance += member.plan.share_warmup_noise**2
         yield Progress(number, len(heard.sites), len(asked), "sites", dict(heard.sites))
-    heard.refused |= dict.fromkeys(sorted(set(cohort) - set(asked)), "not-connected")
+    heard.refused |= dict.fromkeys(sorted(cohort.keys() - asked.keys() - poor), "not-connected")
     if len(heard.sites) < least:
         return None
     return WarmupRelease(look, math.sqrt(variance), {"sum": total, **lens})
+
+
+def _willing(members: Members) -> list[Plan]:
+    """Return the plans of those who will answer, by what they said: whoever refuses makes no sum any clearer."""
+    willing = (Verdict.OK, Verdict.OVER_BUDGET)  # of the budget, enough for the warm-up
+    plans = [member.plan for member in members.values() if member.greeting.verdict in willing]
+    return plans or [member.plan for member in members.values()]
 
 
 def _where_to_look(

@@ -114,6 +114,7 @@ def draw_federation(config: Config) -> Federation:
     if simulation.max_patients:
         rest = at_most(rest, simulation.max_patients, seed)
     sites = assign(rest, simulation.sites, simulation.partition, seed, simulation.one_class_site)
+    _require_anybody(config, sites)
     return Federation(config, sites, held_out, phantoms, everything.refused)
 
 
@@ -125,6 +126,17 @@ def _require_classes(config: Config, found: Sequence[str]) -> None:
         raise ConfigError(
             f"Expected image.classes among the labels of the data, got {named}, which no patient has. The labels are "
             f"{labels}{more}. Mend image.classes, or name where labels are with --label."
+        )
+
+
+def _require_anybody(config: Config, sites: Sequence[Scan]) -> None:
+    """Refuse a class whose few patients were all held out, or left out by `max_patients`."""
+    there = {record.label for site in sites for record in site.records}
+    if absent := [name for name in config.image.classes if name not in there]:
+        raise ConfigError(
+            f"Expected patients of each class at a site, got none of {', '.join(map(repr, absent[:_MAX_NAMED]))}: those "
+            "few were held out, or are beyond simulation.max_patients. Set simulation.holdout = 0, take another seed, "
+            "or leave the class out of image.classes."
         )
 
 

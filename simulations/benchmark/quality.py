@@ -26,7 +26,7 @@ from common.errors import ConfigError, FederationError, IntakeError
 from server import checkpoint
 from server.app import Job
 from server.records import read_records
-from server.rounds import averaged_pair, round_bytes
+from server.rounds import averaged_pair
 from server.run_folder import RunFolder, open_run
 from simulations.benchmark.referee import Effort, Judgement, Referee, judge, make_referee
 from simulations.benchmark.report import Result, write_result
@@ -217,8 +217,8 @@ def _judged(config: Config, folder: RunFolder, referee: Referee, seconds: Second
         _sample(judge(referee, config, averaged_pair(config, state).generator)),
         seconds=seconds.wall,
         processor_seconds=seconds.processor,
-        upload_bytes=sum(record.upload_bytes / max(1, len(record.sites)) for record in records),
-        download_bytes=state.round * round_bytes(config),
+        upload_bytes=sum(record.bytes_a_site[1] for record in records),
+        download_bytes=sum(record.bytes_a_site[0] for record in records),
         epsilon=max(release.epsilon_spent for release in releases),
     )
 

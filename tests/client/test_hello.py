@@ -217,3 +217,10 @@ def test_the_log_tells_the_hospital_that_the_budget_is_too_small(site, caplog):
     (line,) = [record.getMessage() for record in caplog.records]
     assert "nothing to mend" not in line
     assert "max_epsilon = 8" in line
+
+
+def test_shared_noise_is_refused_at_the_handshake(site):
+    """Not only when noise is to be added: by then the coordinator has told everybody that the site joins."""
+    shared = hello(changed(train={"algorithm": "secure-sum", "steps_per_round": 1}, privacy={"colluding_sites": 1}))
+    assert verdict(site, shared)[0] is Verdict.POLICY
+    assert verdict(with_policy(site, allow_unmasked_shares=True), shared)[0] is Verdict.OK

@@ -38,7 +38,7 @@ def news(met: Met, *sites: Greeting, **left_out: str) -> list[Handshake]:
         (Verdict.OK, 101, "will join 100 of 100 rounds"),
         (Verdict.OVER_BUDGET, 61, "will join 60 of 100 rounds: budget"),
         (Verdict.OVER_BUDGET, 1, "will join the warm-up alone: budget"),
-        (Verdict.OVER_BUDGET, 0, "will not join: budget"),
+        (Verdict.OVER_BUDGET, 0, "will not join the warm-up: budget"),
         (Verdict.POLICY, 0, "will not join: policy"),
         (Verdict.NO_DATA, 0, "will not join: no images imported for these classes, size and channels"),
         (Verdict.BAD_REQUEST, 0, "will not join: it cannot plan this run"),
@@ -47,6 +47,13 @@ def news(met: Met, *sites: Greeting, **left_out: str) -> list[Handshake]:
 )
 def test_every_verdict_in_words(verdict: Verdict, allowed: int, words: str) -> None:
     assert extent(CONFIG, said(verdict, allowed)) == words
+
+
+def test_part_of_the_releases_of_a_warm_up_is_none() -> None:
+    config = build_config({}, {**SMALL_RUN, "federation.rounds": 3, "warmup.share": 0.5, "warmup.refinements": 2})
+    assert extent(config, said(Verdict.OVER_BUDGET, 2)) == "will not join the warm-up: budget"
+    assert extent(config, said(Verdict.OVER_BUDGET, 3)) == "will join the warm-up alone: budget"
+    assert extent(config, said(Verdict.OK, 4)) == "will join 3 of 3 rounds"
 
 
 def test_without_a_warm_up() -> None:

@@ -92,5 +92,7 @@ def test_what_drowns_is_refused_with_the_dimension_that_would_not() -> None:
     assert "4.0 times with 65 coordinates" in str(caught.value)
     assert "16 would do" in str(caught.value)
     assert "warmup.refinements" in str(caught.value)
+    with pytest.raises(ConfigError, match="not one would do"):
+        choose(outlook(config, plans(500.0, 200)), "public")
     assert choose(outlook(config, plans(24.0, 200)), "public") == "means"
     assert lens_dim(config.image, "means") == 65

@@ -204,6 +204,17 @@ def test_a_run_that_needs_more_sites_than_are_enrolled_names_the_enrolled(
     assert "simulation" not in said
 
 
+def test_shared_noise_is_refused_between_machines_with_the_reason(
+    hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (hub.parent / "run.toml").open("a") as file:
+        file.write('[privacy]\ncolluding_sites = 1\n[train]\nalgorithm = "secure-sum"\nsteps_per_round = 1\n')
+    assert exit_of("run", hub, hub.parent / "run.toml") == ExitCode.CONFIG
+    said = " ".join(capsys.readouterr().err.split())
+    assert "privacy.colluding_sites = 'all' between machines, got 1" in said
+    assert "nothing in this release masks the part of a single site" in said
+
+
 def test_who_follows_hears_that_the_process_is_gone_or_that_another_one_completed_the_run(
     hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

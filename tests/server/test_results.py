@@ -18,6 +18,7 @@ from common.errors import StorageError
 from common.sheets import label_width, save_sheet
 from common.weights import get_weights
 from server.checkpoint import State
+from server.pace import round_up
 from server.records import RoundRecord, SiteRelease, write_records
 from server.report import round_sheets
 from server.results import (
@@ -143,6 +144,23 @@ def test_privacy_card_rounded_up(epsilon: float) -> None:
     statement = privacy_card(_config(), [_record(1, {"a": _release(epsilon)})], "")["statement"]
     stated = float(statement.split("(")[1].split(",")[0])
     assert epsilon - 1e-8 <= stated <= epsilon + 0.01 + 1e-8
+
+
+@pytest.mark.parametrize(("colluding", "parts"), [("all", 1), (2, 1), (1, 2), (0, 3)])
+def test_privacy_card_assumption_in_the_sentence(colluding: object, parts: int) -> None:
+    together = {"train.algorithm": "secure-sum", "train.steps_per_round": 1, "privacy.colluding_sites": colluding}
+    config = build_config(_config().model_dump(), {**together, "privacy.batch_patients": 8})
+    card = privacy_card(config, _records(), "", {"a": 500, "b": 500, "c": 200})
+    shared, statement = card["secure_sum"], card["statement"]
+    assert shared["noise_shares"] == parts
+    if parts == 1:
+        assert "everything that left the site is (9.00, " in statement
+        assert shared["epsilon_of_parts_seen"] <= config.privacy.epsilon
+        return
+    assert "the sum over the sites of what left them is (9.00, " in statement
+    assert f"ASSUMING: only the sum over the sites is seen, and at most {colluding} of 3 sites" in statement
+    assert shared["epsilon_of_parts_seen"] > 1.3 * config.privacy.epsilon
+    assert statement.endswith(f"epsilon is up to {round_up(shared['epsilon_of_parts_seen'])}.")
 
 
 @pytest.mark.parametrize("records", [[], [_record(0, {}, {"a": "timeout"})]])

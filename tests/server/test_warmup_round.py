@@ -11,7 +11,7 @@ from flwr.app import Context
 from client.app import make_app
 from common.config import Config
 from common.config_text import build_config
-from common.errors import ConfigError, FederationError, RefusalCode
+from common.errors import ConfigError, FederationError, PolicyRefusal, RefusalCode
 from common.features import CONSTANT
 from common.look import look_dims
 from common.messages import Kind, Request
@@ -20,12 +20,13 @@ from common.secure_sum import WARMUP_GRID, Cohort
 from common.weights import get_weights
 from server import checkpoint
 from server.exchange import Link
+from server.records import RoundRecord
 from server.roster import Member
 from server.rounds import initial_pair
 from server.start import Beginning, write_start
 from server.warmup_round import warm_up
 from simulations.local_grid import LocalGrid
-from tests.function_sites import SMALL_RUN, greeting, run_sites
+from tests.function_sites import SMALL_RUN, Says, follow_sites, greeting, run_sites
 
 
 def make_config(**changes: object) -> Config:
@@ -220,3 +221,41 @@ def test_with_too_many_missing_a_warm_up_of_all_together_ends(tmp_path: Path) ->
     with pytest.raises(FederationError, match=r"Round 0 heard 1 sites in 3 attempts.*colluding_sites=1 may be missing"):
         run_together(tmp_path, together(**{"privacy.colluding_sites": 1}), behaviours)
     assert checkpoint.load_latest(tmp_path / "run" / "checkpoints") is None
+
+
+def follow(path: Path, config: Config, asked: list[tuple[int, Request]], says: Says) -> list[RoundRecord]:
+    path.mkdir(exist_ok=True)
+
+    def note(index: int, request: Request, answer: object) -> tuple[Mapping[str, float], Mapping[str, np.ndarray]]:
+        asked.append((index, request))
+        return release(index, request, answer)
+
+    events = follow_sites(path, config, [lambda request: None] * 3, note, says=says)
+    return [event for event in events if isinstance(event, RoundRecord)]
+
+
+def test_who_refuses_makes_no_sum_clearer(tmp_path: Path) -> None:
+    """All three sites' sums would be clear, that of the one which has images drowns: it is not asked, and pays nothing."""
+    config = make_config(**{"privacy.epsilon": 0.3, "federation.min_sites": 1})
+    asked: list[tuple[int, Request]] = []
+    with pytest.raises(ConfigError, match="noise is at most 2 times"):
+        follow(tmp_path / "a", config, asked, lambda index: {"verdict": "no-data", "rounds_allowed": 0} if index else {})
+    assert asked == []
+    assert follow(tmp_path / "b", config, asked, lambda index: {})
+    assert {index for index, _ in asked} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_a_site_that_cannot_pay_for_all_releases_is_asked_for_none(tmp_path: Path, allowed: int) -> None:
+    asked: list[tuple[int, Request]] = []
+    poor = {"verdict": "over-budget", "rounds_allowed": allowed}
+    records = follow(tmp_path / "a", make_config(), asked, lambda index: poor if index == 1 else {})
+    assert [request.round for index, request in asked if index == 1] == [3]  # a round of training may be cheaper
+    assert [record.refused for record in records] == [{"site-1": "over-budget"}] * 3 + [{}]
+
+
+def test_a_warm_up_that_nobody_can_pay_for_asks_nobody(tmp_path: Path) -> None:
+    asked: list[tuple[int, Request]] = []
+    with pytest.raises(PolicyRefusal, match="Every site refuses this run for good"):
+        follow(tmp_path / "a", make_config(), asked, lambda index: {"verdict": "over-budget", "rounds_allowed": 2})
+    assert asked == []

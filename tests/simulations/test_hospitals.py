@@ -10,7 +10,7 @@ from client.home import Home, load_images
 from client.policy import load as load_policy
 from common.config import Config
 from common.config_text import build_config
-from common.errors import RefusalCode
+from common.errors import ConfigError, RefusalCode
 from common.messages import Kind, Request
 from simulations.hospitals import build_hospitals, connect, draw_federation, held_out_images, site_name
 
@@ -78,3 +78,18 @@ def test_phantoms_in_colour_have_three_equal_channels(tmp_path: Path) -> None:
     images = load_images(Home(tmp_path / "hospitals" / site_name(0)), federation.config.image.classes, 28, 3).images[:]
     assert images.std() > 0
     assert (images == images[:, :1]).all()
+
+
+def test_a_class_whose_patients_are_at_no_site_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rare.npz"
+    labels = np.arange(60) % 2
+    labels[7] = 2
+    np.savez(path, images=COLOURS, labels=labels, patient_id=np.arange(60) + 100)
+    with pytest.raises(ConfigError, match="patients of each class at a site, got none of '2'"):
+        draw_federation(_config(path, 1))  # who is held out is drawn by class, so that it is this one
+    everybody = build_config(_config(path, 1).model_dump(), {"simulation.holdout": 0.0})
+    assert "2" in {record.label for site in draw_federation(everybody).sites for record in site.records}
+    with pytest.raises(ConfigError, match="simulation.max_patients"):
+        for seed in range(20):
+            changes = {"federation.seed": seed, "simulation.max_patients": 20}
+            draw_federation(build_config(everybody.model_dump(), changes))
