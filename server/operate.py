@@ -30,8 +30,8 @@ END_S, LOOK_S = 60.0, 0.2
 """How long `stop` waits for a run's process: it hears of its end within half a minute, and writes what it has begun."""
 
 UNMASKED = (
-    "with a number the sites share the noise of a release, and nothing in this release masks the part of a single site, "
-    "which has too little. Set it to 'all', or take fedmedgan-simulate."
+    "with a number the sites share the noise of a release, and nothing in this release masks the part of a single "
+    "site, which has too little. Set it to 'all', or take fedmedgan-simulate."
 )
 """Why a run with shared noise is none for real sites."""
 

@@ -250,13 +250,13 @@ def _statement(spent: float, delta: float, shared: Mapping[str, Any] | None) -> 
     )
     if shared is None or shared["noise_shares"] == 1:
         return (
-            f"For every patient at every site, everything that left the site is {private}, as long as the site's random "
-            "numbers stay secret."
+            f"For every patient at every site, everything that left the site is {private}, as long as the site's "
+            "random numbers stay secret."
         )
     return (
-        f"For every patient at every site, the sum over the sites of what left them is {private}, as long as the sites' "
-        f"random numbers stay secret, and ASSUMING: {shared['assumption']}. For whoever sees what a single site sent, "
-        f"epsilon is up to {round_up(shared['epsilon_of_parts_seen'])}."
+        f"For every patient at every site, the sum over the sites of what left them is {private}, as long as the "
+        f"sites' random numbers stay secret, and ASSUMING: {shared['assumption']}. For whoever sees what a single site "
+        f"sent, epsilon is up to {round_up(shared['epsilon_of_parts_seen'])}."
     )
 
 

@@ -9,6 +9,7 @@ import typer
 
 from common.command import run_command
 from common.config_text import parse_changes
+from common.errors import ConfigError
 from simulations.benchmark import deployment, dp_step, federation, intake, quality
 from simulations.benchmark.report import print_result, write_result
 from simulations.benchmark.samples import as_table
@@ -38,6 +39,8 @@ def run(
     if name not in BENCHMARKS:
         print(f"error: Expected a benchmark among {', '.join(BENCHMARKS)}, got {name!r}.", file=sys.stderr)
         raise typer.Exit(2)
+    if json is not None and not json.absolute().parent.is_dir():
+        raise ConfigError(f"Expected --json in a folder that is there, got {json}. Make the folder, or name another.")
     if name == "federation":
         result = federation.measure()
     elif name == "deployment":
@@ -54,4 +57,4 @@ def run(
 
 
 if __name__ == "__main__":
-    run_command(app)
+    run_command(app, interrupted="stopped; with --json, quality goes on from the rows in it by the same command")

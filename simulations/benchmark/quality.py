@@ -138,6 +138,7 @@ def _one_seed(
     out = folder / "federation"
     for line in build_hospitals(federation, out):
         _say(line)
+    _say("training the referee on the real images")
     referee = _make_referee(federation, out, effort)
     if "real" in missing:
         yield "real", _sample(referee.real)

@@ -235,11 +235,12 @@ def follow(path: Path, config: Config, asked: list[tuple[int, Request]], says: S
 
 
 def test_who_refuses_makes_no_sum_clearer(tmp_path: Path) -> None:
-    """All three sites' sums would be clear, that of the one which has images drowns: it is not asked, and pays nothing."""
+    """The sum of three sites would be clear, that of the one which has images drowns: it pays nothing for it."""
     config = make_config(**{"privacy.epsilon": 0.3, "federation.min_sites": 1})
     asked: list[tuple[int, Request]] = []
+    without = {"verdict": "no-data", "rounds_allowed": 0}
     with pytest.raises(ConfigError, match="noise is at most 2 times"):
-        follow(tmp_path / "a", config, asked, lambda index: {"verdict": "no-data", "rounds_allowed": 0} if index else {})
+        follow(tmp_path / "a", config, asked, lambda index: without if index else {})
     assert asked == []
     assert follow(tmp_path / "b", config, asked, lambda index: {})
     assert {index for index, _ in asked} == {0, 1, 2}

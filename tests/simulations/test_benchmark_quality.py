@@ -80,9 +80,10 @@ def test_rows_state_what_each_run_cost(tiny: Result) -> None:
     assert rows["warmup only"]["epsilon"] <= 0.7 * 8.0 < rows["federation"]["epsilon"] <= 8.0
     assert rows["warmup only"]["upload_bytes"] < rows["federation"]["upload_bytes"]
     assert rows["single-site mean"]["upload_bytes"] == rows["federation"]["upload_bytes"]
-    assert rows["warmup only"]["download_bytes"] == 0
-    sums = rows["warmup only"]["upload_bytes"]  # then the weights go both ways
-    assert rows["federation"]["download_bytes"] == rows["federation"]["upload_bytes"] - sums
+    sums, lens = rows["warmup only"]["upload_bytes"], rows["warmup only"]["download_bytes"]
+    assert lens == 4 * 64 * (4 + 1)  # so few are looked at through 64 cosines: a centre a class, and a scale
+    # then the weights go both ways
+    assert rows["federation"]["download_bytes"] - lens == rows["federation"]["upload_bytes"] - sums
     assert 0 < rows["warmup only"]["processor_seconds"] < rows["federation"]["processor_seconds"]
 
 
@@ -106,7 +107,7 @@ def test_official_test_split_is_held_out_whole(tmp_path: Path, capsys: pytest.Ca
     assert rows["real"]["accuracy"] == 1.0
     assert rows["real"]["auc"] == 1.0
     assert rows["federation"] | {"row": ""} == rows["warmup only"] | {"row": ""}
-    assert rows["federation"]["download_bytes"] == 0
+    assert rows["federation"]["download_bytes"] == 4 * 64 * (2 + 1)  # a lens
     assert rows["real"]["accuracy_sd"] is None
     told = capsys.readouterr().err
     assert "seed 0 (1 of 1)" in told
@@ -387,3 +388,13 @@ def test_nobody_held_out_is_refused(tmp_path: Path) -> None:
     path = _config(tmp_path, "simulation = {sites = 2, phantom_patients = 60, holdout = 0.0}\n")
     with pytest.raises(IntakeError, match="held out"):
         measure(path, None, effort=BRIEF)
+
+
+def test_a_folder_for_the_figures_that_is_not_there_is_refused_before_hours_of_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _config(tmp_path, PHANTOMS)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(app, ["quality", "--config", str(path), "--json", str(tmp_path / "none" / "figures.json")])
+    assert stopped.value.code == 3
+    assert "--json in a folder that is there" in capsys.readouterr().err
