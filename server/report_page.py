@@ -172,9 +172,9 @@ the figures alone guarantee, against every attack; they are not what an attack w
 
 {% if evaluation is not none %}
 <h2>Test of the generator</h2>
-<p>{{ evaluation.note }} The figures are exact: computed on real patients without noise.</p>
+<p>{{ evaluation.note }} The figures are exact: computed on these patients without noise.</p>
 <table>
-<tr><td>accuracy of the classifier on real images</td><td class="n">{{ evaluation.tstr_accuracy|percent }}</td></tr>
+<tr><td>accuracy of the classifier on their images</td><td class="n">{{ evaluation.tstr_accuracy|percent }}</td></tr>
 <tr><td>area under its ROC curve</td><td class="n">{% if evaluation.tstr_auc is none %}for two classes only{% else %}{{ evaluation.tstr_auc|figure }}{% endif %}</td></tr>
 <tr><td>synthetic images it learned from</td><td class="n">{{ "{:,}".format(evaluation.synthetic_images) }}</td></tr>
 <tr><td>real images it was tested on</td><td class="n">{{ "{:,}".format(evaluation.held_out_images) }} of {{ "{:,}".format(evaluation.held_out_patients) }} patients</td></tr>
