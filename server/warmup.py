@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,14 +19,19 @@ from common.generator_step import move_average
 from common.lens import low_pass
 from common.look import Vectors
 
+_Images = Float[Tensor, "batch channels size size"]
+
 _EMA_DECAY = 0.95
 _WINDOWS = 40
 """A step's gradient compares the noisy means with those of the fakes of the last steps, a fortieth of all, not with
 those of its own few fakes: a third of the distance after equal time (docs/decisions/0012)."""
 _CREDIBLE = 2.0
 """A class counts as far as its noisy count exceeds this many standard deviations of its noise."""
+Detail = Literal["free", "alike", "kept"]
+"""What may become of fine detail, beyond the lowest cosines, at equal latents: anything; it stays equal between the
+classes; or it stays what it is in each image as the fit begins."""
 _LIKENESS = 1.0
-"""Weight of the squared difference between classes at equal latents beyond the lowest cosines: noise hides it there."""
+"""Weight of the squared difference in fine detail, where that must not be free: there is nothing but noise to fit."""
 
 
 @final
@@ -82,7 +87,7 @@ def fit_generator(
     config: WarmupConfig,
     latent_dim: int,
     rng: torch.Generator,
-    alike: bool = False,
+    detail: Detail = "free",
 ) -> Iterator[Progress]:
     """Fit the generator, in place, to the class means of all releases so far; yield after every step.
 
@@ -92,7 +97,7 @@ def fit_generator(
         config: Steps, batch size and learning rate.
         latent_dim: Length of a latent vector.
         rng: The only source of randomness.
-        alike: Keep what the releases say little of, fine detail, equal between the classes.
+        detail: What the releases may do to fine detail, of which they may say little.
 
     Yields:
         The step and its loss; the generator is ready when the iterator is exhausted, and not before.
@@ -110,6 +115,7 @@ def fit_generator(
     per_class = max(2, config.batch_size // len(classes))
     labels = classes.repeat_interleave(per_class)
     average, remembered = deepcopy(generator), list[Tensor]()
+    begun = deepcopy(generator).requires_grad_(False) if detail == "kept" else None
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.learning_rate, betas=(0.5, 0.99))
     for step in range(1, config.steps + 1):
         optimizer.param_groups[0]["lr"] = config.learning_rate * _schedule(step, config.steps)
@@ -121,8 +127,9 @@ def fit_generator(
         for share, target, now, before in zip(shares, targets, means, remembered, strict=True):
             pull = 2 * (before - target.means[classes]) * now  # has the gradient of |before - means|^2
             loss = loss + share * (target.weights[classes] * pull.sum(dim=1)).sum()
-        if alike:
-            loss = loss + _LIKENESS * _fine_differences(images, len(classes))
+        if detail != "free":
+            as_it_was = _mean_over_classes(images, len(classes)) if begun is None else begun(latent, labels)
+            loss = loss + _LIKENESS * _fine(images - as_it_was).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -141,10 +148,13 @@ def _remember(before: Sequence[Tensor], now: Sequence[Tensor], decay: float) -> 
     return [decay * old + (1 - decay) * means.detach() for old, means in zip(before, now, strict=True)]
 
 
-def _fine_differences(images: Float[Tensor, "batch channels size size"], classes: int) -> Float[Tensor, ""]:
+def _mean_over_classes(images: _Images, classes: int) -> _Images:
     by_class = images.view(classes, -1, *images.shape[1:])
-    difference = (by_class - by_class.mean(dim=0)).flatten(0, 1)
-    return (difference - low_pass(difference)).square().mean()
+    return by_class.mean(dim=0, keepdim=True).expand_as(by_class).flatten(0, 1)
+
+
+def _fine(images: _Images) -> _Images:
+    return images - low_pass(images)
 
 
 @torch.no_grad()

@@ -63,10 +63,11 @@ def warm_up(link: Link, config: Config, members: Members, before: Beginning | St
         so_far = (*so_far, release)
         targets = [_target(config, release) for release in so_far]
         rng = reproducible(config.federation.seed, "fit", number)
-        alike = all(release.look == "means" for release in so_far)
+        says_little = all(release.look == "means" for release in so_far)
+        detail = "free" if not says_little else "alike" if known is None else "kept"
         latent = config.model.latent_dim
         began = time.monotonic()
-        for fit in fit_generator(pair.generator, targets, config.warmup, latent, rng, alike):
+        for fit in fit_generator(pair.generator, targets, config.warmup, latent, rng, detail):
             loss = fit.loss
             done_s = time.monotonic() - began
             yield Progress(number, fit.step, config.warmup.steps, "fit", dict(heard.sites), done_s)
