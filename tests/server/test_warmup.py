@@ -145,7 +145,7 @@ def test_fine_detail_is_held_alike_or_kept() -> None:
         return images.flatten(2).flatten(1)[:, ::29]  # says little of fine detail
 
     means = torch.stack(
-        [coarse(discs(50, centre, torch.Generator().manual_seed(1)), None).mean(0) for centre in (9, 19)]
+        [coarse(discs(50, at, torch.Generator().manual_seed(1)), torch.zeros(50)).mean(0) for at in (9, 19)]
     )
     goals = [Target(coarse, means, torch.tensor([0.5, 0.5]), 1.0)]
     config = WarmupConfig(steps=120, batch_size=32, learning_rate=5e-3)
