@@ -233,6 +233,11 @@ class Proposal(Section):
         return min(self.warmup.refinements, self.federation.rounds) if self.warmup.share > 0 else 0
 
     @property
+    def warmup_releases(self) -> int:
+        """How many releases the warm-up has: round 0 and the refinements; 0 without one."""
+        return 1 + self.refinements if self.warmup.share > 0 else 0
+
+    @property
     def training_rounds(self) -> int:
         """Rounds of private steps, after those of the warm-up."""
         return self.federation.rounds - self.refinements

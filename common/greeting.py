@@ -131,5 +131,4 @@ def pays_for_warm_up(proposal: Proposal, said: Greeting) -> bool:
 
     A site that cannot may still pay for rounds of training, which cost less; its greeting counts none of them.
     """
-    releases = 1 + min(proposal.warmup.refinements, proposal.federation.rounds)
-    return said.verdict is not Verdict.OVER_BUDGET or said.rounds_allowed >= releases
+    return said.verdict is not Verdict.OVER_BUDGET or said.rounds_allowed >= proposal.warmup_releases

@@ -121,7 +121,7 @@ def plan(proposal: Proposal, declared_patients: int, cohort: Cohort | None = Non
     charges: list[Charge] = []
     warmup = train = None
     if share > 0:
-        target, releases = privacy.epsilon * (share if trained else 1.0), 1 + proposal.refinements
+        target, releases = privacy.epsilon * (share if trained else 1.0), proposal.warmup_releases
         warmup = noise_for(target, privacy.delta, 1.0, releases)
         charges.append(Charge(warmup, 1.0, releases))
     if steps > 0:

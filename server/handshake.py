@@ -167,11 +167,11 @@ def extent(config: Config, said: Greeting) -> str:
     rounds, warmup = config.federation.rounds, config.warmup.share > 0
     why = f": {_WHY[said.verdict]}" if _WHY[said.verdict] else ""
     allowed = min(said.rounds_allowed, planned_rounds(config))
-    if warmup and not pays_for_warm_up(config, said):
+    if not pays_for_warm_up(config, said):
         return f"will not join the warm-up{why}"
     if allowed == 0:
         return f"will not join{why}"
-    if warmup and allowed == 1 + config.refinements < planned_rounds(config):
+    if allowed == config.warmup_releases:
         return f"will join the warm-up alone{why}"
     return f"will join {allowed - warmup} of {rounds} rounds{why}"
 

@@ -217,11 +217,8 @@ def _refusals(config: Config, roster: Roster, records: Sequence[RoundRecord]) ->
 
 def _is_spent(config: Config, said: Greeting, records: Sequence[RoundRecord]) -> bool:
     """Tell whether a site's budget gives no more of the run: not the warm-up under way, or all that it allows."""
-    warmup = config.refinements + 1 if config.warmup.share > 0 else 0
-    if warmup and not pays_for_warm_up(config, said):
-        return len(records) < warmup
-    if said.rounds_allowed > len(records):
-        return False
+    if not pays_for_warm_up(config, said):
+        return len(records) < config.warmup_releases
     return said.rounds_allowed <= sum(said.site in record.sites for record in records)
 
 

@@ -5,10 +5,8 @@ Out of scope: drawing the report (server/report), what a release costs (common/p
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,15 +187,12 @@ def _secure_sum(config: Config, declared: Mapping[str, int]) -> dict[str, Any]:
 
 def _epsilon_of_parts(config: Config, agreed: Plan) -> float:
     """Return what the whole run would cost the patients of a site whose own parts somebody sees."""
-    shrink, parts = math.sqrt(agreed.noise_shares), list[Charge]()
-    if agreed.warmup_noise_multiplier is not None:
-        parts += [replace(agreed.charge_of_warmup(), noise_multiplier=agreed.share_warmup_noise)] * (
-            1 + config.refinements
-        )
-    if agreed.train_noise_multiplier is not None:
-        step = agreed.charge_of_round(1)
-        parts += [replace(step, noise_multiplier=step.noise_multiplier / shrink, steps=agreed.steps)]
-    return epsilon(parts, config.privacy.delta)
+    parts: list[Charge] = []
+    if config.warmup_releases:
+        parts.append(Charge(agreed.share_warmup_noise, 1.0, config.warmup_releases))
+    if agreed.steps:
+        parts.append(Charge(agreed.share_noise_multiplier, agreed.sample_rate, agreed.steps))
+    return epsilon(parts, agreed.delta)
 
 
 def _assumption(config: Config, sites: int) -> str:

@@ -135,8 +135,8 @@ def _require_anybody(config: Config, sites: Sequence[Scan]) -> None:
     if absent := [name for name in config.image.classes if name not in there]:
         raise ConfigError(
             f"Expected patients of each class at a site, got none of {', '.join(map(repr, absent[:_MAX_NAMED]))}: "
-            "those few were held out, or are beyond simulation.max_patients. Set simulation.holdout = 0, take another "
-            "seed, or leave the class out of image.classes."
+            "those few were held out, or left out by simulation.max_patients or simulation.phantom_patients. Set "
+            "simulation.holdout = 0, raise the others, take another seed, or leave the class out of image.classes."
         )
 
 

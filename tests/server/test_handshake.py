@@ -49,6 +49,14 @@ def test_every_verdict_in_words(verdict: Verdict, allowed: int, words: str) -> N
     assert extent(CONFIG, said(verdict, allowed)) == words
 
 
+def test_a_run_that_is_a_warm_up_alone() -> None:
+    for rounds in (0, 2):
+        config = build_config(
+            {}, {**SMALL_RUN, "federation.rounds": rounds, "warmup.share": 0.5, "warmup.refinements": 2}
+        )
+        assert extent(config, said(Verdict.OK, 1 + rounds)) == "will join the warm-up alone"
+
+
 def test_part_of_the_releases_of_a_warm_up_is_none() -> None:
     config = build_config({}, {**SMALL_RUN, "federation.rounds": 3, "warmup.share": 0.5, "warmup.refinements": 2})
     assert extent(config, said(Verdict.OVER_BUDGET, 2)) == "will not join the warm-up: budget"

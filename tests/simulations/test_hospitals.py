@@ -92,5 +92,5 @@ def test_a_class_whose_patients_are_at_no_site_is_refused(tmp_path: Path) -> Non
     few = [
         build_config(everybody.model_dump(), {"federation.seed": s, "simulation.max_patients": 20}) for s in range(9)
     ]
-    with pytest.raises(ConfigError, match=r"beyond simulation\.max_patients"):
+    with pytest.raises(ConfigError, match=r"left out by simulation\.max_patients"):
         list(map(draw_federation, few))
