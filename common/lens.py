@@ -14,12 +14,11 @@ from typing import Any, Literal, cast, final, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from common.config import ImageConfig
-from common.features import CONSTANT, LOW_COSINES, low_basis, pairs, products
+from common.features import CONSTANT, LOW_COSINES, low_basis, pairs, products, shrink
 from common.models import draw_weights
 from common.weights import check_arrays
 
@@ -69,7 +68,7 @@ def make_network(image: ImageConfig) -> nn.Sequential:
         nn.LeakyReLU(0.1),
         nn.Conv2d(48, 64, 3, padding=1),
         nn.LeakyReLU(0.1),
-        nn.AdaptiveAvgPool2d(min(8, image.size // 4)),
+        nn.AdaptiveAvgPool2d(8) if image.size > _SIDE else nn.Identity(),
         nn.Flatten(),
         nn.Linear(64 * min(8, image.size // 4) ** 2, NETWORK_FEATURES),
         nn.LeakyReLU(0.1),
@@ -94,10 +93,10 @@ def lens_dim(image: ImageConfig, sight: Sight) -> int:
 
 
 def coordinates(
-    image: ImageConfig, network: nn.Sequential | None, images: Float[Tensor, "batch channels size size"]
+    network: nn.Sequential | None, images: Float[Tensor, "batch channels size size"]
 ) -> Float[Tensor, "batch width"]:
     """Measure images before anything is taken off: cosines, then the network's features."""
-    seen = [_cosines(image, images)]
+    seen = [_cosines(images)]
     if network is not None:
         seen.append(network(images))
     return torch.cat(seen, dim=1)
@@ -121,7 +120,7 @@ def look(
         - unit_norm: Every finite vector has an L2 norm of at most 1, whatever images and lens are.
         - differentiable: Gradients with respect to the pixels are finite.
     """
-    offsets = (coordinates(lens.image, lens.network, images) - lens.centre[labels]) / lens.scale
+    offsets = (coordinates(lens.network, images) - lens.centre[labels]) / lens.scale
     blocks: list[Tensor] = []
     for block in offsets.split(_widths(lens.image, lens.sight), dim=1):
         inside = block / block.norm(dim=1, keepdim=True).clamp(min=1)
@@ -179,6 +178,6 @@ def _widths(image: ImageConfig, sight: Sight) -> list[int]:
     return [cosines] if sight == "means" else [cosines, NETWORK_FEATURES]
 
 
-def _cosines(image: ImageConfig, images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch cosines"]:
-    small = F.adaptive_avg_pool2d(images, min(image.size, _SIDE))
+def _cosines(images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch cosines"]:
+    small = shrink(images, _SIDE)
     return (small.flatten(2) @ low_basis(small.shape[-1])).flatten(1)

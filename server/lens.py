@@ -128,7 +128,7 @@ def make_lens(
     images = torch.cat(drawn if generator and fitted else [*drawn, _pink(config, rng)])
     labels = labels.repeat(len(images) // _FAKES)
     network = _train_network(images, labels, config, rng) if sight == "learned" else None
-    seen = torch.cat([_seen(config, network, part) for part in images.split(_CHUNK)])
+    seen = torch.cat([_seen(network, part) for part in images.split(_CHUNK)])
     # Cosines are centred on all classes together: what differs between them is what is asked. A network's features
     # tell the classes apart by construction, so that each class has its own centre there.
     widths = [LOW_COSINES * config.image.channels, seen.shape[1] - LOW_COSINES * config.image.channels]
@@ -149,8 +149,8 @@ def _scale(offsets: Float[Tensor, "fakes width"], reach: float) -> Float[Tensor,
 
 
 @torch.no_grad()
-def _seen(config: Config, network: nn.Sequential | None, images: Tensor) -> Float[Tensor, "batch width"]:
-    return coordinates(config.image, network, images)
+def _seen(network: nn.Sequential | None, images: Tensor) -> Float[Tensor, "batch width"]:
+    return coordinates(network, images)
 
 
 @torch.no_grad()

@@ -204,7 +204,7 @@ def make_lens(image: ImageConfig = PROPOSAL.image, sight: Sight = "learned") -> 
         network = make_network(image)
         draw_weights(network, rng)
         network.eval().requires_grad_(False)
-    seen = coordinates(image, network, torch.rand(16, image.channels, image.size, image.size, generator=rng) * 2 - 1)
+    seen = coordinates(network, torch.rand(16, image.channels, image.size, image.size, generator=rng) * 2 - 1)
     return to_arrays(Lens(image, seen.mean(0).expand(len(image.classes), -1), seen.std(0) + 1e-3, network))
 
 

@@ -19,6 +19,7 @@ from common.features import (
     low_frequencies,
     pairs,
     products,
+    shrink,
 )
 from common.lens import low_pass
 
@@ -135,6 +136,13 @@ def test_low_basis_is_orthonormal_and_begins_with_the_mean(side: int) -> None:
     assert frequencies[:3] == [(0, 0), (0, 1), (1, 0)]
     radii = [down**2 + across**2 for down, across in frequencies]
     assert radii == sorted(radii)
+
+
+def test_shrink_averages_larger_images_alone() -> None:
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(shrink(images, 8), images)
+    assert torch.equal(shrink(images, 32), images)
+    assert torch.allclose(shrink(images, 4)[0, 0, 0, 0], images[0, 0, :2, :2].mean())
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)

@@ -83,7 +83,7 @@ def test_differentiable(sight: Sight, value: float | None) -> None:
 
 
 def _exact_centre(arrays: dict[str, Any], sight: Sight, images: torch.Tensor) -> np.ndarray:
-    return coordinates(GREY, from_arrays(GREY, sight, arrays).network, images).numpy()
+    return coordinates(from_arrays(GREY, sight, arrays).network, images).numpy()
 
 
 def test_the_classes_own_centre_is_taken_off() -> None:
