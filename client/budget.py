@@ -52,7 +52,7 @@ class Forecast:
         rounds: How many of the planned rounds the site can join, refinements of the warm-up among them.
         rounds_planned: How many there are.
         epsilon_after: Of everything charged, with all of the run that can be paid for.
-        warmup_releases: Of the planned run, if it has a warm-up.
+        warmup_releases: Of the planned run; 0 without a warm-up.
         in_order: How many releases can be paid for one after the other, from round 0 of the warm-up or round 1 on.
         releases: How many releases can be paid for, those of the warm-up and of the rounds together.
     """
@@ -182,7 +182,7 @@ def forecast(
             "Add --cohort-sites and --cohort-patients, as the coordinator announces them."
         )
     agreed, rounds = plan(proposal, rules.declared_patients, cohort), proposal.federation.rounds
-    releases = 1 + proposal.refinements
+    releases = proposal.warmup_releases
     refusal, warmup, joined, in_order = _refusal(rules, proposal, agreed), None, 0, 0
     taken = [entry.charge for entry in entries]
     kinds = [entry.request.kind for entry in entries if entry.request.run_id == run_id]
