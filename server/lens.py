@@ -128,7 +128,8 @@ def make_lens(
     images = torch.cat(drawn if generator and fitted else [*drawn, _pink(config, rng)])
     labels = labels.repeat(len(images) // _FAKES)
     network = _train_network(images, labels, config, rng) if sight == "learned" else None
-    seen = torch.cat([_seen(network, part) for part in images.split(_CHUNK)])
+    with torch.no_grad():
+        seen = torch.cat([coordinates(network, part) for part in images.split(_CHUNK)])
     # Cosines are centred on all classes together: what differs between them is what is asked. A network's features
     # tell the classes apart by construction, so that each class has its own centre there.
     widths = [LOW_COSINES * config.image.channels, seen.shape[1] - LOW_COSINES * config.image.channels]
@@ -146,11 +147,6 @@ def _scale(offsets: Float[Tensor, "fakes width"], reach: float) -> Float[Tensor,
     spread = offsets.std(dim=0)
     spread = spread.clamp(min=_LEAST_SPREAD * float(spread.max().clamp(min=1e-6)))
     return spread * (offsets / spread).norm(dim=1).quantile(reach).clamp(min=_LEAST_LENGTH)
-
-
-@torch.no_grad()
-def _seen(network: nn.Sequential | None, images: Tensor) -> Float[Tensor, "batch width"]:
-    return coordinates(network, images)
 
 
 @torch.no_grad()
