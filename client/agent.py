@@ -72,8 +72,9 @@ class Site:
 
     @property
     def policy(self) -> Policy:
-        """The policy as it was read for the request under way."""
-        return self.rules.seen
+        """The policy as it was read for the request under way; between machines nothing lets unmasked shares out."""
+        seen = self.rules.seen
+        return seen if self.coordinator is None else seen.model_copy(update={"allow_unmasked_shares": False})
 
 
 def open_site(
@@ -126,6 +127,7 @@ def answer(site: Site, request: Request) -> Reply:
         - pinned_coordinator_only: With a coordinator's key, what that key did not sign, or too long ago, is refused
           before anything is read for it; nor is anything answered once the site has left; and every answer is signed
           by the site for this very request.
+        - no_unmasked_shares: With a coordinator's key, a share with part of the noise is refused, whatever the policy.
         - timely_at_its_turn: What waited for the home is held against its deadline again, and against leaving, before
           anything is charged.
     """

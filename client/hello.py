@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 
 from client import policy
-from client.budget import forecast
+from client.budget import Forecast, forecast
 from client.home import Home, require_images
 from client.ledger import Entry
 from client.logs import printable
@@ -23,6 +23,7 @@ from common.config_text import parse_proposal
 from common.errors import ConfigError, IntakeError, PolicyRefusal, RefusalCode, WireError
 from common.greeting import CAPABILITIES, Greeting, Verdict, parse_hello, planned_rounds
 from common.messages import PACKAGE_VERSION, PROTOCOL_VERSION, Request
+from common.privacy import epsilon
 from common.secure_sum import Cohort, parse_cohort
 
 LOG = logging.getLogger("fedmedgan.agent")
@@ -54,10 +55,11 @@ def say_hello(home: Home, rules: Policy, charged: Sequence[Entry], request: Requ
     try:
         proposal = parse_proposal(request.proposal)
         digest, planned = proposal.digest(), planned_rounds(proposal)
-        allowed = _rounds_allowed(home, rules, charged, proposal, request.run_id)
+        found = _forecast(home, rules, charged, proposal, request.run_id)
+        allowed = found.in_order
         verdict = Verdict.OK if allowed == planned else Verdict.OVER_BUDGET
         if allowed < planned:
-            why = f"max_epsilon = {rules.max_epsilon:g} of policy.toml and what is spent leave no room for more rounds"
+            why = _too_dear(rules, charged, found)
     except PolicyRefusal as error:
         verdict, why = Verdict.POLICY, str(error)
     except IntakeError as error:
@@ -81,8 +83,8 @@ def say_hello(home: Home, rules: Policy, charged: Sequence[Entry], request: Requ
     )
 
 
-def _rounds_allowed(home: Home, rules: Policy, charged: Sequence[Entry], proposal: Proposal, run_id: str) -> int:
-    """Count the rounds, by the checks of a real request in their order; the last, the price, is the count."""
+def _forecast(home: Home, rules: Policy, charged: Sequence[Entry], proposal: Proposal, run_id: str) -> Forecast:
+    """Forecast the run, by the checks of a real request in their order; the last is the price."""
     if not proposal.image.classes:
         raise ConfigError("Expected image.classes to name at least one class.")
     policy.check_proposal(rules, proposal)
@@ -90,13 +92,28 @@ def _rounds_allowed(home: Home, rules: Policy, charged: Sequence[Entry], proposa
     if found.refusal is not None:
         raise PolicyRefusal(RefusalCode.POLICY, found.refusal)
     require_images(home, proposal.image.classes, proposal.image.size, proposal.image.channels)
-    return found.in_order
+    return found
+
+
+def _too_dear(rules: Policy, charged: Sequence[Entry], found: Forecast) -> str:
+    """Write for the site's own log what does not fit."""
+    agreed, spent = found.plan, epsilon([entry.charge for entry in charged], rules.delta)
+    cost = f"epsilon {agreed.epsilon:.2f}"
+    if found.warmup is False:
+        alone = epsilon([agreed.charge_of_warmup()] * found.warmup_releases, rules.delta)
+        cost = f"epsilon {alone:.2f} for its warm-up alone"
+    return (
+        f"the run costs {cost}, and {spent:.2f} of max_epsilon = {rules.max_epsilon:g} of policy.toml is spent. Ask the "
+        "coordinator for a cheaper run, or let the privacy officer raise max_epsilon"
+    )
 
 
 def _least_cohort(rules: Policy, proposal: Proposal) -> Cohort | None:
     """Return, for secure-sum, the smallest cohort there can be: the real one is known when all sites were greeted.
 
-    The whole run costs the proposal's epsilon with any cohort; how many rounds a smaller rest pays for differs little.
+    The whole run costs the proposal's epsilon with any cohort. How many rounds a smaller rest pays for is then a guess, a
+    few rounds too high or too low: where it is too high, the site refuses in the middle of the run, and the others may
+    have paid for a round that too few answered (`privacy.json` counts it).
     Where noise is to be shared, two are supposed to share it, so that a policy that forbids it says so now.
     """
     if proposal.train.algorithm == "local":

@@ -82,7 +82,7 @@ class Policy(Section):
     allow_unmasked_shares: bool = False
     """For simulation only. With train.algorithm = "secure-sum" and a number as privacy.colluding_sites each site adds
     only its part of the noise, which is enough only if nobody, the coordinator included, sees the share of a single
-    site. Nothing hides single shares in this release, so true would void the guarantee."""
+    site. Nothing hides single shares in this release: an agent that answers a coordinator refuses them all the same."""
     allowed_models: tuple[ModelName, ...] = ("mlp", "dcgan", "resnet", "unet", "vae")
     """The architectures that this site trains; no other code than this release's is ever run."""
     allowed_image_sizes: tuple[Literal[28, 32, 64, 128], ...] = (28, 32, 64)
@@ -241,7 +241,7 @@ def check_plan(policy: Policy, plan: "Plan") -> None:
     if plan.train_noise_multiplier is not None:
         _at_most("sample rate", plan.sample_rate, "max_sample_rate", policy.max_sample_rate)
     if plan.noise_shares > 1 and not policy.allow_unmasked_shares:
-        expected = "<= 1 (allow_unmasked_shares is false: nothing would hide the share of a single site)"
+        expected = "<= 1 (allow_unmasked_shares, which holds in simulation alone: nothing would hide the share of a single site)"
         raise _refusal("parts of the noise", plan.noise_shares, expected)
     if plan.declared_patients != policy.declared_patients:
         raise _refusal("declared_patients of the plan", plan.declared_patients, f"== {policy.declared_patients}")

@@ -44,7 +44,7 @@ from server.records import (
 from server.registered import Registered, read_registered
 from server.results import SIMULATED_SECRETS, SITES_SECRETS, write_results
 from server.roster import gather
-from server.rounds import averaged_pair, train
+from server.rounds import Outcome, averaged_pair, train
 from server.run_folder import STORAGE_MATTER, RunFolder, open_run
 from server.secure_sum import train_together
 from server.start import begin
@@ -109,7 +109,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
         members = roster.members
         before = begin(folder, config, members) if state is None else state
         if state is None or number <= config.refinements:
-            events = warm_up(link, config, members, before)  # 2 a lens out, sums in, fitted
+            events = warm_up(link, config, members, before, folder)  # 2 a lens out, sums in, fitted
         else:
             one_round = train if config.train.algorithm == "local" else train_together
             events = one_round(link, config, members, state)  # 2 weights out, updates in, combined, stepped
@@ -117,7 +117,7 @@ def federate(grid: Grid, job: Job) -> Iterator[Event]:
             if isinstance(event, Progress):
                 yield event
                 continue
-            after, record = event if event[0] is not None else give_up(config, state, event[1])
+            after, record = _outcome(config, folder, state, event)
             if after is None:  # 3 too few sites: nothing changed, no site is charged twice for the same round
                 if (over := ending(config, state, replace(quorum, link=link), record)) is not None:
                     yield over
@@ -236,6 +236,14 @@ def _records_of(folder: RunFolder, state: checkpoint.State | None) -> list[Round
     records = [record for record in read_records(folder.metrics) if state and record.round <= state.round]
     write_records(folder.metrics, records)
     return records
+
+
+def _outcome(config: Config, folder: RunFolder, state: checkpoint.State | None, outcome: Outcome) -> Outcome:
+    """Return what a round came to; of one that changes nothing keep what was released: it is paid for, and stated."""
+    after, record = outcome if outcome[0] is not None else give_up(config, state, outcome[1])
+    if after is None and record.sites:
+        append_record(folder.failed, record)
+    return after, record
 
 
 def _keep(config: Config, folder: RunFolder, state: checkpoint.State, record: RoundRecord) -> None:

@@ -62,6 +62,7 @@ MODULES: tuple[str, ...] = (
     "server/handshake.py",
     "server/ladder.py",
     "server/lens.py",
+    "server/looks.py",
     "server/lost.py",
     "server/now.py",
     "server/pace.py",

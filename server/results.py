@@ -23,7 +23,7 @@ from common.secure_sum import GRID, Cohort
 from common.sheets import class_row, label_width, write_label, write_png
 from server.checkpoint import State
 from server.pace import round_up
-from server.records import RoundRecord, SiteRelease
+from server.records import RoundRecord, SiteRelease, read_records
 from server.report import round_sheets, write_report
 from server.rounds import averaged_pair
 from server.run_folder import RunFolder
@@ -55,9 +55,9 @@ _TOGETHER = {
 _NOISE_TOGETHER = (
     "Drawn and added in float64, then rounded to whole steps of 2^-16 max_grad_norm, in the warm-up of 2^-10. The sum "
     "of rounded normal numbers has, up to less than e^-40,000, the law of a rounded normal number with rounding noise "
-    "of public law on top: post-processing of the Gaussian mechanism (docs/decisions/0011). Each number is the sum of "
-    "four normal numbers over two, against attacks on the low bits of floating-point noise; draws in float64 are "
-    "normal but for rounding"
+    "of public law on top: post-processing of the Gaussian mechanism (docs/decisions/0011). That is proven for numbers "
+    "that are exactly normal. Drawn in float64, one in about 2^34 falls to the next whole step; against attacks on the "
+    "low bits each is the sum of four normal numbers over two. For this part there is an argument, no proof"
 )
 _NOT_COVERED = (
     "What is true of the population as a whole, with or without any one patient: that is what the generator learns.",
@@ -77,13 +77,14 @@ def write_results(config: Config, folder: RunFolder, state: State, records: list
         config: The run's configuration.
         folder: Its folder.
         state: The last checkpoint; its averaged generator is the result.
-        records: Every round up to it.
+        records: Every round up to it; to what they released comes what stands in `failed.jsonl`.
         secrets: Where noise and sampling came from, in words.
 
     Raises:
+        ResumeError: `failed.jsonl` does not read.
         StorageError: A file could not be written, or a sheet could not be read.
     """
-    card = privacy_card(config, records, secrets, state.cohort)
+    card = privacy_card(config, [*read_records(folder.failed), *records], secrets, state.cohort)
     spent = {name: site["epsilon_spent"] for name, site in card["sites"].items()}
     generator = averaged_pair(config, state).generator
     save_generator(folder.path, generator, config, folder.run_id, state.round, spent)
@@ -100,13 +101,15 @@ def privacy_card(
 
     Args:
         config: The run's configuration.
-        records: Its rounds.
+        records: Its rounds, and attempts at a round that were answered. A site answers one question a round, so that
+            two records of a round hold the same release of a site.
         secrets: Where noise and sampling came from, in words.
         declared: With secure-sum the declared patients of every site of the run.
 
     Guarantees:
         - worst_site: The stated epsilon is the largest that any site reported.
         - rounded_up: The sentence never states less epsilon than was spent.
+        - failed_rounds_count: A release counts whether or not its round was kept, and once however often it came.
         - assumption_in_the_sentence: Where sites share noise, the sentence speaks of their sum, says what is assumed,
           and what whoever sees a single site's parts could learn.
     """
@@ -214,12 +217,12 @@ def _trust_model(config: Config, sites: int) -> str:
 
 
 def _site(records: Sequence[RoundRecord], name: str, kind: str, refinements: int) -> dict[str, Any]:
-    released = [(record.round, record.sites[name]) for record in records if name in record.sites]
-    last = released[-1][1]
-    counts = Counter((number <= refinements, _terms(release)) for number, release in released)
+    released = {record.round: record.sites[name] for record in records if name in record.sites}
+    last = released[max(released)]
+    counts = Counter((number <= refinements, _terms(released[number])) for number in sorted(released))
     return {
         "declared_patients": last.declared_patients,
-        "epsilon_spent": max(release.epsilon_spent for _, release in released),
+        "epsilon_spent": max(release.epsilon_spent for release in released.values()),
         "epsilon_allowed": last.epsilon_allowed,
         "releases": [
             {

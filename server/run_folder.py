@@ -4,9 +4,11 @@ config.toml             the whole effective configuration
 run.json                the run's id and state
 handshake.json          what each site said before it was asked: versions, how many rounds it will join
 cohort.json             with secure-sum: who takes part, with the declared patients
+looks.json              what each release of the warm-up looks at, as it was first asked
 start/                  the generator that the run starts from, if it was trained on public data before
 checkpoints/            one file a round, the last three
 metrics.jsonl           one line a round
+failed.jsonl            what sites released in attempts at a round that too few answered: charged all the same
 now.txt                 with a coordinator, while the run is at work: what it does at this moment
 declared.json           with a coordinator: what each site spent, as it declared with its newest release
 samples/                sheets of the same latents over the rounds
@@ -56,6 +58,16 @@ class RunFolder:
     def metrics(self) -> Path:
         """Return the path of the round records."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def looks(self) -> Path:
+        """Return the path of what the releases of the warm-up look at."""
+        return self.path / "looks.json"
+
+    @property
+    def failed(self) -> Path:
+        """Return the path of the records of attempts that changed nothing, but were paid for."""
+        return self.path / "failed.jsonl"
 
     @property
     def now(self) -> Path:

@@ -29,13 +29,17 @@ from server.cohort import cohort_of, least_sites, taking_part
 from server.exchange import Link
 from server.ladder import first_rung
 from server.lens import choose, make_lens, outlook
+from server.looks import fix_look
 from server.records import Progress
 from server.rounds import Heard, Members, Outcome, initial_pair, make_record, releases
+from server.run_folder import RunFolder
 from server.start import Beginning
 from server.warmup import Target, fit_generator, target
 
 
-def warm_up(link: Link, config: Config, members: Members, before: Beginning | State) -> Iterator[Progress | Outcome]:
+def warm_up(
+    link: Link, config: Config, members: Members, before: Beginning | State, folder: RunFolder
+) -> Iterator[Progress | Outcome]:
     """Run round 0 or a refinement; yield progress, and in the end the outcome.
 
     Args:
@@ -43,6 +47,7 @@ def warm_up(link: Link, config: Config, members: Members, before: Beginning | St
         config: The run's configuration.
         members: Whom to ask.
         before: The state before the round, or before round 0 what the run starts from.
+        folder: The run's, which keeps what was asked for.
 
     Raises:
         ConfigError: Whatever would be looked at drowns in the noise; nobody was asked.
@@ -56,7 +61,7 @@ def warm_up(link: Link, config: Config, members: Members, before: Beginning | St
     loss, so_far = 0.0, () if state is None else state.warmup
     if config.warmup.share > 0:
         known = None if before.weights is None else pair.generator
-        release = yield from _collect(link, config, members, before, number, known, heard)
+        release = yield from _collect(link, config, members, before, folder, number, known, heard)
         if release is None:
             yield None, make_record(number, heard, None, loss, started)
             return
@@ -88,6 +93,7 @@ def _collect(
     config: Config,
     members: Members,
     before: Beginning | State,
+    folder: RunFolder,
     number: int,
     generator: nn.Module | None,
     heard: Heard,
@@ -102,7 +108,7 @@ def _collect(
     heard.refused |= dict.fromkeys(sorted(poor), RefusalCode.OVER_BUDGET.value)
     if len(asked) < least:  # whoever is here would be asked, and charged, for nothing
         return None
-    look, lens = _where_to_look(config, _willing(asked), number, generator)
+    look, lens = _where_to_look(config, folder, _willing(asked), number, generator)
     shape = (len(config.image.classes), look_dims(config.image)[look])
     total, variance = np.zeros(shape), 0.0
     request = Request(Kind.WARMUP, before.run_id, number, config.proposal(), {"look": look, **settings}, lens)
@@ -124,12 +130,13 @@ def _willing(members: Members) -> list[Plan]:
 
 
 def _where_to_look(
-    config: Config, plans: Sequence[Plan], number: int, generator: nn.Module | None
+    config: Config, folder: RunFolder, plans: Sequence[Plan], number: int, generator: nn.Module | None
 ) -> tuple[str, Arrays]:
-    """Choose the map of a release by numbers that are public; with a lens make it."""
+    """Choose the map of a release by numbers that are public, once a release; with a lens make it."""
     least = config.privacy.min_patients  # those with fewer take no part
     able = [agreed for agreed in plans if agreed.declared_patients >= least] or plans
-    look = choose(outlook(config, able), PUBLIC if number == 0 else "learned")
+    chosen = choose(outlook(config, able), PUBLIC if number == 0 else "learned")
+    look = fix_look(folder, config.image, number, chosen)
     rng = reproducible(config.federation.seed, "lens", number)
     return look, {} if look not in SIGHTS else lenses.to_arrays(make_lens(generator, config, look, rng, number > 0))
 

@@ -1,6 +1,7 @@
 """One round of secure-sum at a site: what it draws, what it adds, and what the agent lets out."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from common.messages import Kind
 from common.models import build
 from common.plan import plan
 from common.privacy import Charge, epsilon
+from common.seal import seal_request
 from common.secure_sum import GRID, WARMUP_GRID, Cohort
 from tests.hostile_requests import BIAS, WEIGHTS, changed
+from tests.pinned import COORDINATOR, pin
 from tests.tiny_site import COHORT, PROPOSAL, TOGETHER, gradient_request, numbered, train_request, warmup_request
 
 CHEAP_CODES = (RefusalCode.POLICY, RefusalCode.BAD_REQUEST)
@@ -204,6 +207,20 @@ def test_a_deployed_site_adds_all_of_the_noise_itself(site, number):
     assert answer(site, request).refusal is RefusalCode.POLICY
     assert (charges(site), released(site)) == ([], ())
     assert answer(with_policy(site, allow_unmasked_shares=True), request).refusal is None
+
+
+@pytest.mark.parametrize("ask", [gradient_request, warmup_request])
+def test_no_unmasked_shares(tiny_home, ask):
+    """A policy that a simulation left behind voids no guarantee: with a coordinator the key counts for nothing."""
+    pin(tiny_home)
+    joined = with_policy(open_site(tiny_home, coordinator=COORDINATOR.verify_key), allow_unmasked_shares=True)
+    request = ask(proposal=colluding(0))
+    request = dataclasses.replace(request, settings={**request.settings, **COHORT.settings()})
+    sealed = seal_request(COORDINATOR, request, int(time.time()) + 60, joined.key.verify_key)
+    assert answer(joined, sealed).refusal is RefusalCode.POLICY
+    assert charges(joined) == []
+    alone = with_policy(open_site(tiny_home), allow_unmasked_shares=True)
+    assert answer(alone, request).refusal is None
 
 
 def test_a_deployed_site_takes_part_where_all_others_may_collude(site):

@@ -216,7 +216,19 @@ def test_the_log_tells_the_hospital_that_the_budget_is_too_small(site, caplog):
     assert said(site, hello()).verdict is Verdict.OVER_BUDGET
     (line,) = [record.getMessage() for record in caplog.records]
     assert "nothing to mend" not in line
-    assert "max_epsilon = 8" in line
+    assert "for its warm-up alone, and 7.9" in line
+    assert "of max_epsilon = 8 of policy.toml is spent" in line
+
+
+def test_the_log_tells_what_the_whole_run_costs_where_only_its_rounds_are_too_dear(site, caplog):
+    spend(site, 3.0)
+    caplog.set_level("INFO", "fedmedgan.agent")
+    greeting = said(site, hello())
+    assert greeting.verdict is Verdict.OVER_BUDGET
+    assert greeting.rounds_allowed > 0
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "the run costs epsilon" in line
+    assert "and 3." in line
 
 
 def test_shared_noise_is_refused_at_the_handshake(site):

@@ -1,5 +1,6 @@
 """What a stop may break off, and what not."""
 
+import json
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,9 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from client.app import make_app
+from common.artefact import load_info
 from common.config_text import build_config
-from common.errors import FederationError, StorageError
+from common.errors import FederationError, RefusalCode, StorageError
 from common.messages import Arrays, Request, Scalar
 from common.seal import Trust
 from server import app
@@ -19,7 +21,7 @@ from server.declared import read_declared
 from server.now import Event
 from server.records import Failed, RoundRecord, SiteRelease
 from server.registered import Registered
-from server.run_folder import open_run
+from server.run_folder import RunFolder, open_run
 from simulations.local_grid import LocalGrid
 from tests.function_sites import COORDINATOR, SMALL_RUN, follow_sites
 
@@ -102,6 +104,32 @@ def test_what_sites_declare_is_kept_of_a_run_that_fails(tmp_path: Path, monkeypa
     with pytest.raises(FederationError):
         app.run(grid, app.Job(config, folder, registered=lambda: Registered(Trust(COORDINATOR, {}), {})))
     assert read_declared(folder.declared)["a"].epsilon_spent == 5.6
+
+
+def test_what_a_round_that_is_not_kept_cost_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three rounds is answered, and paid for, by one site alone: that ends the run."""
+
+    def release(index: int, request: Request, answer: object) -> tuple[Mapping[str, Scalar], Arrays]:
+        fields, arrays = _release(index, request, answer)
+        return {**fields, "epsilon_spent": 1.0 + request.round}, arrays
+
+    def refuses(request: Request) -> RefusalCode | None:
+        return RefusalCode.OVER_BUDGET if request.round == 2 else None
+
+    config = build_config({}, {**SMALL_RUN, "federation.min_sites": 2})
+    sites = [lambda _: None, refuses, refuses]
+    events, folder = follow_sites(tmp_path, config, sites, release), RunFolder(tmp_path / "run", "")
+    monkeypatch.setattr(app, "federate", lambda grid, job: events)
+    app.run(LocalGrid(make_app(lambda _: lambda _: None), 0), app.Job(config, folder))
+    card = json.loads((folder.path / "privacy.json").read_bytes())
+    assert card["epsilon_max"] == 3.0
+    assert {name: site["epsilon_spent"] for name, site in card["sites"].items()} == {
+        "site-0": 3.0,
+        "site-1": 2.0,
+        "site-2": 2.0,
+    }
+    assert [release["count"] for release in card["sites"]["site-0"]["releases"]] == [2]
+    assert load_info(folder.path).epsilon_by_site["site-0"] == 3.0
 
 
 def test_a_run_without_a_whole_checkpoint_fails_for_its_storage(tmp_path: Path) -> None:

@@ -138,6 +138,19 @@ def test_privacy_card_worst_site() -> None:
     assert privacy_card(_config(), _records()[:2], "")["epsilon_max"] == 8.001
 
 
+def test_privacy_card_failed_rounds_count() -> None:
+    """Of round 3 a site's answer came twice and was not kept; that of another to round 2 was kept at last."""
+    failed = [_record(3, {"a": _release(9.5)}), _record(3, {"a": _release(9.5)}), _record(2, {"a": _release(8.991)})]
+    failed += [_record(3, {"c": _release(2.0)})]
+    card = privacy_card(_config(), [*failed, *_records()], "")
+    assert card["epsilon_max"] == 9.5
+    assert [(release["kind"], release["count"]) for release in card["sites"]["a"]["releases"]] == [
+        ("warm-up", 1),
+        ("train", 3),
+    ]
+    assert card["sites"]["c"]["declared_patients"] == 500
+
+
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.0, 200.0))
 def test_privacy_card_rounded_up(epsilon: float) -> None:

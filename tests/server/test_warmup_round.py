@@ -18,11 +18,13 @@ from common.messages import Kind, Request
 from common.plan import plan
 from common.secure_sum import WARMUP_GRID, Cohort
 from common.weights import get_weights
-from server import checkpoint
+from server import app, checkpoint
 from server.exchange import Link
+from server.lens import choose, outlook
 from server.records import RoundRecord
 from server.roster import Member
 from server.rounds import initial_pair
+from server.run_folder import RunFolder
 from server.start import Beginning, write_start
 from server.warmup_round import warm_up
 from simulations.local_grid import LocalGrid
@@ -155,14 +157,15 @@ def test_a_private_decoder_starts_from_what_the_generator_starts_from(tmp_path: 
 
 
 @pytest.mark.parametrize("present", [0, 1])
-def test_with_fewer_members_than_min_sites_nobody_is_asked(present: int) -> None:
+def test_with_fewer_members_than_min_sites_nobody_is_asked(tmp_path: Path, present: int) -> None:
     config = make_config(**{"federation.min_sites": 2})
     members = {"a": Member("a", 1, 100, plan(config, 100), greeting("a", 100, config))} if present else {}
 
     def connect(context: Context) -> Any:
         raise OSError("asked")
 
-    events = list(warm_up(Link(LocalGrid(make_app(connect), 1)), config, members, Beginning("run", {}, None)))
+    link, folder = Link(LocalGrid(make_app(connect), 1)), RunFolder(tmp_path, "run")
+    events = list(warm_up(link, config, members, Beginning("run", {}, None), folder))
     assert len(events) == 1
     assert isinstance(events[0], tuple)
     after, record = events[0]
@@ -260,3 +263,43 @@ def test_a_warm_up_that_nobody_can_pay_for_asks_nobody(tmp_path: Path) -> None:
     with pytest.raises(PolicyRefusal, match="Every site refuses this run for good"):
         follow(tmp_path / "a", make_config(), asked, lambda index: {"verdict": "over-budget", "rounds_allowed": 2})
     assert asked == []
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_every_attempt_looks_at_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: bool) -> None:
+    """With three sites the public map is clear, with those two that come back it would not be.
+
+    They were charged by the first attempt, and would answer no other question of this round.
+    """
+    config = make_config(**{"privacy.epsilon": 6.0, "warmup.refinements": 0, "federation.min_sites": 2})
+    config = build_config(config.model_dump(), {"federation.connect_timeout_s": 0.5})
+    asked: list[Request] = []
+    failing = [True]
+
+    def fails(request: Request) -> RefusalCode | None:
+        asked.append(request)
+        if crash and failing[0]:
+            raise KeyboardInterrupt
+        return RefusalCode.INTERNAL if failing[0] else None
+
+    def away() -> bool | set[int]:
+        if len(asked) >= (1 if crash else 3):
+            failing[0] = False
+            return {2}
+        return False
+
+    monkeypatch.setattr(app, "RETRY_AFTER_S", 0.0)
+    events = follow_sites(tmp_path, config, [fails] * 3, release, away)
+    if crash:
+        with pytest.raises(KeyboardInterrupt):
+            list(events)
+        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
+        events = follow_sites(tmp_path, config, [fails] * 3, release, away)
+    records = [event for event in events if isinstance(event, RoundRecord)]
+    first = [request for request in asked if request.round == 0]
+    assert len(records[0].sites) == 2
+    assert {request.settings["look"] for request in first} == {"public"}
+    members = [
+        Member(f"site-{n}", n, 100 * n, plan(config, 100 * n), greeting(f"site-{n}", 100 * n, config)) for n in (1, 2)
+    ]
+    assert choose(outlook(config, [member.plan for member in members]), "public") == "means"

@@ -1,0 +1,57 @@
+"""What each release of a warm-up looks at: fixed before the first site is asked for it, for every later attempt too.
+
+What would be clear depends on who is there, and a site answers one question a round. If a second attempt, or a resumed
+run, asked for another map, because a site came or went, those that were charged by the first could not be heard any
+more. Out of scope: choosing the map (server/lens).
+"""
+
+import json
+
+from common.config import ImageConfig
+from common.errors import ResumeError
+from common.files import read_bounded, write_atomic
+from common.look import look_dims
+from server.run_folder import RunFolder
+
+VERSION = 1
+_MAX_BYTES = 65_536
+
+
+def fix_look(folder: RunFolder, image: ImageConfig, number: int, chosen: str) -> str:
+    """Return what the release of a round looks at: what was fixed before, else what is chosen now, which is kept.
+
+    Args:
+        folder: The run's.
+        image: What an image is.
+        number: Of the round.
+        chosen: What would be clear with the sites that are there.
+
+    Raises:
+        ResumeError: `looks.json` does not read.
+        StorageError: It cannot be written.
+
+    Guarantees:
+        - same_question: Every attempt at a round looks at the same, whoever comes and goes, and after a crash too.
+    """
+    fixed = _read(folder, image)
+    if str(number) not in fixed:
+        fixed[str(number)] = chosen
+        write_atomic(folder.looks, json.dumps({"version": VERSION, "looks": fixed}).encode())
+    return fixed[str(number)]
+
+
+def _read(folder: RunFolder, image: ImageConfig) -> dict[str, str]:
+    if not folder.looks.exists():
+        return {}
+    try:
+        stored = json.loads(read_bounded(folder.looks, _MAX_BYTES))
+        if stored["version"] != VERSION:
+            raise ResumeError(f"Expected looks.json of version {VERSION}. Resume with the release that wrote it.")
+        looks = {str(number): str(look) for number, look in stored["looks"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(
+            "looks.json of the run folder does not read. If no site has been asked yet, delete it; else start anew."
+        ) from error
+    if unknown := set(looks.values()) - look_dims(image).keys():
+        raise ResumeError(f"looks.json names {', '.join(sorted(unknown))}, which this release does not know.")
+    return looks
