@@ -103,17 +103,17 @@ def _too_dear(rules: Policy, charged: Sequence[Entry], found: Forecast) -> str:
         alone = epsilon([agreed.charge_of_warmup()] * found.warmup_releases, rules.delta)
         cost = f"epsilon {alone:.2f} for its warm-up alone"
     return (
-        f"the run costs {cost}, and {spent:.2f} of max_epsilon = {rules.max_epsilon:g} of policy.toml is spent. Ask the "
-        "coordinator for a cheaper run, or let the privacy officer raise max_epsilon"
+        f"the run costs {cost}, and {spent:.2f} of max_epsilon = {rules.max_epsilon:g} of policy.toml is spent. Ask "
+        "the coordinator for a cheaper run, or let the privacy officer raise max_epsilon"
     )
 
 
 def _least_cohort(rules: Policy, proposal: Proposal) -> Cohort | None:
     """Return, for secure-sum, the smallest cohort there can be: the real one is known when all sites were greeted.
 
-    The whole run costs the proposal's epsilon with any cohort. How many rounds a smaller rest pays for is then a guess, a
-    few rounds too high or too low: where it is too high, the site refuses in the middle of the run, and the others may
-    have paid for a round that too few answered (`privacy.json` counts it).
+    The whole run costs the proposal's epsilon with any cohort. How many rounds a smaller rest pays for is then a guess,
+    a few rounds too high or too low: where it is too high, the site refuses in the middle of the run, and the others
+    may have paid for a round that too few answered (`privacy.json` counts it).
     Where noise is to be shared, two are supposed to share it, so that a policy that forbids it says so now.
     """
     if proposal.train.algorithm == "local":

@@ -241,7 +241,7 @@ def check_plan(policy: Policy, plan: "Plan") -> None:
     if plan.train_noise_multiplier is not None:
         _at_most("sample rate", plan.sample_rate, "max_sample_rate", policy.max_sample_rate)
     if plan.noise_shares > 1 and not policy.allow_unmasked_shares:
-        expected = "<= 1 (allow_unmasked_shares, which holds in simulation alone: nothing would hide the share of a single site)"
+        expected = "<= 1 (allow_unmasked_shares holds in simulation alone: nothing would hide a single site's share)"
         raise _refusal("parts of the noise", plan.noise_shares, expected)
     if plan.declared_patients != policy.declared_patients:
         raise _refusal("declared_patients of the plan", plan.declared_patients, f"== {policy.declared_patients}")

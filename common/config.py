@@ -98,7 +98,8 @@ class WarmupConfig(Section):
     """Releases of which every patient is a part once, and the fit of the generator to them: round 0 and refinements."""
 
     share: Fraction = 0.7
-    """Part of epsilon that all of the warm-up's releases together may cost; 0 switches them off."""
+    """Part of epsilon that all of the warm-up's releases together may cost; 0 switches them off. Without rounds of
+    training they may cost all of it."""
     refinements: Annotated[int, Field(ge=0, le=MAX_REFINEMENTS)] = 0
     """How many of the first `federation.rounds` (all of them, if there are fewer) are releases of the same kind, each
     seen through a lens that is made from the generator as it stands by then. The budget is split evenly: they pay where

@@ -72,6 +72,8 @@ def open_display(config: Config, console: Console | None = None) -> Generator[Sh
             if isinstance(event, Handshake):
                 console.print(Text("\n".join(lines(config, event))))
             else:
+                if isinstance(event, RoundRecord) and event.unseen:
+                    console.print(Text(unseen(event), "yellow"))
                 live.update(_drawing(config, _add(seen, event)))
 
         yield show
@@ -95,10 +97,16 @@ def plain_line(config: Config, records: Sequence[RoundRecord]) -> str:
         f"epsilon {_spent(record)} of {_allowed(record)}" if record.sites else "",
         f"fakes told {record.fake_accuracy:.2f}" if record.fake_accuracy is not None else "",
         f"{record.seconds:.1f} s",
+        unseen(record),
         traffic(record),
         f"ETA {eta}" if (eta := _eta(config, records)) else "",
     ]
     return "  ".join(part for part in parts if part)
+
+
+def unseen(record: RoundRecord) -> str:
+    """Write which classes a warm-up cannot show; nothing where it shows them all."""
+    return f"NOT LEARNED, drowned in the noise: {', '.join(record.unseen)}" if record.unseen else ""
 
 
 def traffic(record: RoundRecord) -> str:

@@ -25,8 +25,7 @@ FEW_REMAIN = "Too few sites are left for this run"
 """So the messages of a run begin that going on with is of no use by itself."""
 _FIXES = {
     RefusalCode.OVER_BUDGET.value: "the site's budget does not pay for it; propose less (a lower privacy.epsilon, "
-    "or where only the warm-up is too dear a lower warmup.share) in a new run, or its privacy officer allows more, then "
-    "`resume`",
+    "or with rounds of training a lower warmup.share) in a new run, or its privacy officer allows more, then `resume`",
     RefusalCode.POLICY.value: "its policy forbids what is proposed; change the configuration and start a new run",
     RefusalCode.NO_DATA.value: "it has imported nothing for these classes, size and channels; the site imports, then "
     "`resume`; or change [image] and start a new run",

@@ -48,16 +48,26 @@ def add_commands(app: typer.Typer) -> None:
 def run(
     home: HomeArgument,
     config: Annotated[Path, typer.Argument(help="A TOML file of the run.")],
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a generator to start from that saw public images alone, as `fedmedgan-simulate pretrain` "
+            "makes one of phantoms.",
+            show_default=False,
+        ),
+    ] = None,
     detach: DetachOption = False,
 ) -> None:
     """Start a run with the enrolled sites and follow it. Ctrl-C ends the following, not the run."""
     consortium = load_consortium(home.absolute())
     proposed = _proposed(consortium, config)
+    put_start = _starter(start, proposed)
 
     def submit(client: control.ControlHttpClient) -> tuple[Path, int]:
         _require_idle(consortium, client)
         folder = next_folder(consortium.runs)
         file = prepare_run(folder, proposed)
+        put_start(folder)
         return folder, control.submit(client, consortium.folder, file, folder, resume=False)
 
     _start_run(consortium, submit, detach)
@@ -181,6 +191,21 @@ def _proposed(consortium: Consortium, file: Path) -> Config:
         given = proposed.privacy.colluding_sites
         raise ConfigError(f"Expected privacy.colluding_sites = 'all' between machines, got {given}: {UNMASKED}")
     return proposed
+
+
+def _starter(start: Path | None, proposed: Config) -> Callable[[Path], None]:
+    """Return what puts the generator to start from into a run's folder, once it was seen to fit the run."""
+    if start is None:
+        if proposed.simulation.start != "none":
+            raise ConfigError(
+                f"simulation.start = '{proposed.simulation.start}' is read by the simulator alone. Make the generator "
+                "with `fedmedgan-simulate pretrain CONFIG --out FOLDER`, then add --start FOLDER."
+            )
+        return lambda _: None
+    from server.start import load_start, write_start  # with torch, which no other run waits for here
+
+    generator = load_start(start, proposed)
+    return lambda folder: write_start(folder, generator, proposed)
 
 
 def _require_idle(consortium: Consortium, client: control.ControlHttpClient, resumed: Path | None = None) -> None:

@@ -60,6 +60,7 @@ class RoundRecord:
         asked: How many sites they were sent to.
         deadline_s: How long answers were waited for at most.
         lost: Whether the round was given up: it changed nothing, and what it cost is spent.
+        unseen: Of the warm-up the classes that no sum so far shows above its noise, which the generator does not learn.
     """
 
     round: int
@@ -74,6 +75,7 @@ class RoundRecord:
     asked: int = 0
     deadline_s: float = 0.0
     lost: bool = False
+    unseen: tuple[str, ...] = ()
 
     @property
     def bytes_a_site(self) -> tuple[int, int]:
@@ -155,7 +157,8 @@ def read_records(path: Path) -> list[RoundRecord]:
         try:
             fields: dict[str, Any] = json.loads(line)
             sites = {name: SiteRelease(**site) for name, site in fields.pop("sites").items()}
-            records.append(RoundRecord(sites=sites, **fields))
+            unseen = tuple(fields.pop("unseen", ()))
+            records.append(RoundRecord(sites=sites, unseen=unseen, **fields))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ResumeError(f"Line {number} of {path} is no round record. Restore the file or start anew.") from error
     return records

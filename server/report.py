@@ -142,6 +142,7 @@ def _shown(
         "final_sheet": (sheets[-1][0], _data_uri(sheets[-1][1])) if sheets else None,
         "class_sheets": [(name, _data_uri(path)) for name, path in there] if len(sheets) > 1 else [],
         "records_count": len(records),
+        "unseen": next((record.unseen for record in reversed(records) if record.round <= config.refinements), ()),
         "curves": list(_curves(config, records, names)),
         "refusals": _refusals(records),
         "settings": _settings(config, "simulated" in str(card.get("randomness"))),

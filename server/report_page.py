@@ -82,6 +82,9 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 {% endif %}
 
 <h2>What it draws</h2>
+{% if unseen %}
+<p class="warning"><strong>Not learned from any patient in the warm-up: {{ unseen|join(", ") }}.</strong> In the sums of all sites these classes do not stand out from the noise: no site has patients of them, or too few for this epsilon. What is drawn for them means nothing{% if config.training_rounds %}, unless the rounds of training brought them{% endif %}.</p>
+{% endif %}
 {% if final_sheet %}
 <figure>
 <img src="{{ final_sheet[1] }}" alt="Eight synthetic images of each class after round {{ final_sheet[0] }}">

@@ -72,13 +72,29 @@ def read_start(folder: RunFolder, config: Config) -> Arrays | None:
     """
     if not has_start(folder.path):
         return None
-    generator, info = load_generator(folder.path / _NAME)
+    generator = load_start(folder.path / _NAME, config)
+    return {f"generator.{name}": parameter.detach().numpy() for name, parameter in generator.named_parameters()}
+
+
+def load_start(path: Path, config: Config) -> nn.Module:
+    """Load a generator that a run could start from.
+
+    Args:
+        path: Holds generator.safetensors and generator.json.
+        config: The run's configuration, with its classes.
+
+    Raises:
+        ConfigError: It is of another model or of other images.
+        ResumeError: No generator stands there.
+        WireError: A file is damaged.
+    """
+    generator, info = load_generator(path)
     images = (info.image.size, info.image.channels, len(info.image.classes))
     wanted = (config.image.size, config.image.channels, len(config.image.classes))
     if info.model != config.model or images != wanted:
         raise ConfigError(
-            f"Expected in {folder.path / _NAME} a generator of model {config.model.name} for (size, channels, classes) "
+            f"Expected in {path} a generator of model {config.model.name} for (size, channels, classes) "
             f"= {wanted} with the widths of the run, got {info.model.name} for {images}. Remove the folder, or train "
             "one for this run."
         )
-    return {f"generator.{name}": parameter.detach().numpy() for name, parameter in generator.named_parameters()}
+    return generator

@@ -58,7 +58,7 @@ def warm_up(
     number, heard, pair = 0 if state is None else state.round + 1, Heard(), initial_pair(config)
     if before.weights is not None:
         set_weights(pair, before.weights, ("generator",) if state is None else BOTH)
-    loss, so_far = 0.0, () if state is None else state.warmup
+    loss, unseen, so_far = 0.0, tuple[str, ...](), () if state is None else state.warmup
     if config.warmup.share > 0:
         known = None if before.weights is None else pair.generator
         release = yield from _collect(link, config, members, before, folder, number, known, heard)
@@ -67,6 +67,7 @@ def warm_up(
             return
         so_far = (*so_far, release)
         targets = [_target(config, release) for release in so_far]
+        unseen = _unseen(config, targets)
         rng = reproducible(config.federation.seed, "fit", number)
         says_little = all(release.look == "means" for release in so_far)
         detail = "free" if not says_little else "alike" if known is None else "kept"
@@ -85,7 +86,16 @@ def warm_up(
         )
     kept = so_far if number < config.refinements else ()
     after = replace(state, round=number, weights=weights, averaged=weights, warmup=kept)
-    yield after, make_record(number, heard, None, loss, started)
+    yield after, replace(make_record(number, heard, None, loss, started), unseen=unseen)
+
+
+def _unseen(config: Config, targets: Sequence[Target]) -> tuple[str, ...]:
+    """Name the classes that drown in every release: no site has them, or too few patients; noisy counts say so, free.
+
+    How large each class is no site may tell, so that nobody can know it before the sums are there.
+    """
+    seen = sum(target.weights for target in targets)
+    return tuple(name for name, weight in zip(config.image.classes, torch.as_tensor(seen), strict=True) if weight == 0)
 
 
 def _collect(

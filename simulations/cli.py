@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from client.intake.refusals import describe
-from common.artefact import load_generator
+from common.artefact import load_generator, save_generator
 from common.command import run_command
 from common.config import Config
 from common.config_text import build_config, parse_changes, read_config, to_toml
-from common.errors import ExitCode
+from common.errors import ConfigError, ExitCode
+from common.files import make_folder
 from common.generate import generate
 from common.plan import delta_warning, plans_of
+from common.sheets import save_sheet
 from server.app import Job
 from server.lens import foretell
 from server.report import write_report
@@ -36,6 +38,7 @@ from simulations.hospitals import (
     patients_in,
     site_name,
 )
+from simulations.pretrain import PHANTOMS, pretrain
 
 RUNS = Path("runs")
 
@@ -134,6 +137,22 @@ def gallery(
     """Draw the first, the best and the worst of 200 images of each class; nobody picks them."""
     save_gallery(run, out)
     print(f"gallery: {out}")
+
+
+@app.command("pretrain")
+def pretrain_start(
+    config: Annotated[Path, typer.Argument(help="The TOML file of the run that shall start from it.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Train a generator on phantoms alone, for a run between machines to start from: its `--start`."""
+    wanted = build_config(read_config(config), {})
+    if not wanted.image.classes:
+        raise ConfigError(f"Expected image.classes in {config}: those of the run.")
+    print(f"fitting the generator to {PHANTOMS:,} phantoms: two or three minutes at 32 pixels ...", flush=True)
+    generator = pretrain(wanted)
+    save_generator(make_folder(out), generator, wanted, "public", 0, {})
+    save_sheet(out / "samples.png", generator, wanted)
+    print(f"generator: {out}; what it draws: {out / 'samples.png'}")
 
 
 def effective_config(path: Path | None, changes: dict[str, Any]) -> Config:

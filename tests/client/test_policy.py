@@ -93,7 +93,7 @@ def test_what_the_site_narrows_binds(bounds, words):
 def test_a_part_of_the_noise_is_enough_only_where_the_policy_says_so():
     parts = dataclasses.replace(PLAN, cohort=Cohort(5, 1000), noise_shares=2)
     with pytest.raises(
-        PolicyRefusal, match=r"parts of the noise=2 <= 1 \(allow_unmasked_shares, which holds in simulation alone"
+        PolicyRefusal, match=r"parts of the noise=2 <= 1 \(allow_unmasked_shares holds in simulation alone"
     ):
         check_plan(POLICY, parts)
     check_plan(POLICY, dataclasses.replace(parts, noise_shares=1))

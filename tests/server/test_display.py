@@ -228,3 +228,10 @@ def test_a_handshake_is_shown_before_the_rounds(terminal: bool) -> None:
     shown = _shown([Handshake({"st-mary": said}, {}, True, False), _record(0, FOUR)], terminal, config)
     assert f"st-mary  200 patients  fedmedgan {PACKAGE_VERSION}  will join 8 of 8 rounds" in shown
     assert shown.index("handshake: protocol") < shown.index("st-mary") < shown.rindex("5.2")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_classes_that_drown_are_told(terminal: bool) -> None:
+    record = replace(_record(0, FOUR), unseen=("mass", "rare"))
+    assert "NOT LEARNED, drowned in the noise: mass, rare" in _shown([record, _record(1, FOUR)], terminal)
+    assert "NOT LEARNED" not in _shown([_record(0, FOUR)], terminal)

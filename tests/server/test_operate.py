@@ -5,14 +5,20 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from common.artefact import save_generator
+from common.config_text import build_config, read_config
 from common.errors import ExitCode
 from common.files import make_folder, write_atomic
 from common.lock import alone, is_held
 from server import control, operate
 from server.consortium import Consortium
 from server.control import RunStatus
+from server.rounds import initial_pair
+from server.run_folder import RunFolder
+from server.start import read_start
 from server.status import under_way
 from tests.coordinator_home import enrol, exit_of
 
@@ -213,6 +219,31 @@ def test_shared_noise_is_refused_between_machines_with_the_reason(
     said = " ".join(capsys.readouterr().err.split())
     assert "privacy.colluding_sites = 'all' between machines, got 1" in said
     assert "nothing in this release masks the part of a single site" in said
+
+
+def test_a_run_starts_from_a_generator_that_fits_it_or_not_at_all(
+    hub: Path, runs: list[RunStatus], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.clear()
+    monkeypatch.setattr(control, "submit", lambda *_, **__: 8)
+    public, file = make_folder(hub.parent / "public"), hub.parent / "run.toml"
+    made = build_config(read_config(file), {"federation.seed": 7})
+    save_generator(public, initial_pair(made).generator, made, "public", 0, {})
+    assert exit_of("run", hub, file, "--start", public, "--detach") == ExitCode.OK
+    started = read_start(RunFolder(hub / "runs" / "run-0001", ""), build_config(read_config(file), {}))
+    assert started is not None
+    wanted = initial_pair(made).generator.named_parameters()
+    assert all(np.array_equal(started[f"generator.{name}"], weights.detach().numpy()) for name, weights in wanted)
+    with file.open("a") as more:
+        more.write("[model]\nlatent_dim = 3\n")
+    assert exit_of("run", hub, file, "--start", public, "--detach") == ExitCode.CONFIG
+    assert "with the widths of the run" in capsys.readouterr().err
+    assert exit_of("run", hub, file, "--start", hub.parent / "none", "--detach") == ExitCode.RESUME
+    with file.open("a") as more:
+        more.write('[simulation]\nstart = "phantoms"\n')
+    assert exit_of("run", hub, file, "--detach") == ExitCode.CONFIG
+    assert "fedmedgan-simulate pretrain CONFIG --out FOLDER" in " ".join(capsys.readouterr().err.split())
+    assert not (hub / "runs" / "run-0002").exists()
 
 
 def test_who_follows_hears_that_the_process_is_gone_or_that_another_one_completed_the_run(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -141,6 +142,14 @@ def test_report_tells_the_warm_up_from_training(tmp_path: Path) -> None:
     words = _words(write_report(tmp_path / "begun"))
     assert "a warm-up of 2 of 3 releases, then 0 of 6 rounds." in words
     assert "Change of the global weights" not in words  # what stands there of the warm-up is the loss of a fit
+
+
+def test_report_names_classes_that_drowned(tmp_path: Path) -> None:
+    first, *later = _records(["a"], 2)
+    _run(tmp_path / "drowned", [replace(first, unseen=("mass",)), *later])
+    assert "Not learned from any patient in the warm-up: mass." in _words(write_report(tmp_path / "drowned"))
+    _run(tmp_path / "clear", [first, *later])
+    assert "Not learned" not in _words(write_report(tmp_path / "clear"))
 
 
 def test_report_shows_the_evaluation(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from common.weights import get_weights
 from server import app, checkpoint
 from server.exchange import Link
 from server.lens import choose, outlook
-from server.records import RoundRecord
+from server.records import RoundRecord, read_records
 from server.roster import Member
 from server.rounds import initial_pair
 from server.run_folder import RunFolder
@@ -303,3 +303,19 @@ def test_every_attempt_looks_at_the_same(tmp_path: Path, monkeypatch: pytest.Mon
         Member(f"site-{n}", n, 100 * n, plan(config, 100 * n), greeting(f"site-{n}", 100 * n, config)) for n in (1, 2)
     ]
     assert choose(outlook(config, [member.plan for member in members]), "public") == "means"
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_a_class_that_drowns_is_named(tmp_path: Path, share: float) -> None:
+    """Nobody can know it before the sums are there, since no site tells how large its classes are."""
+
+    def without_b(index: int, request: Request, answer: object) -> tuple[Mapping[str, float], Mapping[str, np.ndarray]]:
+        fields, arrays = release(index, request, answer)
+        if request.kind is Kind.WARMUP:
+            arrays["embedding"][1, 0] = 0
+        return fields, arrays
+
+    config = make_config(**{"warmup.share": share, "warmup.refinements": 0, "federation.rounds": 1})
+    first, last = run_sites(tmp_path, config, [lambda _: None] * 3, without_b)
+    assert (first.unseen, last.unseen) == (("b",) if share else (), ())
+    assert [record.unseen for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [first.unseen, ()]
