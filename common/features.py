@@ -157,10 +157,14 @@ def products(vectors: Float[Tensor, "batch width"]) -> Float[Tensor, "batch pair
 
 def _low(small: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "batch cosines"]:
     side = small.shape[-1]
-    # Amplitudes of images fall with frequency; without this all of the length would go to the lowest few.
-    raised = torch.tensor([1 + math.hypot(*place) for place in low_frequencies(side)])
-    low = small.mean(dim=1).flatten(1) @ low_basis(side) * raised
+    low = small.mean(dim=1).flatten(1) @ low_basis(side) * _rise(side)
     return low / (low.square().sum(dim=1, keepdim=True) + _MARGIN).sqrt()
+
+
+@functools.cache
+def _rise(side: int) -> Float[Tensor, " cosines"]:
+    """Amplitudes of images fall with frequency; without this all of the length would go to the lowest few."""
+    return torch.tensor([1 + math.hypot(*place) for place in low_frequencies(side)])
 
 
 def _cosines(

@@ -51,7 +51,7 @@ def test_from_init_to_a_generator() -> None:
         made.start_coordinator()
         for site in SITES:
             made.start_site(site)
-        command = made.start_run()
+        command = made.start_run({}, "--start", made.write_start())
         wait_for(lambda: len(made.records()) > 2 or command.poll() is not None, 200, "round 2")
         command = _power_loss(made, command)
         wait_for(lambda: len(made.records()) > 3 or command.poll() is not None, 200, "round 3")
@@ -61,6 +61,8 @@ def test_from_init_to_a_generator() -> None:
         _look_at_handshake(made)
         _look_at_status(made)
         _revoke(made, SITES[2])
+        assert json.loads((made.run / "start" / "generator.json").read_bytes())["run_id"] == "public"
+        assert json.loads((made.run / "looks.json").read_bytes())["looks"].keys() == {"0"}
         check_result(made, 6)
         # behind a proxy, and nobody but the coordinator was asked for: no telemetry, no update check, no package index
         port = read_settings(load_consortium(made.hub)).port
