@@ -38,7 +38,7 @@ from simulations.hospitals import (
     patients_in,
     site_name,
 )
-from simulations.pretrain import PHANTOMS, pretrain
+from simulations.pretrain import pretrain
 
 RUNS = Path("runs")
 
@@ -148,7 +148,6 @@ def pretrain_start(
     wanted = build_config(read_config(config), {})
     if not wanted.image.classes:
         raise ConfigError(f"Expected image.classes in {config}: those of the run.")
-    print(f"fitting the generator to {PHANTOMS:,} phantoms: two or three minutes at 32 pixels ...", flush=True)
     generator = pretrain(wanted)
     save_generator(make_folder(out), generator, wanted, "public", 0, {})
     save_sheet(out / "samples.png", generator, wanted)

@@ -4,6 +4,7 @@ Out of scope: where it stands and who reads it (server/start), what phantoms are
 """
 
 import functools
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from common.config import Config, WarmupConfig
 from common.generator_step import reproducible
 from common.look import PUBLIC, Look, read_look
+from common.wording import duration
+from server.display import FIT_LINE_S
 from server.rounds import initial_pair
 from server.start import has_start, write_start
 from server.warmup import Target, fit_generator
@@ -48,7 +51,7 @@ def put_start(config: Config, run: Path, effort: WarmupConfig = EFFORT, phantoms
 
 
 def pretrain(config: Config, effort: WarmupConfig = EFFORT, phantoms: int = PHANTOMS) -> nn.Module:
-    """Fit a run's generator to phantoms, all of them to every class.
+    """Fit a run's generator to phantoms, all of them to every class; print now and then how far it is.
 
     Args:
         config: The run's configuration, with its classes.
@@ -64,8 +67,12 @@ def pretrain(config: Config, effort: WarmupConfig = EFFORT, phantoms: int = PHAN
     classes = len(config.image.classes)
     goal = Target(look.vectors, mean.repeat(classes, 1), torch.full((classes,), 1 / classes), 1.0)
     rng = reproducible(config.federation.seed, "pretrain", 0)
-    for _ in fit_generator(generator, [goal], effort, config.model.latent_dim, rng):
-        pass
+    began = told = time.monotonic()
+    for fit in fit_generator(generator, [goal], effort, config.model.latent_dim, rng):
+        now = time.monotonic()
+        if fit.step == 1 or now > told + FIT_LINE_S:
+            told, left_s = now, (now - began) / fit.step * (effort.steps - fit.step)
+            print(f"start: fitting to phantoms, step {fit.step} of {effort.steps}, ETA {duration(left_s)}", flush=True)
     return generator
 
 

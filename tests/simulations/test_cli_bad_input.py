@@ -37,6 +37,14 @@ def test_missing_path(capsys, tmp_path) -> None:
     assert "does not exist" in text
 
 
+def test_a_start_for_a_run_without_classes(capsys, tmp_path) -> None:
+    (tmp_path / "run.toml").write_text("[image]\nsize = 32\n")
+    code, text = _run(capsys, "pretrain", tmp_path / "run.toml", "--out", tmp_path / "start")
+    assert code == 3
+    assert "Expected image.classes in" in text
+    assert not (tmp_path / "start").exists()
+
+
 def test_empty_folder(capsys, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     code, text = _run(capsys, "--data", tmp_path / "empty", *SMALL)
