@@ -100,8 +100,17 @@ def write_report(run: Path) -> Path:
 
 
 def round_sheets(samples: Path) -> list[tuple[int, Path]]:
-    """List the sheets of `common.generate.save_sheet` in a folder by round, in order."""
-    matches = ((re.fullmatch(r"round-(\d+)\.png", path.name), path) for path in samples.glob("round-*.png"))
+    """List the sheets of a run's rounds by number, in order."""
+    return _sheets(samples, "round")
+
+
+def fit_sheets(samples: Path) -> list[tuple[int, Path]]:
+    """List the sheets of the first fit by step, in order."""
+    return _sheets(samples, "fit")
+
+
+def _sheets(samples: Path, what: str) -> list[tuple[int, Path]]:
+    matches = ((re.fullmatch(rf"{what}-(\d+)\.png", path.name), path) for path in samples.glob(f"{what}-*.png"))
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
@@ -125,6 +134,7 @@ def _shown(
     run: Path, config: Config, info: GeneratorInfo, records: Sequence[RoundRecord], card: Mapping[str, Any]
 ) -> dict[str, Any]:
     sheets = round_sheets(run / "samples")
+    several = len(sheets) + len(fit_sheets(run / "samples")) > 1
     named = zip(config.image.classes, file_names(config.image.classes), strict=True)
     by_class = [(name, run / "samples" / f"class-{file}.png") for name, file in named]
     there = [(name, path) for name, path in by_class if path.exists()][:MAX_CLASS_SHEETS]
@@ -140,7 +150,7 @@ def _shown(
         "a_site": records[-1].bytes_a_site if records else (0, 0),
         "attack_bounds": attack_bounds,
         "final_sheet": (sheets[-1][0], _data_uri(sheets[-1][1])) if sheets else None,
-        "class_sheets": [(name, _data_uri(path)) for name, path in there] if len(sheets) > 1 else [],
+        "class_sheets": [(name, _data_uri(path)) for name, path in there] if several else [],
         "records_count": len(records),
         "unseen": next((record.unseen for record in reversed(records) if record.round <= config.refinements), ()),
         "curves": list(_curves(config, records, names)),

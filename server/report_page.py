@@ -94,10 +94,10 @@ code { font-family: ui-monospace, Consolas, "Liberation Mono", monospace; font-s
 <p class="muted">There are no sample sheets in this folder.</p>
 {% endif %}
 {% if class_sheets %}
-<h3>The same latents over the rounds</h3>
+<h3>The same latents while the generator learns</h3>
 <div class="pairs">
 {% for class, uri in class_sheets %}
-<figure><img src="{{ uri }}" alt="Class {{ class }} over the rounds"><figcaption>{{ class }}</figcaption></figure>
+<figure><img src="{{ uri }}" alt="Class {{ class }} over the first fit and the rounds"><figcaption>{{ class }}</figcaption></figure>
 {% endfor %}
 </div>
 {% if config.image.classes|length > class_sheets|length %}

@@ -24,7 +24,7 @@ from common.sheets import class_row, label_width, write_label, write_png
 from server.checkpoint import State
 from server.pace import round_up
 from server.records import RoundRecord, SiteRelease, read_records
-from server.report import round_sheets, write_report
+from server.report import fit_sheets, round_sheets, write_report
 from server.rounds import averaged_pair
 from server.run_folder import RunFolder
 
@@ -140,16 +140,18 @@ def privacy_card(
 
 
 def write_class_sheets(samples: Path, classes: Sequence[str]) -> None:
-    """Stack each class's row of the round sheets, the round's number at the left, into class-NAME.png.
+    """Stack each class's row of the sheets, what each is of at the left, into class-NAME.png.
 
     Args:
-        samples: Holds round-*.png; at most 12 of them, the first and the last among these, become rows.
+        samples: Holds round-*.png, of which at most 12, the first and the last among these, become rows; before them
+            those of fit-*.png, from the first fit.
         classes: Names in the order of their numbers.
 
     Raises:
         StorageError: A sheet does not read, or a file could not be written.
     """
-    sheets = {f"round {number}": _open(path) for number, path in thin_out(round_sheets(samples), MAX_SHEET_ROWS)}
+    sheets = {f"fit, step {step}": _open(path) for step, path in fit_sheets(samples)}
+    sheets |= {f"round {number}": _open(path) for number, path in thin_out(round_sheets(samples), MAX_SHEET_ROWS)}
     if not sheets:
         return
     margin = label_width(list(sheets))

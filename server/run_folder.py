@@ -11,7 +11,7 @@ metrics.jsonl           one line a round
 failed.jsonl            what sites released in attempts at a round that too few answered: charged all the same
 now.txt                 with a coordinator, while the run is at work: what it does at this moment
 declared.json           with a coordinator: what each site spent, as it declared with its newest release
-samples/                sheets of the same latents over the rounds
+samples/                sheets of the same latents over the first fit and the rounds
 generator.safetensors   the result, with generator.json
 privacy.json            the guarantee, per site
 report.html             everything to look at, in one file

@@ -23,6 +23,7 @@ from common.messages import Arrays, Kind, Request, Scalar
 from common.models.vae import take_over_decoder
 from common.plan import Plan
 from common.secure_sum import WARMUP_GRID
+from common.sheets import save_sheet
 from common.weights import BOTH, get_weights, set_weights
 from server.checkpoint import State, WarmupRelease
 from server.cohort import cohort_of, least_sites, taking_part
@@ -34,7 +35,10 @@ from server.records import Progress
 from server.rounds import Heard, Members, Outcome, initial_pair, make_record, releases
 from server.run_folder import RunFolder
 from server.start import Beginning
-from server.warmup import Target, fit_generator, target
+from server.warmup import Detail, Target, fit_generator, target
+
+FIT_SHEETS = (0.02, 0.1, 0.3)
+"""How far the first fit is when a sheet shows what the generator draws: most of it is there after a third."""
 
 
 def warm_up(
@@ -68,15 +72,9 @@ def warm_up(
         so_far = (*so_far, release)
         targets = [_target(config, release) for release in so_far]
         unseen = _unseen(config, targets)
-        rng = reproducible(config.federation.seed, "fit", number)
         says_little = all(release.look == "means" for release in so_far)
         detail = "free" if not says_little else "alike" if known is None else "kept"
-        latent = config.model.latent_dim
-        began = time.monotonic()
-        for fit in fit_generator(pair.generator, targets, config.warmup, latent, rng, detail):
-            loss = fit.loss
-            done_s = time.monotonic() - began
-            yield Progress(number, fit.step, config.warmup.steps, "fit", dict(heard.sites), done_s)
+        loss = yield from _fit(config, folder, pair.generator, targets, number, detail, heard)
     take_over_decoder(pair.discriminator, pair.generator)
     weights = get_weights(pair)
     if state is None:
@@ -87,6 +85,27 @@ def warm_up(
     kept = so_far if number < config.refinements else ()
     after = replace(state, round=number, weights=weights, averaged=weights, warmup=kept)
     yield after, replace(make_record(number, heard, None, loss, started), unseen=unseen)
+
+
+def _fit(
+    config: Config,
+    folder: RunFolder,
+    generator: nn.Module,
+    targets: Sequence[Target],
+    number: int,
+    detail: Detail,
+    heard: Heard,
+) -> Generator[Progress, None, float]:
+    """Fit the generator to all releases so far, with a few sheets of the first fit, and return the last loss."""
+    steps, loss, began = config.warmup.steps, 0.0, time.monotonic()
+    shown = {max(1, round(part * steps)) for part in FIT_SHEETS} if number == 0 else set[int]()
+    rng = reproducible(config.federation.seed, "fit", number)
+    for fit in fit_generator(generator, targets, config.warmup, config.model.latent_dim, rng, detail):
+        loss = fit.loss
+        if fit.step in shown:
+            save_sheet(folder.samples / f"fit-{fit.step:06d}.png", generator, config)
+        yield Progress(number, fit.step, steps, "fit", dict(heard.sites), time.monotonic() - began)
+    return loss
 
 
 def _unseen(config: Config, targets: Sequence[Target]) -> tuple[str, ...]:

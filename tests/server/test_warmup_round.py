@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context
+from PIL import Image
 
 from client.app import make_app
 from common.config import Config
@@ -22,6 +23,8 @@ from server import app, checkpoint
 from server.exchange import Link
 from server.lens import choose, outlook
 from server.records import RoundRecord, read_records
+from server.report import fit_sheets
+from server.results import write_class_sheets
 from server.roster import Member
 from server.rounds import initial_pair
 from server.run_folder import RunFolder
@@ -319,3 +322,14 @@ def test_a_class_that_drowns_is_named(tmp_path: Path, share: float) -> None:
     first, last = run_sites(tmp_path, config, [lambda _: None] * 3, without_b)
     assert (first.unseen, last.unseen) == (("b",) if share else (), ())
     assert [record.unseen for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [first.unseen, ()]
+
+
+def test_the_first_fit_leaves_sheets(tmp_path: Path) -> None:
+    config = make_config(**{"warmup.steps": 50, "warmup.refinements": 1, "federation.rounds": 1})
+    run(tmp_path, config)
+    folder = tmp_path / "run"
+    assert [step for step, _ in fit_sheets(folder / "samples")] == [1, 5, 15]
+    assert len({path.read_bytes() for _, path in fit_sheets(folder / "samples")}) == 3
+    write_class_sheets(folder / "samples", config.image.classes)
+    with Image.open(folder / "samples" / "class-a.png") as stacked:
+        assert stacked.height == (3 + 2) * 66
