@@ -232,8 +232,11 @@ def _config_file(name: str, home: Path | None, run: Path) -> Path:
 
 
 def _records_of(folder: RunFolder, state: checkpoint.State | None) -> list[RoundRecord]:
-    """Return the records of the rounds that are real, and leave no others in the folder."""
-    records = [record for record in read_records(folder.metrics) if state and record.round <= state.round]
+    """Return the records of the rounds that are real; what others released goes to those that are not kept."""
+    found = read_records(folder.metrics)
+    records = [record for record in found if state and record.round <= state.round]
+    for record in found[len(records) :]:
+        append_record(folder.failed, record)
     write_records(folder.metrics, records)
     return records
 

@@ -106,19 +106,32 @@ def test_what_sites_declare_is_kept_of_a_run_that_fails(tmp_path: Path, monkeypa
     assert read_declared(folder.declared)["a"].epsilon_spent == 5.6
 
 
+def _release_that_costs(index: int, request: Request, answer: object) -> tuple[Mapping[str, Scalar], Arrays]:
+    fields, arrays = _release(index, request, answer)
+    return {**fields, "epsilon_spent": 1.0 + request.round}, arrays
+
+
+def test_what_a_round_cost_whose_checkpoint_is_lost_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sites answered the last round, and answer no other question of it: it is given up, and was paid for."""
+    config = build_config({}, {**SMALL_RUN, "run.resume": True})
+    list(follow_sites(tmp_path, build_config({}, dict(SMALL_RUN)), [lambda _: None] * 3, _release_that_costs))
+    _cut(tmp_path / "run" / "checkpoints" / "round-000003.safetensors")
+    sites = [lambda request: RefusalCode.REPLAYED if request.round == 3 else None] * 3
+    events = follow_sites(tmp_path, config, sites, _release_that_costs)
+    monkeypatch.setattr(app, "federate", lambda grid, job: events)
+    app.run(LocalGrid(make_app(lambda _: lambda _: None), 0), app.Job(config, RunFolder(tmp_path / "run", "")))
+    assert json.loads((tmp_path / "run" / "privacy.json").read_bytes())["epsilon_max"] == 4.0
+
+
 def test_what_a_round_that_is_not_kept_cost_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of three rounds is answered, and paid for, by one site alone: that ends the run."""
-
-    def release(index: int, request: Request, answer: object) -> tuple[Mapping[str, Scalar], Arrays]:
-        fields, arrays = _release(index, request, answer)
-        return {**fields, "epsilon_spent": 1.0 + request.round}, arrays
 
     def refuses(request: Request) -> RefusalCode | None:
         return RefusalCode.OVER_BUDGET if request.round == 2 else None
 
     config = build_config({}, {**SMALL_RUN, "federation.min_sites": 2})
     sites = [lambda _: None, refuses, refuses]
-    events, folder = follow_sites(tmp_path, config, sites, release), RunFolder(tmp_path / "run", "")
+    events, folder = follow_sites(tmp_path, config, sites, _release_that_costs), RunFolder(tmp_path / "run", "")
     monkeypatch.setattr(app, "federate", lambda grid, job: events)
     app.run(LocalGrid(make_app(lambda _: lambda _: None), 0), app.Job(config, folder))
     card = json.loads((folder.path / "privacy.json").read_bytes())
