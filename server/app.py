@@ -235,8 +235,9 @@ def _records_of(folder: RunFolder, state: checkpoint.State | None) -> list[Round
     """Return the records of the rounds that are real; what others released goes to those that are not kept."""
     found = read_records(folder.metrics)
     records = [record for record in found if state and record.round <= state.round]
-    for record in found[len(records) :]:
-        append_record(folder.failed, record)
+    failed = [*read_records(folder.failed), *found[len(records) :]]
+    if failed:  # anew, as a crash may have left a part of a line
+        write_records(folder.failed, failed)
     write_records(folder.metrics, records)
     return records
 

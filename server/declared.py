@@ -26,15 +26,23 @@ class Declared:
 
     Attributes:
         round: Of the release.
-        epsilon_spent: Of everything that the site was ever charged.
-        epsilon_allowed: By its policy.
+        release: What it was, and what the site's ledger holds after it.
         at: When it came, seconds since 1970.
     """
 
     round: int
-    epsilon_spent: float
-    epsilon_allowed: float
+    release: SiteRelease
     at: float
+
+    @property
+    def epsilon_spent(self) -> float:
+        """Epsilon of everything that the site was ever charged."""
+        return self.release.epsilon_spent
+
+    @property
+    def epsilon_allowed(self) -> float:
+        """Epsilon by its policy."""
+        return self.release.epsilon_allowed
 
 
 def keep_declared(path: Path) -> Callable[[Event], None]:
@@ -52,7 +60,7 @@ def keep_declared(path: Path) -> Callable[[Event], None]:
     def take(event: Event) -> None:
         number, sites = _releases(event)
         new = {
-            name: Declared(number, release.epsilon_spent, release.epsilon_allowed, time.time())
+            name: Declared(number, release, time.time())
             for name, release in sites.items()
             if name not in known or number > known[name].round
         }
@@ -71,13 +79,19 @@ def read_declared(path: Path) -> dict[str, Declared]:
     try:
         stored = json.loads(read_bounded(path, MAX_BYTES)) if path.exists() else {}
         return {
-            str(name): Declared(
-                int(one["round"]), float(one["epsilon_spent"]), float(one["epsilon_allowed"]), float(one["at"])
-            )
+            str(name): Declared(int(one["round"]), SiteRelease(**one["release"]), float(one["at"]))
             for name, one in stored.items()
         }
     except (FedmedganError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def newest_releases(path: Path) -> list[RoundRecord]:
+    """Return each site's newest release as a record of its own: of a round that a kill or a stop broke off, too."""
+    return [
+        RoundRecord(one.round, {name: one.release}, {}, None, None, 0.0, 0.0, 0)
+        for name, one in read_declared(path).items()
+    ]
 
 
 def _releases(event: Event) -> tuple[int, Mapping[str, SiteRelease]]:

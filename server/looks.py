@@ -6,6 +6,7 @@ more. Out of scope: choosing the map (server/lens).
 """
 
 import json
+from collections.abc import Callable
 
 from common.config import ImageConfig
 from common.errors import ResumeError
@@ -17,16 +18,17 @@ VERSION = 1
 _MAX_BYTES = 65_536
 
 
-def fix_look(folder: RunFolder, image: ImageConfig, number: int, chosen: str) -> str:
+def fix_look(folder: RunFolder, image: ImageConfig, number: int, choose: Callable[[], str]) -> str:
     """Return what the release of a round looks at: what was fixed before, else what is chosen now, which is kept.
 
     Args:
         folder: The run's.
         image: What an image is.
         number: Of the round.
-        chosen: What would be clear with the sites that are there.
+        choose: Says what is clear with the sites that are there; not asked where it is fixed.
 
     Raises:
+        ConfigError: What `choose` raises where nothing is clear.
         ResumeError: `looks.json` does not read.
         StorageError: It cannot be written.
 
@@ -35,7 +37,7 @@ def fix_look(folder: RunFolder, image: ImageConfig, number: int, chosen: str) ->
     """
     fixed = _read(folder, image)
     if str(number) not in fixed:
-        fixed[str(number)] = chosen
+        fixed[str(number)] = choose()
         write_atomic(folder.looks, json.dumps({"version": VERSION, "looks": fixed}).encode())
     return fixed[str(number)]
 

@@ -66,8 +66,8 @@ def run(
     def submit(client: control.ControlHttpClient) -> tuple[Path, int]:
         _require_idle(consortium, client)
         folder = next_folder(consortium.runs)
+        put_start(folder)  # before it is a run that could be resumed
         file = prepare_run(folder, proposed)
-        put_start(folder)
         return folder, control.submit(client, consortium.folder, file, folder, resume=False)
 
     _start_run(consortium, submit, detach)

@@ -152,12 +152,17 @@ def _shown(
         "final_sheet": (sheets[-1][0], _data_uri(sheets[-1][1])) if sheets else None,
         "class_sheets": [(name, _data_uri(path)) for name, path in there] if several else [],
         "records_count": len(records),
-        "unseen": next((record.unseen for record in reversed(records) if record.round <= config.refinements), ()),
+        "unseen": next((record.unseen for record in _warmups(config, records)), ()),
         "curves": list(_curves(config, records, names)),
         "refusals": _refusals(records),
         "settings": _settings(config, "simulated" in str(card.get("randomness"))),
         "files": _files(run),
     }
+
+
+def _warmups(config: Config, records: Sequence[RoundRecord]) -> list[RoundRecord]:
+    """Return the rounds of the warm-up that were fitted, the newest first."""
+    return [record for record in reversed(records) if record.round <= config.refinements and not record.lost]
 
 
 def _settings(config: Config, simulated: bool) -> list[tuple[str, list[tuple[str, Any]]]]:

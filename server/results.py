@@ -22,6 +22,7 @@ from common.privacy import Charge, epsilon
 from common.secure_sum import GRID, Cohort
 from common.sheets import class_row, label_width, write_label, write_png
 from server.checkpoint import State
+from server.declared import newest_releases
 from server.pace import round_up
 from server.records import RoundRecord, SiteRelease, read_records
 from server.report import fit_sheets, round_sheets, write_report
@@ -77,14 +78,15 @@ def write_results(config: Config, folder: RunFolder, state: State, records: list
         config: The run's configuration.
         folder: Its folder.
         state: The last checkpoint; its averaged generator is the result.
-        records: Every round up to it; to what they released comes what stands in `failed.jsonl`.
+        records: Every round up to it; to what they released comes what stands in `failed.jsonl` and `declared.json`.
         secrets: Where noise and sampling came from, in words.
 
     Raises:
         ResumeError: `failed.jsonl` does not read.
         StorageError: A file could not be written, or a sheet could not be read.
     """
-    card = privacy_card(config, [*read_records(folder.failed), *records], secrets, state.cohort)
+    not_kept = [*newest_releases(folder.declared), *read_records(folder.failed)]
+    card = privacy_card(config, [*not_kept, *records], secrets, state.cohort)
     spent = {name: site["epsilon_spent"] for name, site in card["sites"].items()}
     generator = averaged_pair(config, state).generator
     save_generator(folder.path, generator, config, folder.run_id, state.round, spent)

@@ -84,11 +84,17 @@ def load_start(path: Path, config: Config) -> nn.Module:
         config: The run's configuration, with its classes.
 
     Raises:
-        ConfigError: It is of another model or of other images.
+        ConfigError: It is of another model or of other images, or learned from patients: what it cost them would be
+            forgotten.
         ResumeError: No generator stands there.
         WireError: A file is damaged.
     """
     generator, info = load_generator(path)
+    if info.epsilon_by_site:
+        raise ConfigError(
+            f"Expected in {path} a generator that saw public images alone, got that of a run with the patients of "
+            f"{', '.join(sorted(info.epsilon_by_site))}. Make one with `fedmedgan-simulate pretrain`."
+        )
     images = (info.image.size, info.image.channels, len(info.image.classes))
     wanted = (config.image.size, config.image.channels, len(config.image.classes))
     if info.model != config.model or images != wanted:

@@ -176,11 +176,7 @@ def _of_records(records: Sequence[RoundRecord], at: float) -> dict[str, Declared
 
     It counts as of the run's submission: records hold no time, and their file is written anew by each resume.
     """
-    return {
-        name: Declared(record.round, site.epsilon_spent, site.epsilon_allowed, at)
-        for record in records
-        for name, site in record.sites.items()
-    }
+    return {name: Declared(record.round, site, at) for record in records for name, site in record.sites.items()}
 
 
 def _seconds(moment: str) -> float:

@@ -164,8 +164,8 @@ def _where_to_look(
     """Choose the map of a release by numbers that are public, once a release; with a lens make it."""
     least = config.privacy.min_patients  # those with fewer take no part
     able = [agreed for agreed in plans if agreed.declared_patients >= least] or plans
-    chosen = choose(outlook(config, able), PUBLIC if number == 0 else "learned")
-    look = fix_look(folder, config.image, number, chosen)
+    largest = PUBLIC if number == 0 else "learned"
+    look = fix_look(folder, config.image, number, lambda: choose(outlook(config, able), largest))
     rng = reproducible(config.federation.seed, "lens", number)
     return look, {} if look not in SIGHTS else lenses.to_arrays(make_lens(generator, config, look, rng, number > 0))
 

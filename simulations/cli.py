@@ -14,7 +14,7 @@ from rich.table import Table
 from client.intake.refusals import describe
 from common.artefact import load_generator, save_generator
 from common.command import run_command
-from common.config import Config
+from common.config import MAX_SITES, Config
 from common.config_text import build_config, parse_changes, read_config, to_toml
 from common.errors import ConfigError, ExitCode
 from common.files import make_folder
@@ -145,7 +145,7 @@ def pretrain_start(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
 ) -> None:
     """Train a generator on phantoms alone, for a run between machines to start from: its `--start`."""
-    wanted = build_config(read_config(config), {})
+    wanted = build_config(read_config(config), {"simulation.sites": MAX_SITES})  # nobody counts them here
     if not wanted.image.classes:
         raise ConfigError(f"Expected image.classes in {config}: those of the run.")
     generator = pretrain(wanted)

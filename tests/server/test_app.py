@@ -116,6 +116,7 @@ def test_what_a_round_cost_whose_checkpoint_is_lost_is_stated(tmp_path: Path, mo
     config = build_config({}, {**SMALL_RUN, "run.resume": True})
     list(follow_sites(tmp_path, build_config({}, dict(SMALL_RUN)), [lambda _: None] * 3, _release_that_costs))
     _cut(tmp_path / "run" / "checkpoints" / "round-000003.safetensors")
+    (tmp_path / "run" / "failed.jsonl").write_bytes(b'{"round": 9, "si')  # a crash left a part of a line
     sites = [lambda request: RefusalCode.REPLAYED if request.round == 3 else None] * 3
     events = follow_sites(tmp_path, config, sites, _release_that_costs)
     monkeypatch.setattr(app, "federate", lambda grid, job: events)

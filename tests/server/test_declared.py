@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from common.config_text import build_config
 from common.errors import StorageError
 from server import declared
-from server.declared import keep_declared, read_declared
+from server.declared import keep_declared, newest_releases, read_declared
 from server.records import Failed, Progress, RoundRecord, SiteRelease
+from server.results import privacy_card
 
 
 def _release(spent: float) -> SiteRelease:
@@ -53,3 +55,15 @@ def test_a_disk_that_does_not_take_it_costs_no_run(tmp_path: Path, monkeypatch: 
 def test_a_file_that_does_not_read_says_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "declared.json").write_bytes(content)
     assert read_declared(tmp_path / "declared.json") == {}
+
+
+def test_a_round_that_a_kill_broke_off_counts_in_what_a_run_states(tmp_path: Path) -> None:
+    take = keep_declared(tmp_path / "declared.json")
+    take(_record(4, a=3.0, b=3.0))
+    take(Progress(5, 1, 2, "sites", {"a": _release(3.5)}))
+    found = {(record.round, *record.sites) for record in newest_releases(tmp_path / "declared.json")}
+    assert found == {(5, "a"), (4, "b")}
+    records = [*newest_releases(tmp_path / "declared.json"), _record(4, a=3.0, b=3.0)]
+    card = privacy_card(build_config({}, {"image.classes": ("x",)}), records, "")
+    assert {name: site["epsilon_spent"] for name, site in card["sites"].items()} == {"a": 3.5, "b": 3.0}
+    assert [release["count"] for release in card["sites"]["b"]["releases"]] == [1]

@@ -148,6 +148,8 @@ def test_report_names_classes_that_drowned(tmp_path: Path) -> None:
     first, *later = _records(["a"], 2)
     _run(tmp_path / "drowned", [replace(first, unseen=("mass",)), *later])
     assert "Not learned from any patient in the warm-up: mass." in _words(write_report(tmp_path / "drowned"))
+    _run(tmp_path / "lost", [replace(first, unseen=("mass",)), replace(later[0], lost=True)], refinements=1)
+    assert "Not learned from any patient in the warm-up: mass." in _words(write_report(tmp_path / "lost"))
     _run(tmp_path / "clear", [first, *later])
     assert "Not learned" not in _words(write_report(tmp_path / "clear"))
 

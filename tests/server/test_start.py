@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.artefact import save_generator
 from common.config import Config
 from common.config_text import build_config
 from common.errors import ConfigError, WireError
 from server.rounds import initial_pair
 from server.run_folder import RunFolder
-from server.start import has_start, read_start, write_start
+from server.start import has_start, load_start, read_start, write_start
 from tests.function_sites import SMALL_RUN
 
 
@@ -48,6 +49,13 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_what_does_not_fit_the_run_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="Remove the folder"):
         read_start(put(tmp_path), make_config(**changes))
+
+
+def test_what_learned_from_patients_is_no_start(tmp_path: Path) -> None:
+    config = make_config()
+    save_generator(tmp_path, initial_pair(config).generator, config, "run-1", 3, {"st-mary": 8.0})
+    with pytest.raises(ConfigError, match="with the patients of st-mary"):
+        load_start(tmp_path, config)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -117,8 +117,8 @@ def test_each_file_is_read_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(read) == [run.folder / "metrics.jsonl" for run in runs]
 
 
-def _declared(spent: float, at: float) -> dict[str, float]:
-    return {"round": 7, "epsilon_spent": spent, "epsilon_allowed": 10.0, "at": at}
+def _declared(spent: float, at: float) -> dict[str, object]:
+    return {"round": 7, "release": asdict(replace(RELEASE, epsilon_spent=spent)), "at": at}
 
 
 def test_a_run_shows_its_round_and_the_time_left(home: Path) -> None:
