@@ -5,23 +5,21 @@ With local training there is no cohort: whoever is here takes part. Out of scope
 that follow (common/secure_sum).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from common.config import Config
-from common.errors import FederationError, ResumeError
-from common.files import write_atomic
+from common.errors import FederationError
 from common.plan import plan
 from common.secure_sum import Cohort
 from server.rounds import Members
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, read_fixed, write_fixed
 
 Declared = Mapping[str, int]
 """Declared patients by site; empty with local training."""
 
-VERSION = 1
+_KEY = "declared_patients"
 
 
 def fix_cohort(folder: RunFolder, config: Config, members: Members) -> Declared:
@@ -43,7 +41,7 @@ def fix_cohort(folder: RunFolder, config: Config, members: Members) -> Declared:
         raise FederationError(
             f"No site declares privacy.min_patients={config.privacy.min_patients} patients. Lower it, or ask others."
         )
-    write_atomic(_path(folder), json.dumps({"version": VERSION, "declared_patients": cohort}).encode())
+    write_fixed(_path(folder), _KEY, cohort)
     return cohort
 
 
@@ -61,7 +59,7 @@ def stored_cohort(folder: RunFolder) -> Declared:
     Raises:
         ResumeError: `cohort.json` does not read.
     """
-    return _read(_path(folder).read_bytes()) if _path(folder).exists() else {}
+    return read_fixed(_path(folder), _KEY, int)
 
 
 def _path(folder: RunFolder) -> Path:
@@ -88,15 +86,3 @@ def least_sites(config: Config, declared: Declared) -> int:
     colluding = config.privacy.colluding_sites
     missing = len(declared) if colluding == "all" else colluding
     return max(config.federation.min_sites, len(declared) - missing)
-
-
-def _read(content: bytes) -> dict[str, int]:
-    try:
-        stored = json.loads(content)
-        if stored["version"] != VERSION:
-            raise ResumeError(f"Expected cohort.json of version {VERSION}. Resume with the release that wrote it.")
-        return {str(name): int(patients) for name, patients in stored["declared_patients"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ResumeError(
-            "cohort.json of the run folder does not read. If no site has been asked yet, delete it; else start anew."
-        ) from error

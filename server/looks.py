@@ -5,17 +5,14 @@ run, asked for another map, because a site came or went, those that were charged
 more. Out of scope: choosing the map (server/lens).
 """
 
-import json
 from collections.abc import Callable
 
 from common.config import ImageConfig
 from common.errors import ResumeError
-from common.files import read_bounded, write_atomic
 from common.look import look_dims
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, read_fixed, write_fixed
 
-VERSION = 1
-_MAX_BYTES = 65_536
+_KEY = "looks"
 
 
 def fix_look(folder: RunFolder, image: ImageConfig, number: int, choose: Callable[[], str]) -> str:
@@ -38,22 +35,15 @@ def fix_look(folder: RunFolder, image: ImageConfig, number: int, choose: Callabl
     fixed = _read(folder, image)
     if str(number) not in fixed:
         fixed[str(number)] = choose()
-        write_atomic(folder.looks, json.dumps({"version": VERSION, "looks": fixed}).encode())
+        write_fixed(folder.looks, _KEY, fixed)
     return fixed[str(number)]
 
 
 def _read(folder: RunFolder, image: ImageConfig) -> dict[str, str]:
-    if not folder.looks.exists():
-        return {}
-    try:
-        stored = json.loads(read_bounded(folder.looks, _MAX_BYTES))
-        if stored["version"] != VERSION:
-            raise ResumeError(f"Expected looks.json of version {VERSION}. Resume with the release that wrote it.")
-        looks = {str(number): str(look) for number, look in stored["looks"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ResumeError(
-            "looks.json of the run folder does not read. If no site has been asked yet, delete it; else start anew."
-        ) from error
+    looks = read_fixed(folder.looks, _KEY, str)
     if unknown := set(looks.values()) - look_dims(image).keys():
-        raise ResumeError(f"looks.json names {', '.join(sorted(unknown))}, which this release does not know.")
+        raise ResumeError(
+            f"looks.json names {', '.join(sorted(unknown))}, which this release does not know. Resume with the release "
+            "that wrote it."
+        )
     return looks

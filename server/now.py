@@ -69,6 +69,11 @@ def now_line(config: Config, now: Progress | Waiting | Failed) -> str:
     label = warmup_label(config, now.round) or f"round {now.round}"
     if now.what != "fit":
         return f"{label}: {now.done} of {now.of} {now.what} answered"
+    return fit_line(label, now)
+
+
+def fit_line(label: str, now: Progress) -> str:
+    """Write how far a fit is, and how long the rest will take."""
     left_s = now.seconds / now.done * (now.of - now.done) if now.done else 0.0
     eta = f", ETA {duration(left_s)}" if left_s else ""
     return f"{label}: fitting the generator, step {now.done} of {now.of}{eta}"

@@ -152,7 +152,7 @@ def _shown(
         "final_sheet": (sheets[-1][0], _data_uri(sheets[-1][1])) if sheets else None,
         "class_sheets": [(name, _data_uri(path)) for name, path in there] if several else [],
         "records_count": len(records),
-        "unseen": next((record.unseen for record in _warmups(config, records)), ()),
+        "unseen": _unseen(config, records),
         "curves": list(_curves(config, records, names)),
         "refusals": _refusals(records),
         "settings": _settings(config, "simulated" in str(card.get("randomness"))),
@@ -160,9 +160,10 @@ def _shown(
     }
 
 
-def _warmups(config: Config, records: Sequence[RoundRecord]) -> list[RoundRecord]:
-    """Return the rounds of the warm-up that were fitted, the newest first."""
-    return [record for record in reversed(records) if record.round <= config.refinements and not record.lost]
+def _unseen(config: Config, records: Sequence[RoundRecord]) -> tuple[str, ...]:
+    """Return the classes that drowned, by the last round of the warm-up that was fitted."""
+    fitted = [record for record in records if record.round <= config.refinements and not record.lost]
+    return fitted[-1].unseen if fitted else ()
 
 
 def _settings(config: Config, simulated: bool) -> list[tuple[str, list[tuple[str, Any]]]]:

@@ -22,18 +22,22 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from common.config import Config
 from common.config_text import build_config, read_config, to_toml
-from common.errors import FedmedganError, ResumeError
+from common.errors import FedmedganError, ResumeError, WireError
 from common.files import make_folder, read_bounded, write_atomic
 
 MAX_NOTE_BYTES = 65_536
+MAX_FIXED_BYTES = 4 * 2**20
+FIXED_VERSION = 1
 STORAGE_MATTER = "storage: "
 """So begins why a run failed whose files could not be read or written."""
 FREE_SECTIONS = frozenset({"run", "performance"})
 """Sections that may change between start and resume, since they change where and how fast, never what."""
+
+Fixed = TypeVar("Fixed", int, str)
 
 
 @final
@@ -83,6 +87,36 @@ class RunFolder:
     def samples(self) -> Path:
         """Return the folder of the sample sheets."""
         return self.path / "samples"
+
+
+def write_fixed(path: Path, key: str, values: Mapping[str, Any]) -> None:
+    """Keep what a run fixes before it asks anybody, so that every later question is the same.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    write_atomic(path, json.dumps({"version": FIXED_VERSION, key: values}).encode())
+
+
+def read_fixed(path: Path, key: str, kind: type[Fixed]) -> dict[str, Fixed]:
+    """Return what a run has fixed, by name; nothing where there is no file.
+
+    Raises:
+        ResumeError: The file does not read, or is of another version.
+    """
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(read_bounded(path, MAX_FIXED_BYTES))
+        if stored["version"] != FIXED_VERSION:
+            raise ResumeError(
+                f"Expected {path.name} of version {FIXED_VERSION}. Resume with the release that wrote it."
+            )
+        return {str(name): kind(value) for name, value in stored[key].items()}
+    except (WireError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(
+            f"{path.name} of the run folder does not read. If no site has been asked yet, delete it; else start anew."
+        ) from error
 
 
 def is_complete(path: Path) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from common.artefact import load_generator, save_generator
 from common.config import Config
 from common.errors import ConfigError
+from common.files import make_folder
 from common.messages import Arrays
 from server.cohort import Declared, fix_cohort
 from server.rounds import Members
@@ -54,8 +55,21 @@ def write_start(run: Path, generator: nn.Module, config: Config) -> None:
     Raises:
         StorageError: A file could not be written.
     """
-    (run / _NAME).mkdir(parents=True, exist_ok=True)
-    save_generator(run / _NAME, generator, config, "public", 0, {})
+    save_start(run / _NAME, generator, config)
+
+
+def save_start(path: Path, generator: nn.Module, config: Config) -> None:
+    """Write a generator that saw public images alone, in the form in which `load_start` reads it.
+
+    Args:
+        path: The folder; made.
+        generator: The generator.
+        config: Of the run that shall start from it.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
+    save_generator(make_folder(path), generator, config, "public", 0, {})
 
 
 def has_start(run: Path) -> bool:

@@ -113,8 +113,8 @@ def _unseen(config: Config, targets: Sequence[Target]) -> tuple[str, ...]:
 
     How large each class is no site may tell, so that nobody can know it before the sums are there.
     """
-    seen = sum(target.weights for target in targets)
-    return tuple(name for name, weight in zip(config.image.classes, torch.as_tensor(seen), strict=True) if weight == 0)
+    seen = torch.stack([target.weights for target in targets]).sum(dim=0)
+    return tuple(name for name, weight in zip(config.image.classes, seen, strict=True) if weight == 0)
 
 
 def _collect(

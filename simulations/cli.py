@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from client.intake.refusals import describe
-from common.artefact import load_generator, save_generator
+from common.artefact import load_generator
 from common.command import run_command
 from common.config import MAX_SITES, Config
 from common.config_text import build_config, parse_changes, read_config, to_toml
 from common.errors import ConfigError, ExitCode
-from common.files import make_folder
 from common.generate import generate
 from common.plan import delta_warning, plans_of
 from common.sheets import save_sheet
@@ -26,6 +25,7 @@ from server.lens import foretell
 from server.report import write_report
 from server.rounds import round_bytes
 from server.run_folder import RunFolder, latest_folder, next_folder, open_run, stored_tree
+from server.start import save_start
 from simulations.engines import check_engine, run_job
 from simulations.evaluate import evaluate, save_evaluation
 from simulations.gallery import save_gallery
@@ -149,7 +149,7 @@ def pretrain_start(
     if not wanted.image.classes:
         raise ConfigError(f"Expected image.classes in {config}: those of the run.")
     generator = pretrain(wanted)
-    save_generator(make_folder(out), generator, wanted, "public", 0, {})
+    save_start(out, generator, wanted)
     save_sheet(out / "samples.png", generator, wanted)
     print(f"generator: {out}; what it draws: {out / 'samples.png'}")
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from common.config import Config, WarmupConfig
 from common.generator_step import reproducible
 from common.look import PUBLIC, Look, read_look
-from common.wording import duration
 from server.display import FIT_LINE_S
+from server.now import fit_line
+from server.records import Progress
 from server.rounds import initial_pair
 from server.start import has_start, write_start
 from server.warmup import Target, fit_generator
@@ -71,8 +72,8 @@ def pretrain(config: Config, effort: WarmupConfig = EFFORT, phantoms: int = PHAN
     for fit in fit_generator(generator, [goal], effort, config.model.latent_dim, rng):
         now = time.monotonic()
         if fit.step == 1 or now > told + FIT_LINE_S:
-            told, left_s = now, (now - began) / fit.step * (effort.steps - fit.step)
-            print(f"start: fitting to phantoms, step {fit.step} of {effort.steps}, ETA {duration(left_s)}", flush=True)
+            told = now
+            print(fit_line("phantoms", Progress(0, fit.step, effort.steps, "fit", {}, now - began)), flush=True)
     return generator
 
 

@@ -20,15 +20,16 @@ from client import journal
 from client.entry import main as site_main
 from client.ledger import read_ledger
 from client.paths import Home
-from common.artefact import load_generator, save_generator
+from common.artefact import load_generator
 from common.config_text import build_config, to_toml
 from common.crypto import load_key
-from common.files import make_folder, write_atomic
+from common.files import write_atomic
 from common.flower_environment import flower_environment
 from common.messages import Kind
 from server.cli import main as coordinator_main
 from server.consortium import load_consortium
 from server.rounds import initial_pair
+from server.start import save_start
 from tests.coordinator_home import ROOT, end, free_port, wait_until_up
 from tests.e2e.x_rays import CLASSES, PATIENTS, write_hospitals
 
@@ -138,8 +139,8 @@ class Federation:
 
     def write_start(self) -> Path:
         """Write a generator to start from, as `fedmedgan-simulate pretrain` does, but of random weights."""
-        config, path = build_config({}, RUN), make_folder(self.folder / "public")
-        save_generator(path, initial_pair(config).generator, config, "public", 0, {})
+        config, path = build_config({}, RUN), self.folder / "public"
+        save_start(path, initial_pair(config).generator, config)
         return path
 
     def start_run(self, changes: dict[str, object] | None = None, *options: object) -> subprocess.Popen[str]:

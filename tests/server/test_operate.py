@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.artefact import save_generator
 from common.config_text import build_config, read_config
 from common.errors import ExitCode
 from common.files import make_folder, write_atomic
@@ -18,7 +17,7 @@ from server.consortium import Consortium
 from server.control import RunStatus
 from server.rounds import initial_pair
 from server.run_folder import RunFolder
-from server.start import read_start
+from server.start import read_start, save_start
 from server.status import under_way
 from tests.coordinator_home import enrol, exit_of
 
@@ -226,9 +225,9 @@ def test_a_run_starts_from_a_generator_that_fits_it_or_not_at_all(
 ) -> None:
     runs.clear()
     monkeypatch.setattr(control, "submit", lambda *_, **__: 8)
-    public, file = make_folder(hub.parent / "public"), hub.parent / "run.toml"
+    public, file = hub.parent / "public", hub.parent / "run.toml"
     made = build_config(read_config(file), {"federation.seed": 7})
-    save_generator(public, initial_pair(made).generator, made, "public", 0, {})
+    save_start(public, initial_pair(made).generator, made)
     assert exit_of("run", hub, file, "--start", public, "--detach") == ExitCode.OK
     started = read_start(RunFolder(hub / "runs" / "run-0001", ""), build_config(read_config(file), {}))
     assert started is not None
