@@ -16,16 +16,16 @@ from simulations.evaluate import apply, train_classifier
 
 OF_EACH_CLASS = 200
 """Images of a class among which the best and the worst are looked for."""
-_LEARNED = 4000
 _SEED = 20_261_127
 
 
-def save_gallery(run: Path, path: Path) -> None:
+def save_gallery(run: Path, path: Path, learned_from: int = 4000) -> None:
     """Draw a run's gallery: three rows a class.
 
     Args:
         run: A finished run.
         path: The PNG.
+        learned_from: How many images of all classes the classifier learns from.
 
     Raises:
         ConfigError: The run has one class only, so nothing ranks its images.
@@ -40,7 +40,7 @@ def save_gallery(run: Path, path: Path) -> None:
     if len(classes) < 2:
         raise ConfigError(f"Expected a run of at least 2 classes to rank its images by, got {len(classes)}.")
     rng = torch.Generator().manual_seed(_SEED)
-    learned = torch.arange(_LEARNED) % len(classes)
+    learned = torch.arange(learned_from) % len(classes)
     classifier = train_classifier(draw(generator, learned, info.model.latent_dim, rng), learned, len(classes), rng)
     names: list[str] = []
     rows: list[np.ndarray] = []

@@ -23,7 +23,6 @@ from client.dp.fast import FastEngine
 from client.dp.layers import check_layers
 from client.dp.packing import Batch, Chunk, pack
 from client.dp.places import same_at_every_place
-from client.dp.reference import ReferenceEngine
 from common.config import GradientEngine
 
 _Group = tuple[list[Chunk], Loss]
@@ -116,7 +115,11 @@ class Adder:
         return self._pool.submit(same_at_every_place, *arguments).result()  # on a thread as in the real step
 
     def _engine(self, network: nn.Module, rows: int) -> Engine:
-        return FastEngine(network, rows, self._bf16) if self._name == "fast" else ReferenceEngine(network)
+        if self._name == "fast":
+            return FastEngine(network, rows, self._bf16)
+        from client.dp.reference import ReferenceEngine  # Opacus takes a second to import
+
+        return ReferenceEngine(network)
 
     def _sums(self, groups: Iterable[_Group], like: Tensor) -> Iterator[Tensor]:
         if self._pool is None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.e2e.conftest import simulate
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("finished_run")]
 
 
 def test_flower_engine_gives_the_same_generator(finished_run: Path, small_config: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from client import journal
 from client.home import Home
 from common.crypto import load_key
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("finished_run")]
 
 
 def recompute(run: Path) -> dict[str, float]:

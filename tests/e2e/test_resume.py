@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.conftest import ENVIRONMENT, simulate
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("finished_run")]
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ from tests.e2e.conftest import SMALL, simulate
 from tests.e2e.test_epsilon_recomputed import recompute
 from tests.e2e.test_resume import _start
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("secure_sum")]
 
 TOGETHER = (
     SMALL.replace("steps_per_round = 3", 'algorithm = "secure-sum"\nsteps_per_round = 1')

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.e2e.conftest import simulate
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("finished_run")]
 
 
 def test_run_folder_is_complete(finished_run: Path) -> None:

@@ -43,6 +43,7 @@ def tiny() -> Result:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("dp_step")
 def test_ratios_are_present_and_finite(tiny: Result) -> None:
     assert set(tiny.ratios) == RATIOS
     assert all(math.isfinite(value) for value in tiny.ratios.values())
@@ -50,6 +51,7 @@ def test_ratios_are_present_and_finite(tiny: Result) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("dp_step")
 def test_every_mode_has_a_row_in_every_cell(tiny: Result, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {(row["size"], row["batch"], row["fakes"], row["mode"]) for row in tiny.rows}
     modes = ["plain", "fast", *(f"opacus {mode}" for mode in OPACUS_MODES)]

@@ -65,6 +65,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("quality_tiny")
 def test_every_row_is_there_for_every_seed(tiny: Result) -> None:
     names = ["real", "warmup only", "federation", "single-site mean", "single-site best"]
     assert [(row["row"], row["seeds"]) for row in tiny.rows] == [(name, 2) for name in names]
@@ -74,6 +75,7 @@ def test_every_row_is_there_for_every_seed(tiny: Result) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("quality_tiny")
 def test_rows_state_what_each_run_cost(tiny: Result) -> None:
     rows = {row["row"]: row for row in tiny.rows}
     assert rows["real"]["epsilon"] is None
@@ -88,6 +90,7 @@ def test_rows_state_what_each_run_cost(tiny: Result) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("quality_tiny")
 def test_table_and_json_hold_the_figures(tiny: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_result(as_table(tiny))
     assert f"{tiny.rows[2]['frechet']:.4g} ± " in capsys.readouterr().out
@@ -214,6 +217,7 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("quality_varied")
 def test_variants_are_rows_beside_the_federation(varied: tuple[Path, Result]) -> None:
     rows = {row["row"]: row for row in varied[1].rows}
     assert list(rows) == ["real", "warmup only", "federation", "as before", "no average", "one class"]
@@ -226,6 +230,7 @@ def test_variants_are_rows_beside_the_federation(varied: tuple[Path, Result]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("quality_varied")
 def test_interrupted_benchmark_keeps_its_rows_and_goes_on(
     varied: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +264,7 @@ def test_interrupted_benchmark_keeps_its_rows_and_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("quality_varied")
 def test_finished_file_is_not_run_again(varied: tuple[Path, Result]) -> None:
     folder, whole = varied
     content = (folder / "result.json").read_bytes()
@@ -267,6 +273,7 @@ def test_finished_file_is_not_run_again(varied: tuple[Path, Result]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("quality_varied")
 def test_file_of_another_configuration_or_other_data_is_refused(varied: tuple[Path, Result], tmp_path: Path) -> None:
     folder, _ = varied
     config, digits, result = (folder / name for name in ("config.toml", "digits.npz", "result.json"))

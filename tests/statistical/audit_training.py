@@ -9,6 +9,8 @@ settings, and patients who pick their images. Then each private gradient can be 
 - Images are rows of a Hadamard matrix: the gradients of two patients in these weights are orthogonal.
 """
 
+import copy
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +72,7 @@ class Training:
         return _proposal(self.steps_per_round, CLIP * self.clip_factor)
 
 
+@functools.cache
 def _proposal(steps_per_round=1, max_grad_norm=CLIP):
     return Proposal.model_validate(
         {
@@ -82,6 +85,11 @@ def _proposal(steps_per_round=1, max_grad_norm=CLIP):
 
 
 def hostile_pair():
+    return copy.deepcopy(_hostile_pair())
+
+
+@functools.cache  # an audit is hundreds of runs from the same weights
+def _hostile_pair():
     pair = build(_proposal().model, _proposal().image, 1, torch.Generator().manual_seed(1))
     with torch.no_grad():
         pair.discriminator.last.bias.fill_(20.0)
