@@ -72,9 +72,9 @@ class Site:
 
     @property
     def policy(self) -> Policy:
-        """The policy as it was read for the request under way; between machines nothing lets unmasked shares out."""
+        """The policy as it was read for the request under way."""
         seen = self.rules.seen
-        return seen if self.coordinator is None else seen.model_copy(update={"allow_unmasked_shares": False})
+        return seen if self.coordinator is None else policy.between_machines(seen)
 
 
 def open_site(

@@ -19,7 +19,7 @@ from client.agent import open_site
 from client.doctor.command import doctor
 from client.home import Home, create_home, require_books, require_images
 from client.intake.records import parse_label
-from client.joining import load_pinned
+from client.joining import has_joined, load_pinned
 from client.ledger import Ledger, read_ledger
 from client.logs import log_to
 from client.membership import HomeArgument, add_commands
@@ -152,9 +152,9 @@ def show_budget(
     Exits 5 where this site can join nothing of the planned run, by its policy or its budget; else 4 where the images
     that the run asks for are not imported.
     """
-    there: bool | None = None
+    there, cohort = None, None
     proposal, rules = _planned(config) if config is not None else None, policy.load(Home(home).policy)
-    cohort = None
+    rules = policy.between_machines(rules) if has_joined(home) else rules
     if proposal is not None and cohort_sites is not None and cohort_patients is not None:
         settings = Cohort(cohort_sites, cohort_patients).settings()
         cohort = parse_cohort(settings, rules.declared_patients, proposal.privacy.min_patients)

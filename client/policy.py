@@ -132,6 +132,11 @@ def load(path: Path) -> Policy:
         raise ConfigError(f"{path} is not TOML: {error}. Mend that line.") from error
 
 
+def between_machines(policy: Policy) -> Policy:
+    """Return the policy as it holds at a site that has joined: nothing lets unmasked shares out."""
+    return policy.model_copy(update={"allow_unmasked_shares": False})
+
+
 def save(path: Path, policy: Policy) -> None:
     """Write a policy as TOML that `load` reads back, with a comment above every key.
 

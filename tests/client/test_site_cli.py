@@ -253,6 +253,20 @@ def test_budget_says_whether_the_images_are_imported(run, tiny_home, tiny_propos
     assert json.loads(written.read_text())["images_imported"] is None
 
 
+def test_budget_of_a_joined_site_allows_no_unmasked_shares(run, tiny_home, planned, tiny_proposal):
+    tiny_home.policy.write_text(
+        tiny_home.policy.read_text().replace("allow_unmasked_shares = false", "allow_unmasked_shares = true")
+    )
+    together = {"train.algorithm": "secure-sum", "train.steps_per_round": 1, "privacy.colluding_sites": 0}
+    planned.write_text(to_toml(build_config(tiny_proposal.model_dump(mode="json"), together)))
+    command = ("budget", tiny_home.folder, "--config", planned, "--cohort-sites", 4, "--cohort-patients", 1000)
+    code, out, _ = run(*command)
+    assert (code, "policy: allows it" in out) == (0, True), out
+    pin(tiny_home)
+    code, out, _ = run(*command)
+    assert (code, "policy: refuses it" in out) == (ExitCode.PRIVACY, True), out
+
+
 def test_budget_reads_what_print_config_writes(run, tiny_home, tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(to_toml(build_config({})))
