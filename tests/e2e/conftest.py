@@ -66,7 +66,7 @@ def simulate(
     )
 
 
-@pytest.fixture(scope="session")  # its tests are one xdist_group, else every process makes it anew
+@pytest.fixture(scope="session")  # its tests are one xdist_group: each process that runs one of them makes it anew
 def finished_run(small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
     done = simulate("--config", small_config, "--out", out)
