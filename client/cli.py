@@ -152,9 +152,10 @@ def show_budget(
     Exits 5 where this site can join nothing of the planned run, by its policy or its budget; else 4 where the images
     that the run asks for are not imported.
     """
-    there, cohort = None, None
+    there: bool | None = None
     proposal, rules = _planned(config) if config is not None else None, policy.load(Home(home).policy)
     rules = policy.between_machines(rules) if has_joined(home) else rules
+    cohort = None
     if proposal is not None and cohort_sites is not None and cohort_patients is not None:
         settings = Cohort(cohort_sites, cohort_patients).settings()
         cohort = parse_cohort(settings, rules.declared_patients, proposal.privacy.min_patients)

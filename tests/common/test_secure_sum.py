@@ -122,7 +122,7 @@ def test_sum_of_rounded_normals_has_the_stated_law(sites, std):
 @pytest.mark.parametrize("wrong", ["no W", "one uniform too many"])
 def test_another_law_is_told_apart(sites, wrong):
     """Without W, or with more of it, the distance is a thousand times what is allowed at the same deviation."""
-    offsets = np.random.default_rng(0).uniform(-3, 3, (5, sites))
+    offsets = np.random.default_rng(0).uniform(-3, 3, (20, sites))
     uniforms = 0 if wrong == "no W" else sites
     assert min(distance(some, 2.0, uniforms) for some in offsets) > 1e-3
 
