@@ -10,13 +10,14 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def loggers_as_they_were() -> Iterator[None]:
-    """Leave the levels of our loggers, and where their lines go, to the next test as this one found them."""
-    ours = ("fedmedgan", *(name for name in logging.root.manager.loggerDict if name.startswith("fedmedgan.")))
-    before = {name: (logging.getLogger(name).level, logging.getLogger(name).propagate) for name in ours}
+def plain_loggers() -> Iterator[None]:
+    """Leave our loggers to the next test as a process begins with them, whatever fixtures of modules set, too."""
     yield
-    for name in logging.root.manager.loggerDict:
+    for name in list(logging.root.manager.loggerDict):
         if name.split(".")[0] == "fedmedgan":
-            level, propagate = before.get(name, (logging.NOTSET, True))
-            logging.getLogger(name).setLevel(level)
-            logging.getLogger(name).propagate = propagate
+            logger = logging.getLogger(name)
+            for handler in list(logger.handlers):
+                logger.removeHandler(handler)
+                handler.close()
+            logger.setLevel(logging.NOTSET)
+            logger.propagate = True

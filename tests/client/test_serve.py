@@ -140,9 +140,8 @@ def test_a_peer_that_trickles_is_cut_off(tiny_home, monkeypatch):
         assert connect(path, 60.0)(HELLO).refusal is None
 
 
-def test_who_looks_whether_an_agent_answers_is_no_alarm(tiny_home, caplog, monkeypatch):
+def test_who_looks_whether_an_agent_answers_is_no_alarm(tiny_home, caplog):
     """`doctor`, which reads the answer, and an agent that waits for this one's end, which goes away at once."""
-    monkeypatch.setattr(serving.LOG, "propagate", True)  # whatever other tests left
     caplog.set_level("INFO", serving.LOG.name)
     with served(open_site(tiny_home)) as path:
         caplog.clear()

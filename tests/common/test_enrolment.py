@@ -90,7 +90,11 @@ def test_one_spelling():
             read_enrolment(spelling, NOW)
 
 
-@pytest.mark.parametrize(("read", "content"), [(lambda c: read_enrolment(c, NOW), FILE), (read_invitation, INVITED)])
+@pytest.mark.parametrize(
+    ("read", "content"),
+    [(lambda c: read_enrolment(c, NOW), FILE), (read_invitation, INVITED)],
+    ids=["enrolment", "invitation"],  # the files hold keys, which differ between the processes of a test run
+)
 def test_signed_by_its_identity_and_by_its_coordinator(read, content):
     for position in range(0, len(content) - 1, 7):
         changed = bytearray(content)
