@@ -31,7 +31,15 @@ from server.run_folder import RunFolder, open_run
 from simulations.benchmark.referee import Effort, Judgement, Referee, judge, make_referee
 from simulations.benchmark.report import Result, write_result
 from simulations.benchmark.samples import Key, Sample, as_result, data_digest, load_samples, mean_of, origin
-from simulations.benchmark.variants import BASE, SINGLE_SITES, QualityConfig, configurations, row_names, split_settings
+from simulations.benchmark.variants import (
+    BASE,
+    CENTRALISED,
+    SINGLE_SITES,
+    QualityConfig,
+    configurations,
+    row_names,
+    split_settings,
+)
 from simulations.engines import run_job
 from simulations.hospitals import (
     Federation,
@@ -44,7 +52,7 @@ from simulations.hospitals import (
 )
 
 NOTHING_GOES_WRONG = {"simulation.missing_share": 0.0, "simulation.poor_site_budget": 1.0}
-"""For single sites; who has which patients stays."""
+"""For whoever trains alone; who has which patients stays."""
 
 Named = tuple[str, Sample]
 
@@ -147,6 +155,10 @@ def _one_seed(
     for name in configs:
         if name in missing and name != BASE:
             yield name, _variant(name, configs[name], folder, referee)
+    if CENTRALISED in missing:
+        _say(f"{CENTRALISED}: one holder of all patients")
+        everybody = tuple(record for part in federation.sites for record in part.records)
+        yield CENTRALISED, _alone(federation, Scan(everybody, {}), folder, referee)
     if set(SINGLE_SITES) & set(missing):
         yield from _single_sites(federation, folder, referee)
 
@@ -175,20 +187,23 @@ def _variant(name: str, config: Config, folder: Path, referee: Referee) -> Sampl
 
 
 def _single_sites(federation: Federation, folder: Path, referee: Referee) -> Iterator[Named]:
-    """Let each site train alone, with the same settings and the same epsilon."""
-    changes = {"simulation.sites": 1, "federation.min_sites": 1, "server.aggregation": "mean"}
-    changes |= {"privacy.colluding_sites": "all", **NOTHING_GOES_WRONG}
-    config = build_config(federation.config.model_dump(), changes)
     found: list[Sample] = []
     for index, part in enumerate(federation.sites):
-        if declared_patients(patients_in(part)) < config.privacy.min_patients:
+        if declared_patients(patients_in(part)) < federation.config.privacy.min_patients:
             continue
         _say(f"{site_name(index)} alone")
-        alone = replace(federation, config=config, sites=(part,), held_out=Scan((), {}))
-        found.append(_run_and_judge(alone, folder, referee))
+        found.append(_alone(federation, part, folder, referee))
     mean, best = SINGLE_SITES
     yield mean, mean_of(found)
     yield best, max(found, key=lambda sample: sample.accuracy if sample.auc is None else sample.auc)
+
+
+def _alone(federation: Federation, part: Scan, folder: Path, referee: Referee) -> Sample:
+    """Let one holder of patients train alone, with the same settings and the same epsilon."""
+    changes = {"simulation.sites": 1, "federation.min_sites": 1, "server.aggregation": "mean"}
+    changes |= {"privacy.colluding_sites": "all", **NOTHING_GOES_WRONG}
+    config = build_config(federation.config.model_dump(), changes)
+    return _run_and_judge(replace(federation, config=config, sites=(part,), held_out=Scan((), {})), folder, referee)
 
 
 def _run_and_judge(federation: Federation, parent: Path, referee: Referee) -> Sample:

@@ -16,7 +16,7 @@ from common.config import Config
 from common.errors import IntakeError, ResumeError
 from server.run_folder import FREE_SECTIONS
 from simulations.benchmark.report import Result
-from simulations.benchmark.variants import BASE, SINGLE_SITES
+from simulations.benchmark.variants import BASE, CENTRALISED, SINGLE_SITES
 
 Key = tuple[str, int]
 """A row's name and a seed."""
@@ -155,7 +155,7 @@ def _mean(values: Sequence[Any]) -> Any:
 def _ratios(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Compare the federation with each baseline: differences of mean accuracy, quotients of mean distance."""
     ratios: dict[str, float] = {}
-    for name in ("real", "warmup only", *SINGLE_SITES):
+    for name in ("real", "warmup only", CENTRALISED, *SINGLE_SITES):
         if name in rows and BASE in rows:
             ours, other, key = rows[BASE], rows[name], name.replace(" ", "_").replace("-", "_")
             ratios[f"accuracy_minus_{key}"] = ours["accuracy"] - other["accuracy"]

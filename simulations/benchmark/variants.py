@@ -17,11 +17,13 @@ BASE = "federation"
 """The row of the run without changes."""
 
 SINGLE_SITES = ("single-site mean", "single-site best")
+CENTRALISED = "centralised"
+"""The row of one holder of all patients: no federation."""
 _OF_THE_SITES = frozenset(
     {"simulation.missing_share", "simulation.poor_site_budget", "simulation.one_class_site", "simulation.start"}
 )
 """What a variant may change of `[simulation]`: the faults, and what the generator learned before."""
-_NAMES_IN_USE = frozenset({"real", "warmup only", BASE, *SINGLE_SITES})
+_NAMES_IN_USE = frozenset({"real", "warmup only", BASE, CENTRALISED, *SINGLE_SITES})
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -31,7 +33,7 @@ class QualityConfig(Section):
     """The table `[quality]` of a configuration for this benchmark; it never reaches the run."""
 
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
-    baselines: tuple[Literal["real", "single-site"], ...] = ("real", "single-site")
+    baselines: tuple[Literal["real", "centralised", "single-site"], ...] = ("real", "centralised", "single-site")
     test: Literal["holdout", "x_test"] = "holdout"
     """Held-out patients: those of simulation.holdout, or the NPZ's own `x_test` with `y_test` (each a person)."""
     variants: Mapping[str, Mapping[str, Any]] = {}
@@ -108,7 +110,10 @@ def row_names(settings: QualityConfig, configs: Mapping[str, Config]) -> Sequenc
     names = ["real"] if "real" in settings.baselines else []
     names += ["warmup only"] if config.warmup.share > 0 else []
     names += configs
-    return [*names, *SINGLE_SITES] if "single-site" in settings.baselines and config.simulation.sites > 1 else names
+    if config.simulation.sites > 1:
+        names += [CENTRALISED] if CENTRALISED in settings.baselines else []
+        names += SINGLE_SITES if "single-site" in settings.baselines else ()
+    return names
 
 
 def _may_vary(key: str) -> bool:

@@ -67,7 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Result:
 @pytest.mark.slow
 @pytest.mark.xdist_group("quality_tiny")
 def test_every_row_is_there_for_every_seed(tiny: Result) -> None:
-    names = ["real", "warmup only", "federation", "single-site mean", "single-site best"]
+    names = ["real", "warmup only", "federation", "centralised", "single-site mean", "single-site best"]
     assert [(row["row"], row["seeds"]) for row in tiny.rows] == [(name, 2) for name in names]
     assert all(0 <= row["accuracy"] <= 1 and row["accuracy_sd"] >= 0 and row["frechet"] > 0 for row in tiny.rows)
     assert all(row["auc"] is None for row in tiny.rows)  # phantoms have four classes
@@ -177,7 +177,7 @@ def test_without_a_quality_table_the_defaults_hold() -> None:
         ({"seeds": []}, r"quality\.seeds=.*at least 1"),
         ({"seeds": [-1]}, r"quality\.seeds\.0=-1"),
         ({"seeds": [0, 0]}, r"seeds.*differ"),
-        ({"baselines": ["fake"]}, r"quality\.baselines\.0='fake'.*'real' or 'single-site'"),
+        ({"baselines": ["fake"]}, r"quality\.baselines\.0='fake'.*'real', 'centralised' or 'single-site'"),
         ({"test": "x_train"}, r"quality\.test='x_train'"),
         (3, r"quality=3"),
     ],
