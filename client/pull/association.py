@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from pynetdicom import AE, build_role
 from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.presentation import PresentationContext
 
 from client.pull.sources import MAX_SECRET_BYTES, DimseSource
@@ -45,6 +46,7 @@ def associate(
 
     Guarantees:
         - no_answer_is_lost: Each answer of the PACS reaches whom it was sent to.
+        - a_rejection_is_told_even_if_we_look_late: Why the PACS rejects us is in the message.
     """
     entity = AE(ae_title=source.our_aet)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = source.timeout_s
@@ -127,8 +129,9 @@ def _address(source: DimseSource) -> str:
 
 
 def _why_not(source: DimseSource, association: Association, tls: ssl.SSLContext | None) -> PacsError:
-    answer = association.acceptor.primitive
-    if association.is_rejected and answer is not None:
+    # Where the PACS hangs up after its rejection before pynetdicom has looked whether it is connected, the answer waits
+    answer = association.acceptor.primitive if association.is_rejected else association.dul.receive_pdu(wait=False)
+    if isinstance(answer, A_ASSOCIATE) and answer.result:
         if answer.diagnostic == _CALLING_UNKNOWN:
             return PacsError(
                 f"{named(source)} does not know our AE title {source.our_aet}. Register it at the PACS, with this "

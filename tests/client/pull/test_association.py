@@ -192,6 +192,31 @@ def test_answers_are_all_only_after_success(status: int | None, reason: Reason |
         gc.collect()
 
 
+def test_a_rejection_is_told_even_if_we_look_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PACS has rejected us and closed the connection before we look whether there was one."""
+    pacs, port = AE(ae_title="PACS"), free_port()
+    pacs.add_supported_context(VERIFICATION)
+    pacs.require_called_aet = True
+    server = pacs.start_server(("127.0.0.1", port), block=False)
+    assert server is not None
+    closed = threading.Event()
+    source = source_of(port, {"aet": "OTHER"})
+    receiver = Receiver(source.max_file_bytes, 3.0)
+    handlers = [
+        *receiver.handlers(),
+        (evt.EVT_CONN_CLOSE, lambda _: closed.set()),
+        (evt.EVT_REQUESTED, lambda _: closed.wait(20)),
+    ]
+    monkeypatch.setattr(receiver, "handlers", lambda: handlers)
+    try:
+        with pytest.raises(PacsError, match="does not call itself OTHER"):
+            associate(source, receiver, None, [build_context(VERIFICATION)])
+        assert closed.is_set()
+    finally:
+        server.shutdown()
+        gc.collect()
+
+
 def test_no_answer_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread of the association wakes late, and finds answers where it looks for requests."""
     pacs = AE(ae_title="PACS")
