@@ -200,14 +200,18 @@ def test_a_rejection_is_told_even_if_we_look_late(monkeypatch: pytest.MonkeyPatc
     server = pacs.start_server(("127.0.0.1", port), block=False)
     assert server is not None
     closed = threading.Event()
+
+    def see_it_close(_: Event) -> None:
+        closed.set()
+
+    def look_late(_: Event) -> None:
+        closed.wait(20)
+
     source = source_of(port, {"aet": "OTHER"})
     receiver = Receiver(source.max_file_bytes, 3.0)
-    handlers = [
-        *receiver.handlers(),
-        (evt.EVT_CONN_CLOSE, lambda _: closed.set()),
-        (evt.EVT_REQUESTED, lambda _: closed.wait(20)),
-    ]
-    monkeypatch.setattr(receiver, "handlers", lambda: handlers)
+    handlers = receiver.handlers()
+    handlers += [(evt.EVT_CONN_CLOSE, see_it_close), (evt.EVT_REQUESTED, look_late)]
+    monkeypatch.setattr(receiver, "handlers", handlers.copy)
     try:
         with pytest.raises(PacsError, match="does not call itself OTHER"):
             associate(source, receiver, None, [build_context(VERIFICATION)])
