@@ -160,8 +160,8 @@ def test_bounded_before_it_is_read_a_file_without_end(tmp_path: Path) -> None:
         watch.join(10)
         assert seen == [-1]  # the connection ended without a status
         assert place.delivery.too_large == {ASKED}
-        end = time.monotonic() + 10
-        while place.files and time.monotonic() < end:  # the sender sees the end of the connection before we have tidied up
+        end = time.monotonic() + 10  # the sender sees the end of the connection before we have tidied up
+        while place.files and time.monotonic() < end:
             time.sleep(0.01)
         assert place.files == []
     finally:
